@@ -1,0 +1,164 @@
+"""Ragged paged attention in XLA operations: what CUDA devices without a Pallas kernel run, and what a CPU runs.
+
+The rows are cut into tiles of queries, and a group of tiles walks its sequences' pages chunk by chunk with a running softmax (Milakov and
+Gimelshein 2018, arXiv 1805.02867). Loop bounds are the real lengths, so no context length is baked into the program: decode rows are taken
+`DECODE_ROWS` at a time, each group only as far as its own longest row; longer ranges are cut into tiles of `PREFILL_ROWS` queries of one
+sequence. A row's arithmetic does not depend on the rows beside it: chunks past its end contribute exact zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+DECODE_ROWS = 16  # sequences that share one loop over chunks
+PREFILL_ROWS = 64  # queries of one sequence that share one loop over chunks
+CHUNK_TOKENS = 128  # cached tokens read per iteration
+
+
+def ragged_paged_attention(
+    queries: Float[Array, "T N H"],
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    pages: Float[Array, "L P 2 K S H"],
+    block_tables: Int[Array, "B M"],
+    query_starts: Int[Array, "B+1"],
+    kv_lengths: Int[Array, " B"],
+    num_decodes: Int[Array, ""],
+    token_sequences: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    layer: int,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "L P 2 K S H"]]:
+    """Specified by `pallas_kernels.reference.ragged_paged_attention`, in the storage types with float32 accumulation."""
+    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer)
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window)
+    num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
+    out = jnp.zeros_like(queries)
+
+    rows = min(DECODE_ROWS, num_sequences, num_tokens)
+    num_groups = (num_decodes + rows - 1) // rows
+
+    def decode(group: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        first = jnp.minimum(group * rows, min(num_sequences, num_tokens) - rows)
+        index = first + jnp.arange(rows)
+        tile = groups.attend(index[:, None], index, (index < num_decodes)[:, None])
+        # Rows that the clamped last group shares with the one before are computed twice, to the same values; a longer range's are kept.
+        kept = lax.dynamic_slice_in_dim(out, first, rows)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where((index < num_decodes)[:, None, None], tile[:, 0], kept), first, axis=0)
+
+    out = lax.fori_loop(0, num_groups, decode, out)
+    if num_tokens == 1:
+        return out, pages
+
+    rows = min(PREFILL_ROWS, num_tokens)
+    tile_sequences, tile_starts, num_tiles = _prefill_tiles(query_starts, num_decodes, rows, num_tokens)
+
+    def prefill(tile: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        sequence = tile_sequences[tile]
+        first = jnp.minimum(tile_starts[tile], num_tokens - rows)
+        index = first + jnp.arange(rows)
+        mine = (index >= tile_starts[tile]) & (index < query_starts[sequence + 1])
+        fresh = groups.attend(index[None, :], sequence[None], mine[None, :])[0]
+        kept = lax.dynamic_slice_in_dim(out, first, rows)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None], fresh, kept), first, axis=0)
+
+    return lax.fori_loop(0, num_tiles, prefill, out), pages
+
+
+def _write(
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    pages: Float[Array, "L P 2 K S H"],
+    block_tables: Int[Array, "B M"],
+    token_sequences: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    layer: int,
+) -> Float[Array, "L P 2 K S H"]:
+    """Scatter the step's keys and values into their pages, in place where `pages` is donated; padding rows are dropped."""
+    num_sequences = block_tables.shape[0]
+    num_pages, page_size = pages.shape[1], pages.shape[4]
+    owner = jnp.minimum(token_sequences, num_sequences - 1)
+    page = jnp.where(token_sequences < num_sequences, block_tables[owner, positions // page_size], num_pages)
+    new = jnp.stack([keys, values], axis=1).astype(pages.dtype)
+    return pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
+
+
+def _prefill_tiles(
+    query_starts: Int[Array, "B+1"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
+) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, ""]]:
+    """Cut every range past the decodes into tiles: (sequence of each tile, its first token row, how many tiles are real)."""
+    num_sequences = query_starts.shape[0] - 1
+    lengths = query_starts[1:] - query_starts[:-1]
+    tiles = jnp.where(jnp.arange(num_sequences) >= num_decodes, (lengths + rows - 1) // rows, 0)
+    ends = jnp.cumsum(tiles)
+    work = jnp.arange(num_tokens // rows + min(num_sequences, num_tokens))
+    sequences = jnp.minimum(jnp.searchsorted(ends, work, side="right"), num_sequences - 1)
+    starts = query_starts[sequences] + (work - (ends - tiles)[sequences]) * rows
+    return sequences.astype(jnp.int32), starts.astype(jnp.int32), ends[-1]
+
+
+class _Groups:
+    """One layer's queries and pages, and the loop over chunks that a group of query tiles runs over them."""
+
+    def __init__(
+        self,
+        queries: Float[Array, "T N H"],
+        pages: Float[Array, "L P 2 K S H"],
+        block_tables: Int[Array, "B M"],
+        positions: Int[Array, " T"],
+        layer: int,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        self.queries, self.pages, self.positions = queries, pages, positions
+        self.layer, self.scale, self.window = layer, scale, window
+        self.chunk_pages = max(1, CHUNK_TOKENS // pages.shape[4])
+        # Whole chunks, so that a chunk's slice of the table never has to be clamped.
+        self.block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % self.chunk_pages)))
+
+    def attend(
+        self, rows: Int[Array, "R Q"], sequences: Int[Array, " R"], real: Bool[Array, "R Q"]
+    ) -> Float[Array, "R Q N H"]:
+        """Attention of `R` tiles of `Q` token rows each, a tile within one sequence; rows that are not `real` are garbage."""
+        num_kv_heads, page_size, head_dim = self.pages.shape[3:]
+        num_tiles, num_rows = rows.shape
+        queries = self.queries[rows].reshape(num_tiles, num_rows, num_kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
+        queries = queries * jnp.asarray(self.scale, queries.dtype)
+        positions = self.positions[rows]
+        chunk = self.chunk_pages * page_size
+        last = jnp.max(jnp.where(real, positions, -1))
+        first = jnp.zeros((), jnp.int32)
+        if self.window is not None:
+            first = jnp.min(jnp.where(real, jnp.maximum(positions - self.window + 1, 0), last)) // chunk
+        tables = self.block_tables[sequences]
+
+        def step(index: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            maximum, total, out = carry
+            table = lax.dynamic_slice_in_dim(tables, index * self.chunk_pages, self.chunk_pages, axis=1)
+            context = self.pages[self.layer, table]  # [R, C, 2, K, S, H]
+            context = context.transpose(0, 2, 3, 1, 4, 5).reshape(num_tiles, 2, num_kv_heads, chunk, head_dim)
+            scores = jnp.einsum("rkqgh,rksh->rkqgs", queries, context[:, 0], preferred_element_type=jnp.float32)
+            distance = positions[:, :, None] - (index * chunk + jnp.arange(chunk))[None, None, :]
+            visible = distance >= 0
+            if self.window is not None:
+                visible &= distance < self.window
+            visible = visible[:, None, :, None, :]
+            scores = jnp.where(visible, scores, -jnp.inf)
+            # A finite floor keeps a row that sees nothing in this chunk free of inf - inf.
+            new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new_maximum[..., None])
+            shrink = jnp.exp(maximum - new_maximum)
+            total = total * shrink + jnp.sum(weights, axis=-1)
+            added = jnp.einsum(
+                "rkqgs,rksh->rkqgh", weights.astype(context.dtype), context[:, 1], preferred_element_type=jnp.float32
+            )
+            return new_maximum, total, out * shrink[..., None] + added
+
+        shape = queries.shape[:-1]
+        start = (jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
+        _, total, out = lax.fori_loop(first, last // chunk + 1, step, start)
+        out = out / jnp.maximum(total, 1e-30)[..., None]
+        return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)

@@ -1,0 +1,85 @@
+"""The paged KV cache and the table that says which pages a step's tokens use: the one place that knows the layout.
+
+Layout: `[layers, pages, 2 (K, V), kv_heads, page_size, head_dim]`. One block table serves every layer. A page of one layer is contiguous,
+which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVPages:
+    """The cache of all layers; updated functionally, in place once XLA has donated it."""
+
+    data: Float[Array, "L P 2 K S H"]
+
+    @property
+    def num_pages(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.data.shape[3]
+
+    @property
+    def page_size(self) -> int:
+        return self.data.shape[4]
+
+    @property
+    def head_dim(self) -> int:
+        return self.data.shape[5]
+
+    @classmethod
+    def shape(
+        cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int
+    ) -> tuple[int, int, int, int, int, int]:
+        """The array shape of a cache of these sizes."""
+        return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "KVPages":
+        return cls(jnp.zeros(shape, dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceTable:
+    """Which sequence, position and page each of a step's tokens belongs to.
+
+    The step's T token rows are the sequences' ranges one after the other. The first `num_decodes` sequences have a range of one token (so
+    decode rows are rows `0..num_decodes-1`); longer ranges follow. Padding sequences have a range of zero and `kv_lengths` of zero; padding
+    tokens lie past `query_starts[-1]` and have the position 0.
+    """
+
+    block_tables: Int[Array, "B M"]  # page of each page_size-long part of a sequence; entries past its length are ignored
+    query_starts: Int[Array, "B+1"]  # first token row of each sequence; the last entry is the number of real tokens
+    kv_lengths: Int[Array, " B"]  # tokens of the sequence in the cache once this step has written its own
+    num_decodes: Int[Array, ""]
+    token_sequences: Int[Array, " T"]  # the sequence of each token row; B for padding
+    positions: Int[Array, " T"]
+
+    @classmethod
+    def build(
+        cls,
+        block_tables: Int[Array, "B M"],
+        query_starts: Int[Array, "B+1"],
+        kv_lengths: Int[Array, " B"],
+        num_decodes: Int[Array, ""],
+        *,
+        num_tokens: int,
+    ) -> "SequenceTable":
+        """Derive the per-token vectors for `num_tokens` (static) token rows."""
+        num_sequences = kv_lengths.shape[0]
+        rows = jnp.arange(num_tokens, dtype=jnp.int32)
+        # A row belongs to the last sequence that starts at or before it; rows past the end, to sequence B.
+        token_sequences = jnp.searchsorted(query_starts[1:], rows, side="right").astype(jnp.int32)
+        owner = jnp.minimum(token_sequences, num_sequences - 1)
+        lengths = query_starts[1:] - query_starts[:-1]
+        positions = (kv_lengths - lengths)[owner] + rows - query_starts[owner]
+        positions = jnp.where(rows < query_starts[-1], positions, 0)
+        return cls(block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)

@@ -1,0 +1,96 @@
+"""Every implementation of ragged paged attention against the float32 specification and an independent dense computation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.models.kv_pages import SequenceTable
+from jax_engine.pallas_kernels import reference
+
+IMPLEMENTATIONS = {"xla": xla.ragged_paged_attention}
+RAGGED = [
+    [(1, 0)],
+    [(1, 16), (1, 15), (1, 300)],
+    [(17, 0)],
+    [(1, 33), (64, 0), (1, 5), (5, 130)],
+    [(200, 0), (1, 1), (70, 64), (2, 0)],
+    [(1, n) for n in range(40)],
+]
+
+
+def compare(implementation, case, *, window, tolerance=2e-5):
+    expected, expected_pages = reference.ragged_paged_attention(**case, layer=1, scale=0.3, window=window)
+    out, pages = jax.jit(partial(implementation, layer=1, scale=0.3, window=window))(**case)
+    real = int(case["query_starts"][-1])
+    np.testing.assert_allclose(out[:real], expected[:real], atol=tolerance, rtol=tolerance)
+    np.testing.assert_array_equal(pages, expected_pages)
+    np.testing.assert_array_equal(out[real:], 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [None, 1, 24, 1000])
+@pytest.mark.parametrize("ranges", RAGGED, ids=str)
+def test_matches_the_specification(ragged_case, implementation, ranges, window):
+    compare(implementation, ragged_case(ranges, seed=0, padding_tokens=7, padding_sequences=3), window=window)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    ranges=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 80)), min_size=1, max_size=6),
+    seed=st.integers(0, 9),
+    padding=st.integers(0, 9),
+)
+def test_matches_on_random_batches(ragged_case, ranges, seed, padding):
+    compare(xla.ragged_paged_attention, ragged_case(ranges, seed=seed, page_size=8, padding_tokens=padding), window=None)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 1), (6, 3)])
+@pytest.mark.parametrize("page_size", [8, 128, 256])
+def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_size):
+    case = ragged_case([(1, 40), (30, 9)], seed=1, num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)
+    compare(xla.ragged_paged_attention, case, window=None)
+
+
+def test_bfloat16_stays_near_float32(ragged_case):
+    case = ragged_case([(1, 100), (50, 20)], seed=2, dtype=jnp.bfloat16)
+    expected, _ = reference.ragged_paged_attention(**case, layer=0, scale=0.25)
+    out, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25)
+    np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
+
+
+def test_specification_matches_dense_attention(ragged_case):
+    """The paged specification equals plain softmax attention computed in numpy over the same tokens."""
+    case = ragged_case([(9, 14)], seed=3, num_layers=1)
+    out, pages = reference.ragged_paged_attention(**case, layer=0, scale=0.5)
+    context = np.asarray(pages)[0, np.asarray(case["block_tables"])[0]]  # [M, 2, K, S, H]
+    keys, values = context.transpose(1, 0, 3, 2, 4).reshape(2, -1, 2, 16)[:, :23].astype(np.float64)
+    for row in range(9):
+        for head in range(4):
+            scores = keys[: 15 + row, head // 2] @ np.asarray(case["queries"][row, head], np.float64) * 0.5
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(out[row, head], weights @ values[: 15 + row, head // 2] / weights.sum(), atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(ragged_case):
+    """Bitwise: a decode row alone, and the same row among longer ones."""
+    case = ragged_case([(1, 150), (1, 20), (1, 700)], seed=4)
+    together, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25)
+    alone = dict(case, query_starts=jnp.array([0, 1, 1, 1]), num_decodes=jnp.array(1))
+    alone["kv_lengths"] = case["kv_lengths"].at[1:].set(0)
+    alone["token_sequences"] = case["token_sequences"].at[1:].set(3)
+    single, _ = xla.ragged_paged_attention(**alone, layer=0, scale=0.25)
+    np.testing.assert_array_equal(together[0], single[0])
+
+
+def test_sequence_table_places_every_token():
+    """Positions and owners of two decodes, a continued chunk, a fresh prompt, one padding sequence and padding rows."""
+    starts, lengths = jnp.array([0, 1, 2, 5, 9, 9]), jnp.array([7, 3, 10, 4, 0])
+    table = SequenceTable.build(jnp.zeros((5, 2), jnp.int32), starts, lengths, jnp.array(2), num_tokens=12)
+    assert table.token_sequences.tolist() == [0, 1, 2, 2, 2, 3, 3, 3, 3, 5, 5, 5]
+    assert table.positions.tolist() == [6, 2, 7, 8, 9, 0, 1, 2, 3, 0, 0, 0]
