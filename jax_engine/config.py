@@ -1,0 +1,74 @@
+"""The engine's settings: one frozen object, validated once. The only module that reads environment variables."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax_engine.sampling_params import integer, number
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def default_compilation_cache_dir() -> str:
+    """`JAX_ENGINE_CACHE_DIR`, else `jax_engine` in the user's cache folder."""
+    base = os.environ.get("JAX_ENGINE_CACHE_DIR")
+    if base:
+        return base
+    return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine core needs; the caller owns it and nothing edits it afterwards.
+
+    Raises:
+        ValueError: a value outside its range; the message names field, value, range and remedy.
+    """
+
+    model: str | None = None  # a folder, a Hugging Face name, or None for the built-in demo model
+    tokenizer: str | None = None  # None: the model's
+    revision: str | None = None
+    dtype: str = "auto"  # auto: float32 on CPU, else the checkpoint's
+    load_format: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None  # None: the model's own, or what the pages hold if that is less
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None  # None: max(512, max_num_seqs)
+    block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None  # None: from the compiled step's own memory analysis (a fixed default on CPU)
+    attention_backend: str = "auto"
+    compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
+    compile_before_ready: bool = False  # every step program before serving, not only the largest
+
+    def __post_init__(self) -> None:
+        choice("dtype", self.dtype, DTYPES)
+        choice("load_format", self.load_format, LOAD_FORMATS)
+        integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
+        if self.max_model_len is not None:
+            integer("max_model_len", self.max_model_len, low=2, high=2**31 - 1, remedy="leave it out for the model's own")
+        integer("max_num_seqs", self.max_num_seqs, low=1, high=4096, remedy="64 is the default")
+        if self.max_num_batched_tokens is not None:
+            integer("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=2**20, remedy="512 is the default")
+            if self.max_num_batched_tokens < self.max_num_seqs:
+                raise ValueError(
+                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs={self.max_num_seqs}, "
+                    "so that every running sequence can decode in one step; raise it or lower max_num_seqs"
+                )
+        if self.block_size is not None:
+            choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
+        number("gpu_memory_utilization", self.gpu_memory_utilization, low=0, high=1, open_low=True, remedy="0.9 is the default")
+        if self.kv_cache_memory_bytes is not None:
+            integer("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, high=2**62, remedy="leave it out for a default")
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens a step may process, all sequences together."""
+        return self.max_num_batched_tokens or max(512, self.max_num_seqs)
+
+
+def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")

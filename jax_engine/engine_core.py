@@ -1,0 +1,96 @@
+"""The engine: requests in, tokens out, one step ahead of what the host has seen."""
+
+import time
+from collections.abc import Sequence
+
+from jax_engine.config import EngineConfig
+from jax_engine.messages import Abort, Add, Command, CoreOutput, Ready, StepOutputs
+from jax_engine.runner import PendingTokens, Runner
+from jax_engine.scheduler import Scheduler
+from jax_engine.stats import EngineStats, HostTime
+
+STATS_PERIOD = 0.1  # seconds between snapshots sent along with outputs
+
+
+class EngineCore:
+    """Scheduler and runner in one loop. Mutable; owned by whoever calls `step`, in one thread."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.runner = Runner(config)
+        limits = self.runner.limits(config.token_budget)
+        self.scheduler = Scheduler(limits)
+        self.info = Ready(
+            max_model_len=self.runner.memory.max_model_len,
+            vocab_size=self.runner.vocab_size,
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
+        )
+        self._pending: PendingTokens | None = None
+        self._schedule_us = self._wait_us = self._collect_us = 0.0
+        self._stats_due = 0.0
+
+    def handle(self, command: Command) -> None:
+        """Take a command from the front end; a shutdown is the caller's to act on."""
+        if isinstance(command, Add):
+            for request in command.requests:
+                self.scheduler.add(request)
+        elif isinstance(command, Abort):
+            self.scheduler.abort(command.request_ids)
+
+    @property
+    def has_work(self) -> bool:
+        return self._pending is not None or self.scheduler.has_work
+
+    def step(self) -> StepOutputs:
+        """Launch the next step, then take the tokens of the one before it, so that the host works while the device does."""
+        start = time.perf_counter()
+        plan = self.scheduler.schedule()
+        self._schedule_us += (time.perf_counter() - start) * 1e6
+        previous, self._pending = self._pending, self.runner.launch(plan) if plan else None
+        outputs: Sequence[CoreOutput] = ()
+        if previous is not None:
+            start = time.perf_counter()
+            previous.tokens.block_until_ready()
+            ready = time.perf_counter()
+            outputs = self.scheduler.commit(previous.plan, self.runner.collect(previous))
+            self._wait_us += (ready - start) * 1e6
+            self._collect_us += (time.perf_counter() - ready) * 1e6
+        now = time.monotonic()
+        if now < self._stats_due and self.has_work:
+            return StepOutputs(list(outputs))
+        self._stats_due = now + STATS_PERIOD
+        return StepOutputs(list(outputs), self.stats())
+
+    def stats(self) -> EngineStats:
+        """A snapshot of every counter."""
+        scheduler, compiled, launches = self.scheduler, self.runner.compiled, self.runner.counters
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_pages=scheduler.pool.num_pages,
+            num_pages_in_use=scheduler.pool.num_in_use,
+            num_tokens_in_pages=scheduler.num_tokens_in_pages,
+            page_size=scheduler.limits.page_size,
+            steps_total=launches.steps,
+            prompt_tokens_total=scheduler.num_prompt_tokens,
+            generation_tokens_total=scheduler.num_generation_tokens,
+            padding_tokens_total=launches.padding_tokens,
+            token_rows_total=launches.token_rows,
+            preemptions_total=scheduler.num_preemptions,
+            finished_requests_total=dict(scheduler.finished),
+            programs_compiled=compiled.num_ready,
+            programs_planned=len(compiled.programs),
+            compile_seconds_total=compiled.seconds,
+            compiles_in_request_path_total=compiled.num_in_request_path,
+            host_time=HostTime(
+                steps=launches.steps,
+                schedule=self._schedule_us,
+                pack=launches.pack_us,
+                launch=launches.launch_us,
+                wait=self._wait_us,
+                collect=self._collect_us,
+            ),
+        )
+
+    def shutdown(self) -> None:
+        self.runner.shutdown()

@@ -1,0 +1,82 @@
+"""What crosses between the front end (text) and the engine core (tokens), in one process or between two.
+
+The structs are msgpack arrays on the wire (msgspec): small, typed, and checked on arrival.
+"""
+
+import msgspec
+
+from jax_engine.stats import EngineStats
+
+
+class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
+    """One sequence to generate: everything resolved to numbers and already validated by the front end."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int  # resolved: prompt + max_tokens fits the model's context
+    min_tokens: int
+    temperature: float
+    top_k: int  # 0 is all
+    top_p: float
+    min_p: float
+    prng_key: tuple[int, int]  # two uint32 words; the token at a position is drawn with fold_in(key, position)
+    eos_token_ids: tuple[int, ...]  # () with ignore_eos
+    stop_token_ids: tuple[int, ...]
+    arrival_time: float  # time.monotonic()
+
+
+class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
+    """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for end of
+    sequence), "length", "abort" or "error"."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int = 0
+    first_scheduled_time: float | None = None
+    num_preemptions: int = 0
+    error: str | None = None  # what went wrong, with finish_reason "error"
+
+
+class StepOutputs(msgspec.Struct, array_like=True, frozen=True, tag="step"):
+    """All that one engine step produced, in one message; without outputs, only a snapshot of the statistics."""
+
+    outputs: list[CoreOutput]
+    stats: EngineStats | None = None
+
+
+class Add(msgspec.Struct, array_like=True, frozen=True, tag="add"):
+    requests: list[CoreRequest]
+
+
+class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
+    """Drop these requests and free their pages at the next step; unknown or finished ids are ignored. No output follows."""
+
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag="shutdown"):
+    """End the core process."""
+
+
+Command = Add | Abort | Shutdown
+
+
+class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
+    """The core's first message: it serves from now on (smaller step programs may still compile)."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
+    """The core's last message: why it cannot start or cannot go on. `user_error`: the configuration is at fault, not the program."""
+
+    reason: str
+    user_error: bool = False
+
+
+Event = Ready | Failed | StepOutputs

@@ -1,0 +1,41 @@
+"""What a request returns; vLLM's objects and names."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One completion of a prompt, as far as it has got."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it; None for end of sequence
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Monotonic times of one request, in seconds of one clock; None for what has not happened."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its completions; texts and token ids hold what `SamplingParams.output_kind` asks for."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0

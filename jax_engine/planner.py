@@ -1,0 +1,137 @@
+"""Sizes derived before anything large is allocated: step shapes, pages, context."""
+
+import logging
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_engine.config import EngineConfig
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.kv_pages import KVPages
+from jax_engine.step_batch import Bucket
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
+SMALLEST_STEP = 8  # below it, step programs would multiply for no gain
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """One page of the cache, all layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: np.dtype
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, page_size: int, dtype: jnp.dtype) -> "CacheGeometry":
+        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, page_size, np.dtype(dtype))
+
+    def shape(self, num_pages: int) -> tuple[int, ...]:
+        return KVPages.shape(
+            num_layers=self.num_layers,
+            num_pages=num_pages,
+            num_kv_heads=self.num_kv_heads,
+            page_size=self.page_size,
+            head_dim=self.head_dim,
+        )
+
+    @property
+    def page_bytes(self) -> int:
+        return int(np.prod(self.shape(1))) * self.dtype.itemsize
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How many pages the cache has, how long a sequence may be, and why."""
+
+    num_pages: int
+    max_model_len: int
+    reason: str
+
+
+def bucket_lattice(max_num_seqs: int, token_budget: int) -> tuple[Bucket, ...]:
+    """The step shapes: token counts in powers of two up to the budget, each with all the sequences it can hold.
+
+    One and `SMALLEST_STEP` serve the few-sequence decode; a step's cost follows its token rows, and padding sequences cost next to nothing
+    in attention, whose loops run over real lengths.
+    """
+    sizes = {1, min(SMALLEST_STEP, token_budget), max_num_seqs, token_budget}
+    size = SMALLEST_STEP
+    while size < token_budget:
+        sizes.add(size)
+        size *= 2
+    return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes))
+
+
+def longest_context(config: EngineConfig, model: ModelConfig) -> int:
+    """The configured context, checked against the model's own."""
+    if config.max_model_len is None:
+        return model.max_model_len
+    if config.max_model_len > model.max_model_len:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the {model.max_model_len} tokens that the model was made for "
+            "(max_position_embeddings and rope scaling in its config.json); lower it"
+        )
+    return config.max_model_len
+
+
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, geometry: CacheGeometry, available: int | None
+) -> MemoryPlan:
+    """Divide memory into pages.
+
+    `available` is what the device has left for pages once weights and the largest step's temporaries are taken (None on a CPU, where it is
+    host memory and a setting). No more pages are made than all sequences can fill.
+
+    Raises:
+        ValueError: the pages cannot hold one sequence of `max_model_len`; with the numbers and what would fit.
+    """
+    context = longest_context(config, model)
+    if config.kv_cache_memory_bytes is not None:
+        budget, reason = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    elif available is None:
+        budget, reason = DEFAULT_CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
+    else:
+        budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
+    fits = max(0, budget) // geometry.page_bytes
+    useful = geometry.pages_for(context) * config.max_num_seqs
+    if fits < geometry.pages_for(context):
+        holds = fits * geometry.page_size
+        if config.max_model_len is None and holds >= min(context, 2048):
+            logger.warning("max_model_len lowered from %d to %d: the cache has room for no more", context, holds)
+            return MemoryPlan(fits, holds, reason)
+        needed = geometry.pages_for(context) * geometry.page_bytes
+        raise ValueError(
+            f"max_model_len={context} needs {needed / 2**20:.1f} MiB of KV cache for one sequence, and there are "
+            f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; lower max_model_len to {max(holds, 1)} or less, "
+            f"or set kv_cache_memory_bytes to at least {needed}"
+        )
+    if useful < fits:
+        reason = f"{config.max_num_seqs} sequences of {context} tokens"
+    return MemoryPlan(min(fits, useful), context, reason)
+
+
+def memory_for_pages(step: jax.stages.Compiled, limit: int, utilization: float, cache_bytes: int) -> int:
+    """Bytes of a device left for pages: its `limit` times `utilization`, less what the largest step takes (weights, temporaries, code).
+
+    `cache_bytes` is the cache that this step was compiled with, which is no part of that.
+    """
+    analysis = step.memory_analysis()
+    taken = (
+        analysis.argument_size_in_bytes
+        + analysis.temp_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.generated_code_size_in_bytes
+        - cache_bytes
+    )
+    return int(limit * utilization) - taken

@@ -1,0 +1,54 @@
+"""A request as the scheduler sees it: tokens, pages, and how far it has got."""
+
+from dataclasses import dataclass, field
+
+from jax_engine.messages import CoreRequest
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence in the engine core. Mutable; owned by the `Scheduler`.
+
+    `tokens` are those known on the host (prompt, then output). A step that has been launched and not collected adds `num_pending` tokens
+    that exist on the device only; step ranges cover both.
+    """
+
+    asked: CoreRequest
+    order: int  # of arrival
+    tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
+    length_limit: int = field(init=False)  # tokens, prompt and output, at which the request ends
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1  # row of the device state while running
+    num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run
+    num_pending: int = 0
+    first_scheduled_time: float | None = None
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.asked.prompt_token_ids)
+        self.num_prompt = len(self.tokens)
+        self.length_limit = self.num_prompt + self.asked.max_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens known or on their way."""
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that the next range could cover; 0 when the last token it may have is already on its way."""
+        length = len(self.tokens) + self.num_pending
+        return length - self.num_computed if length < self.length_limit else 0
+
+    def append(self, token: int) -> str | None:
+        """Take one new token from the device; the finish reason if it is the last."""
+        self.tokens.append(token)
+        asked = self.asked
+        num_output = len(self.tokens) - self.num_prompt
+        if num_output >= asked.min_tokens and (token in asked.eos_token_ids or token in asked.stop_token_ids):
+            self.finish_reason = "stop"
+        elif num_output >= asked.max_tokens:
+            self.finish_reason = "length"
+        return self.finish_reason

@@ -1,0 +1,185 @@
+"""Owns the devices: weights, step programs, and the state that steps replace."""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_engine.compiled_steps import CompiledSteps
+from jax_engine.config import EngineConfig, default_compilation_cache_dir
+from jax_engine.loader import ModelStructure, load_config, load_model
+from jax_engine.model_files import resolve_model_path
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.ops import select_ops
+from jax_engine.planner import CacheGeometry, MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
+from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
+from jax_engine.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch
+from jax_engine.step_program import DeviceState, Program, step_function
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PendingTokens:
+    """A step that has been launched: its chunks in the order of its rows, and its tokens, still on the device."""
+
+    plan: StepPlan
+    tokens: jax.Array
+
+
+@dataclass
+class LaunchCounters:
+    """Cumulative figures of launches. Mutable; owned by the runner."""
+
+    steps: int = 0
+    token_rows: int = 0
+    padding_tokens: int = 0
+    pack_us: float = 0.0
+    launch_us: float = 0.0
+
+
+class Runner:
+    """Runs step plans on the device. Mutable; owned by the engine core."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Plan memory, compile the largest step while weights load, and start compiling the rest.
+
+        Raises:
+            ValueError: the model or the settings cannot be served; the message says what would be.
+        """
+        set_compilation_cache(config.compilation_cache_dir)
+        device = jax.devices()[0]
+        folder = resolve_model_path(config.model, revision=config.revision)
+        model_config, model_class = load_config(folder)
+        model_config = model_config.with_max_model_len(longest_context(config, model_config))
+        ops, reason = select_ops(config.attention_backend, platform=device.platform)
+        logger.info("attention: %s (%s)", ops.attention_name, reason)
+        dtype = resolve_dtype(config.dtype, model_config.dtype, device.platform)
+        self.structure = ModelStructure.of(model_class, model_config, ops=ops, dtype=dtype)
+        self.vocab_size = model_config.vocab_size
+        self._num_slots = config.max_num_seqs
+        page_size = config.block_size or (16 if device.platform == "cpu" else 64)
+        self._geometry = CacheGeometry.of(model_config, page_size=page_size, dtype=dtype)
+        buckets = bucket_lattice(config.max_num_seqs, config.token_budget)
+        self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
+        self.memory = self._plan_memory(config, model_config, device)
+        logger.info(
+            "KV cache: %d pages of %d tokens, %.1f MiB (%s)",
+            self.memory.num_pages,
+            page_size,
+            self.memory.num_pages * self._geometry.page_bytes / 2**20,
+            self.memory.reason,
+        )
+        self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory))
+        with ThreadPoolExecutor(1) as pool:
+            compiling = pool.submit(self.compiled.compile_largest)
+            _, self._leaves = load_model(
+                folder,
+                model_config,
+                model_class=model_class,
+                ops=ops,
+                dtype=dtype,
+                load_format=config.load_format,
+                seed=config.seed,
+            )
+            compiling.result()
+        self._state = self._zero_state(self.memory)
+        self._parameters = SlotParameters(self._num_slots, self.vocab_size)
+        self.counters = LaunchCounters()
+        self.compiled.compile_rest(background=not config.compile_before_ready)
+
+    def limits(self, token_budget: int) -> SchedulerLimits:
+        """What the scheduler may plan with."""
+        return SchedulerLimits(self.memory.num_pages, self._geometry.page_size, self._num_slots, token_budget)
+
+    def launch(self, plan: StepPlan) -> PendingTokens:
+        """Start one step on the device; returns before it has run. Donates and replaces the device state."""
+        start = time.perf_counter()
+        chunks = order_chunks(plan.chunks)
+        self._take_parameters(chunks)
+        slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
+        num_tokens = plan.num_tokens
+        program, executable = self.compiled.find(num_tokens, len(chunks), self._parameters.mode(slots))
+        buffer = pack_batch(chunks, self._layouts[program.bucket], self._parameters)
+        packed = time.perf_counter()
+        self._state, tokens = executable(self._leaves, self._state, buffer)
+        tokens.copy_to_host_async()
+        launched = time.perf_counter()
+        counters = self.counters
+        counters.steps += 1
+        counters.token_rows += program.bucket.num_tokens
+        counters.padding_tokens += program.bucket.num_tokens - num_tokens
+        counters.pack_us += (packed - start) * 1e6
+        counters.launch_us += (launched - packed) * 1e6
+        return PendingTokens(StepPlan(chunks), tokens)
+
+    def collect(self, pending: PendingTokens) -> list[int]:
+        """Wait for a step; the token of each of its chunks."""
+        tokens: list[int] = np.asarray(pending.tokens)[: len(pending.plan.chunks)].tolist()
+        return tokens
+
+    def shutdown(self) -> None:
+        """Stop compiling and let go of device memory."""
+        self.compiled.stop()
+        del self._state, self._leaves
+
+    def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
+        """Record the sampling parameters of requests that have just taken a slot."""
+        for chunk in chunks:
+            if chunk.start == 0:
+                self._parameters.set(chunk.slot, chunk.request.asked)
+
+    def _plan_memory(self, config: EngineConfig, model: ModelConfig, device: jax.Device) -> MemoryPlan:
+        """Pages from what the largest step leaves of the device's memory, or from the setting."""
+        if device.platform == "cpu" or config.kv_cache_memory_bytes is not None:
+            return plan_memory(config, model, self._geometry, None)
+        # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
+        context = longest_context(config, model)
+        provisional = MemoryPlan(self._geometry.pages_for(context), context, "provisional")
+        largest = CompiledSteps(tuple(self._layouts), lambda program: self._lower(program, provisional)).compile_largest()
+        cache_bytes = provisional.num_pages * self._geometry.page_bytes
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
+        available = memory_for_pages(largest, limit, config.gpu_memory_utilization, cache_bytes)
+        return plan_memory(config, model, self._geometry, available)
+
+    def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
+        layout = self._layouts[program.bucket]
+        leaves = tuple(jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in self.structure.parameters)
+        state = jax.eval_shape(lambda: self._zero_state(memory))
+        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
+        step = jax.jit(step_function(self.structure, layout, program.mode), donate_argnums=1)
+        return step.lower(leaves, state, buffer)
+
+    def _zero_state(self, memory: MemoryPlan) -> DeviceState:
+        return DeviceState.zeros(
+            self._geometry.shape(memory.num_pages),
+            jnp.dtype(self._geometry.dtype),
+            num_slots=self._num_slots,
+            max_pages=self._geometry.pages_for(memory.max_model_len),
+        )
+
+
+def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
+    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the checkpoint's."""
+    if asked != "auto":
+        return jnp.dtype(asked)
+    if platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(stored if stored in ("bfloat16", "float16") else jnp.bfloat16)
+
+
+def set_compilation_cache(folder: str | None) -> None:
+    """Keep executables on disk, small and quickly compiled ones too, so that the next start finds them; "" turns it off."""
+    folder = default_compilation_cache_dir() if folder is None else folder
+    if not folder:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

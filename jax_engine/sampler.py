@@ -1,0 +1,117 @@
+"""Drawing the next token on the device, each row by its own parameters.
+
+A token at position `p` of a request is drawn with `fold_in(request key, p)` (counter-based, threefry: Salmon et al., SC 2011): it depends on the
+request and its position only, not on the batch around it. One uniform number a row is compared with the cumulative distribution, so that the
+random bits cost nothing beside the logits. Thresholds for top-k and top-p are found by bisection over the bits of a float32: 32 passes of
+compare-and-sum, exact, without sorting the vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+
+class SamplingMode(StrEnum):
+    """Which sampling a step program contains; each mode can do all that the modes before it can."""
+
+    GREEDY = "greedy"  # every row takes the likeliest token
+    SAMPLE = "sample"  # temperature, top-k, top-p, min-p, min_tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """The parameters of each row (sequence) of a step."""
+
+    temperature: Float[Array, " B"]  # 0 is greedy
+    top_k: Int[Array, " B"]  # 0 is all
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    keys: UInt[Array, "B 2"]
+    positions: Int[Array, " B"]  # of the token to draw
+    hold_until: Int[Array, " B"]  # tokens of `held_back` are not drawn at positions before this one
+    held_back: Int[Array, "B 32"]  # padded with an id past the vocabulary
+
+
+def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) -> Int[Array, " B"]:
+    """The next token of each row."""
+    if mode is SamplingMode.GREEDY:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    holds = rows.positions < rows.hold_until
+    index = jnp.arange(logits.shape[0])[:, None]
+    held = logits.at[index, jnp.where(holds[:, None], rows.held_back, logits.shape[1])].set(-jnp.inf, mode="drop")
+    greedy = jnp.argmax(held, axis=-1)
+    scaled = held / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # relative to the likeliest token, which has 1
+    weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
+    weights = _skip_unless(jnp.any(rows.top_k > 0), keep_top_k, weights, rows.top_k)
+    weights = _skip_unless(jnp.any(rows.top_p < 1), keep_top_p, weights, rows.top_p)
+    drawn = _draw(weights, rows)
+    return jnp.where(rows.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[Array, "B V"]:
+    """Zero what is lighter than the k-th heaviest; ties with it stay. `top_k` of 0 keeps all."""
+    wanted = jnp.where(top_k > 0, top_k, weights.shape[1])
+    threshold = _largest_threshold(lambda low: jnp.sum(weights >= low, axis=-1) >= wanted, weights.shape[0])
+    return jnp.where(weights >= threshold, weights, 0)
+
+
+def keep_top_p(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    """Keep the heaviest whose share of the sum reaches `top_p`, zero the rest; ties with the lightest kept stay."""
+    wanted = top_p * jnp.sum(weights, axis=-1)
+    threshold = _largest_threshold(
+        lambda low: jnp.sum(jnp.where(weights >= low, weights, 0), axis=-1) >= wanted, weights.shape[0]
+    )
+    return jnp.where((weights >= threshold) | (top_p >= 1)[:, None], weights, 0)
+
+
+def _skip_unless(
+    needed: Bool[Array, ""],
+    keep: Callable[[Float[Array, "B V"], Array], Float[Array, "B V"]],
+    weights: Float[Array, "B V"],
+    limits: Array,
+) -> Float[Array, "B V"]:
+    return lax.cond(needed, keep, lambda weights, _: weights, weights, limits)
+
+
+def _largest_threshold(enough: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], num_rows: int) -> Float[Array, "B 1"]:
+    """The largest weight in [0, 1] at which `enough` still holds (it holds at 0), by bisection over float32 bit patterns.
+
+    Non-negative floats order as their bits do.
+    """
+
+    def as_float(bits: Int[Array, " B"]) -> Float[Array, "B 1"]:
+        return lax.bitcast_convert_type(bits, jnp.float32)[:, None]
+
+    def narrow(_: int, bounds: tuple[Int[Array, " B"], Int[Array, " B"]]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        low, high = bounds  # enough(low) holds, enough(high) does not
+        middle = low + (high - low) // 2
+        holds = enough(as_float(middle))
+        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
+
+    above_one = int(np.float32(1).view(np.int32)) + 1
+    start = (jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, above_one, jnp.int32))
+    low, _ = lax.fori_loop(0, 30, narrow, start)  # 2**30 > above_one
+    return as_float(low)
+
+
+def _draw(weights: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
+    """Invert the cumulative distribution of each row at its own uniform number."""
+
+    def uniform(key: UInt[Array, " 2"], position: Int[Array, ""]) -> Float[Array, ""]:
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
+
+    cumulative = jnp.cumsum(weights, axis=-1)
+    target = jax.vmap(uniform)(rows.keys, rows.positions) * cumulative[:, -1]
+    # The first token whose cumulative weight exceeds the target; rounding of target up to the sum itself falls back on the last
+    # token that has weight.
+    index = jnp.sum(cumulative <= target[:, None], axis=-1)
+    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    return jnp.minimum(index, last)

@@ -1,0 +1,118 @@
+"""What a request asks of the sampler; vLLM's names and defaults."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+# A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-sequence ids).
+MAX_HELD_BACK_TOKENS = 32
+
+
+class RequestOutputKind(Enum):
+    """What each output of a streamed request holds."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # only what is new
+    FINAL_ONLY = 2  # one output, at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends. Every field acts; one that this class lacks is not supported yet.
+
+    Raises:
+        ValueError: a value outside its range; the message names field, value, range and remedy.
+    """
+
+    n: int = 1  # completions of the prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # smallest set of tokens whose probability reaches this (Holtzman et al. 2020, arXiv 1904.09751)
+    top_k: int = 0  # the k likeliest tokens; 0 or -1 is all
+    min_p: float = 0.0  # tokens at least this likely relative to the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
+    seed: int | None = None  # same tokens alone or in any batch; None draws from the engine's seed
+    max_tokens: int | None = 16  # None: up to the model's context
+    min_tokens: int = 0  # neither an end-of-sequence token nor a stop id before that many
+    stop: tuple[str, ...] | list[str] | str | None = None
+    stop_token_ids: tuple[int, ...] | list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._check_numbers()
+        self._check_stops()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` in its one normal form."""
+        assert isinstance(self.stop, tuple)
+        return self.stop
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> "SamplingParams":
+        """Build from untrusted names and values, refusing an unknown name with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; supported are {', '.join(known)}"
+                raise ValueError(f"sampling parameter {name!r} is not supported{hint}")
+        return cls(**given)
+
+    def _check_numbers(self) -> None:
+        integer("n", self.n, low=1, high=64, remedy="ask for at least one completion; send several requests for more")
+        number("temperature", self.temperature, low=0.0, high=math.inf, remedy="0 is greedy, 1 the model's own distribution")
+        number("top_p", self.top_p, low=0.0, high=1.0, open_low=True, remedy="1 turns it off")
+        integer("top_k", self.top_k, low=-1, high=2**31 - 1, remedy="0 or -1 turns it off")
+        number("min_p", self.min_p, low=0.0, high=1.0, remedy="0 turns it off")
+        if self.seed is not None:
+            integer("seed", self.seed, low=-(2**63), high=2**63 - 1, remedy="leave it out for a random one")
+        if self.max_tokens is not None:
+            integer("max_tokens", self.max_tokens, low=1, high=2**31 - 1, remedy="leave it None for the rest of the context")
+        integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1, remedy="0 turns it off")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}; lower it or raise max_tokens")
+
+    def _check_stops(self) -> None:
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"stop has the entry {text!r}; each must be a non-empty string: remove it")
+        assert isinstance(self.stop_token_ids, tuple)
+        for token in self.stop_token_ids:
+            integer("stop_token_ids", token, low=0, high=2**31 - 1, remedy="use ids of the model's vocabulary")
+        if self.min_tokens and len(self.stop_token_ids) > MAX_HELD_BACK_TOKENS // 2:
+            raise ValueError(
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; with min_tokens at most {MAX_HELD_BACK_TOKENS // 2} "
+                "are allowed: drop some, or min_tokens"
+            )
+        switches = {
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be true or false")
+
+
+def integer(name: str, value: object, *, low: int, high: int, remedy: str) -> None:
+    """Raise a ValueError unless `value` is a whole number in `[low, high]`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        above = f"at least {low}" if high >= 2**31 - 1 else f"between {low} and {high}"
+        raise ValueError(f"{name}={value!r} must be a whole number, {above}; {remedy}")
+
+
+def number(name: str, value: object, *, low: float, high: float, remedy: str, open_low: bool = False) -> None:
+    """Raise a ValueError unless `value` is a finite number in `[low, high]`, or in `(low, high]` with `open_low`."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
+        above = f"{'above' if open_low else 'at least'} {low:g}"
+        limits = above if high == math.inf else f"{above} and at most {high:g}"
+        raise ValueError(f"{name}={value!r} must be a finite number, {limits}; {remedy}")

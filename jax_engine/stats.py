@@ -1,0 +1,47 @@
+"""Counters of the engine core: plain, cumulative, cheap to keep, and sent with every few steps."""
+
+import msgspec
+
+
+class HostTime(msgspec.Struct, array_like=True, frozen=True):
+    """Cumulative host microseconds a step's parts took, and over how many steps. `wait` is time blocked on the device: not host work."""
+
+    steps: int = 0
+    schedule: float = 0.0
+    pack: float = 0.0
+    launch: float = 0.0
+    wait: float = 0.0
+    collect: float = 0.0
+
+
+class EngineStats(msgspec.Struct, array_like=True, frozen=True):
+    """A snapshot. Counters (`*_total`) only grow; the rest are gauges."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_pages_in_use: int = 0
+    num_tokens_in_pages: int = 0  # of num_pages_in_use * page_size: the rest is page waste
+    page_size: int = 0
+    steps_total: int = 0
+    prompt_tokens_total: int = 0  # processed by a step, recomputation included
+    generation_tokens_total: int = 0
+    padding_tokens_total: int = 0  # token rows of step programs that held no token
+    token_rows_total: int = 0  # token rows of step programs, padding included
+    preemptions_total: int = 0
+    finished_requests_total: dict[str, int] = {}  # by finish reason
+    programs_compiled: int = 0
+    programs_planned: int = 0
+    compile_seconds_total: float = 0.0
+    compiles_in_request_path_total: int = 0
+    host_time: HostTime = HostTime()
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the pages in use, 0 to 1."""
+        return self.num_pages_in_use / self.num_pages if self.num_pages else 0.0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all token rows so far that were padding, 0 to 1."""
+        return self.padding_tokens_total / self.token_rows_total if self.token_rows_total else 0.0

@@ -1,0 +1,198 @@
+"""One step's input: packed by the host into a single int32 buffer, unpacked by the step program on the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from numpy.typing import NDArray
+
+from jax_engine.messages import CoreRequest
+from jax_engine.sampler import SamplingMode, SamplingRows
+from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS
+from jax_engine.scheduler import Chunk
+
+TAKE_LAST = -1  # in place of a token id: the token that the step before drew for this slot
+NUM_PARAMETERS = 7  # temperature, top_k, top_p, min_p, two key words, hold_until
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The shape of a step program: `num_tokens` token rows of at most `num_sequences` sequences."""
+
+    num_tokens: int
+    num_sequences: int
+
+    def holds(self, num_tokens: int, num_sequences: int) -> bool:
+        return num_tokens <= self.num_tokens and num_sequences <= self.num_sequences
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where each field lies in the packed buffer of a bucket."""
+
+    bucket: Bucket
+    page_size: int
+    num_slots: int
+
+    @property
+    def num_page_updates(self) -> int:
+        """New pages a step can need: one for every full page of tokens, and one more for each sequence."""
+        return self.bucket.num_tokens // self.page_size + self.bucket.num_sequences
+
+    @cached_property
+    def fields(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        tokens, sequences = self.bucket.num_tokens, self.bucket.num_sequences
+        shapes: dict[str, tuple[int, ...]] = {
+            "tokens": (tokens,),
+            "query_starts": (sequences + 1,),
+            "kv_lengths": (sequences,),
+            "slots": (sequences,),
+            "samples": (sequences,),
+            "num_decodes": (1,),
+            "parameters": (sequences, NUM_PARAMETERS),
+            "held_back": (sequences, MAX_HELD_BACK_TOKENS),
+            "page_updates": (self.num_page_updates, 3),  # slot, index in its block table, page
+        }
+        fields, offset = {}, 0
+        for name, shape in shapes.items():
+            size = int(np.prod(shape))
+            fields[name] = (slice(offset, offset + size), shape)
+            offset += size
+        return fields
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the buffer in int32 words."""
+        return max(span.stop for span, _ in self.fields.values())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepBatch:
+    """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates too."""
+
+    tokens: Int[Array, " T"]  # or TAKE_LAST
+    query_starts: Int[Array, "B+1"]
+    kv_lengths: Int[Array, " B"]
+    slots: Int[Array, " B"]
+    samples: Int[Array, " B"]  # 1 where the row's token is drawn and kept
+    num_decodes: Int[Array, ""]
+    page_updates: Int[Array, "U 3"]
+    sampling: SamplingRows
+
+    @classmethod
+    def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":
+        view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
+        numbers = view["parameters"]
+
+        def floats(column: int) -> Array:
+            return jax.lax.bitcast_convert_type(numbers[:, column], jnp.float32)
+
+        sampling = SamplingRows(
+            temperature=floats(0),
+            top_k=numbers[:, 1],
+            top_p=floats(2),
+            min_p=floats(3),
+            keys=jax.lax.bitcast_convert_type(numbers[:, 4:6], jnp.uint32),
+            positions=view["kv_lengths"],
+            hold_until=numbers[:, 6],
+            held_back=view["held_back"],
+        )
+        return cls(
+            tokens=view["tokens"],
+            query_starts=view["query_starts"],
+            kv_lengths=view["kv_lengths"],
+            slots=view["slots"],
+            samples=view["samples"],
+            num_decodes=view["num_decodes"][0],
+            page_updates=view["page_updates"],
+            sampling=sampling,
+        )
+
+
+class SlotParameters:
+    """The sampling parameters of every slot, ready to be copied into a buffer. Mutable; owned by the runner.
+
+    Written when a request takes a slot, so that a step costs one gather whatever its rows ask for.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self._numbers = np.zeros((num_slots, NUM_PARAMETERS), np.int32)
+        self._held_back = np.full((num_slots, MAX_HELD_BACK_TOKENS), vocab_size, np.int32)
+        self._samples = np.zeros(num_slots, bool)
+        self._vocab_size = vocab_size
+
+    def set(self, slot: int, asked: CoreRequest) -> None:
+        row = self._numbers[slot]
+        row[[0, 2, 3]] = np.asarray([asked.temperature, asked.top_p, asked.min_p], np.float32).view(np.int32)
+        row[1] = asked.top_k
+        row[4:6] = np.asarray(asked.prng_key, np.uint32).view(np.int32)
+        held_back = (*asked.eos_token_ids, *asked.stop_token_ids) if asked.min_tokens else ()
+        row[6] = len(asked.prompt_token_ids) + asked.min_tokens if held_back else 0
+        self._held_back[slot] = self._vocab_size
+        self._held_back[slot, : len(held_back)] = held_back
+        self._samples[slot] = asked.temperature > 0 or bool(held_back)
+
+    def mode(self, slots: NDArray[np.int32]) -> SamplingMode:
+        """The least that a step over these slots needs."""
+        return SamplingMode.SAMPLE if self._samples[slots].any() else SamplingMode.GREEDY
+
+    def copy_into(self, view: dict[str, NDArray[np.int32]], slots: NDArray[np.int32]) -> None:
+        view["parameters"][: len(slots)] = self._numbers[slots]
+        view["held_back"][: len(slots)] = self._held_back[slots]
+
+
+def order_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The order of a step's rows: one-token ranges first, those with like context lengths side by side, then the longer ranges."""
+    decodes = [chunk for chunk in chunks if chunk.length == 1]
+    decodes.sort(key=lambda chunk: chunk.start)
+    return decodes + [chunk for chunk in chunks if chunk.length > 1]
+
+
+def pack_batch(chunks: Sequence[Chunk], layout: BatchLayout, parameters: SlotParameters) -> NDArray[np.int32]:
+    """Write a step's ordered chunks into a new buffer of the layout."""
+    buffer = np.zeros(layout.size, np.int32)
+    view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
+    count = len(chunks)
+    lengths = np.fromiter((chunk.length for chunk in chunks), np.int32, count)
+    slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, count)
+    starts = view["query_starts"]
+    np.cumsum(lengths, out=starts[1 : count + 1])
+    starts[count + 1 :] = starts[count]
+    view["kv_lengths"][:count] = np.fromiter((chunk.start for chunk in chunks), np.int32, count) + lengths
+    view["slots"][:count] = slots
+    view["slots"][count:] = layout.num_slots
+    view["samples"][:count] = np.fromiter((chunk.samples for chunk in chunks), np.int32, count)
+    view["num_decodes"][0] = int((lengths == 1).sum())
+    parameters.copy_into(view, slots)
+    _pack_tokens(view["tokens"], chunks)
+    _pack_page_updates(view["page_updates"], chunks, layout.num_slots)
+    return buffer
+
+
+def _pack_tokens(tokens: NDArray[np.int32], chunks: Sequence[Chunk]) -> None:
+    """Token ids as far as the host knows them; the one past them is taken from the device."""
+    row = 0
+    for chunk in chunks:
+        known = chunk.request.tokens
+        if chunk.length == 1:
+            tokens[row] = known[chunk.start] if chunk.start < len(known) else TAKE_LAST
+        else:
+            tokens[row : row + chunk.length] = known[chunk.start : chunk.start + chunk.length]
+        row += chunk.length
+
+
+def _pack_page_updates(updates: NDArray[np.int32], chunks: Sequence[Chunk], num_slots: int) -> None:
+    row = 0
+    for chunk in chunks:
+        if count := len(chunk.new_pages):
+            block = updates[row : row + count]
+            block[:, 0] = chunk.slot
+            block[:, 1] = range(chunk.first_new_page, chunk.first_new_page + count)
+            block[:, 2] = chunk.new_pages
+            row += count
+    updates[row:, 0] = num_slots
