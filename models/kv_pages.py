@@ -56,7 +56,9 @@ class SequenceTable:
     tokens lie past `query_starts[-1]` and have the position 0.
     """
 
-    block_tables: Int[Array, "B M"]  # page of each page_size-long part of a sequence; entries past its length are ignored
+    block_tables: Int[
+        Array, "B M"
+    ]  # page of each page_size-long part of a sequence; entries past its length are ignored
     query_starts: Int[Array, "B+1"]  # first token row of each sequence; the last entry is the number of real tokens
     kv_lengths: Int[Array, " B"]  # tokens of the sequence in the cache once this step has written its own
     num_decodes: Int[Array, ""]

@@ -52,7 +52,9 @@ def select_ops(backend: str, *, platform: str) -> tuple[Ops, str]:
             f"attention_backend={backend!r} is unknown; allowed are {', '.join(ATTENTION_BACKENDS)} (auto chooses by platform)"
         )
     if backend == "reference":
-        return Ops(partial(_paged_attention, reference.ragged_paged_attention), "reference"), "asked for: the float32 specification, slow"
+        return Ops(
+            partial(_paged_attention, reference.ragged_paged_attention), "reference"
+        ), "asked for: the float32 specification, slow"
     reason = "asked for" if backend == "xla" else f"the only implementation for platform {platform!r} so far"
     return Ops(partial(_paged_attention, xla.ragged_paged_attention), "xla"), reason
 

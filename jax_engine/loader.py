@@ -1,0 +1,268 @@
+"""From a model folder to arrays on the devices, without a second copy of the model in host memory.
+
+A model is split once, here, into what is static (`ModelStructure`) and a flat tuple of arrays. Whoever compiles a step
+passes the arrays to the jitted function and merges inside it, which costs nothing at call time:
+
+    structure = ModelStructure.of(model_class, config, ops=..., dtype=...)
+    leaves = load_leaves(structure, path)
+    step = jax.jit(lambda leaves, token_ids, ...: structure.merge(leaves)(token_ids, ...))
+"""
+
+import logging
+import re
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+from tqdm import tqdm
+
+from jax_engine.model_files import ModelLoadError, WeightFiles, read_model_config, resolve_model_path
+from jax_engine.models.config import ModelConfig, architecture_of
+from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.models.ops import Ops
+from jax_engine.models.registry import resolve_model
+from jax_engine.models.weights import Layout, Ranges, layout_of
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+# Host memory holds about this many tensors at once; more threads did not read faster from local disks.
+_NUM_READERS = 4
+# Stored by some checkpoints though it is computed here, or, with tied embeddings, stored already.
+_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# How many names an error lists.
+_NUM_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One leaf of a model: its name (the checkpoint's), its array, and the distribution of a random value."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    logical_axes: tuple[str, ...]
+    layout: Layout
+    mean: float
+    std: float
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the array."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """A model without its weights: hashable, made without allocating any."""
+
+    graphdef: nnx.GraphDef[LlamaForCausalLM]
+    treedef: jax.tree_util.PyTreeDef
+    parameters: tuple[Parameter, ...]
+
+    @classmethod
+    def of(
+        cls, model_class: type[LlamaForCausalLM], config: ModelConfig, *, ops: Ops, dtype: DTypeLike
+    ) -> "ModelStructure":
+        """The structure of `model_class` for `config`, every parameter in `dtype`."""
+        model = nnx.eval_shape(lambda: model_class(config, ops=ops, dtype=dtype, rngs=None))
+        graphdef, state = nnx.split(model)
+        parameters = []
+        for path, variable in nnx.to_flat_state(state):
+            name, metadata = ".".join(map(str, path)), variable.get_metadata()
+            leaf = variable.get_value()
+            parameters.append(
+                Parameter(
+                    name=name,
+                    shape=leaf.shape,
+                    dtype=leaf.dtype,
+                    logical_axes=metadata["logical_axes"],
+                    layout=layout_of(name, len(leaf.shape), model_class.HF_WEIGHTS),
+                    mean=metadata["init_mean"],
+                    std=metadata["init_std"],
+                )
+            )
+        return cls(graphdef, jax.tree.structure(state), tuple(parameters))
+
+    def merge(self, leaves: Sequence[jax.Array]) -> LlamaForCausalLM:
+        """The model with `leaves`, in the order of `parameters`; call it while tracing."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all parameters."""
+        return sum(parameter.num_bytes for parameter in self.parameters)
+
+
+def load_config(folder: Path) -> tuple[ModelConfig, type[LlamaForCausalLM]]:
+    """What `config.json` of a model folder describes, and the class that runs it."""
+    contents = read_model_config(folder)
+    try:
+        # The class first: the settings of an unknown architecture may have other names.
+        model_class = resolve_model(architecture_of(contents))
+        return ModelConfig.from_hf(contents), model_class
+    except ValueError as error:
+        raise ModelLoadError(f"{folder / 'config.json'}: {error}") from error
+
+
+def load_model(
+    path_or_name: str | Path | None,
+    config: ModelConfig,
+    *,
+    model_class: type[LlamaForCausalLM],
+    ops: Ops,
+    dtype: DTypeLike,
+    load_format: str = "auto",
+    sharding_of: Callable[[Parameter], Sharding] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[ModelStructure, tuple[jax.Array, ...]]:
+    """A model's structure, and its arrays as `load_leaves` gives them."""
+    structure = ModelStructure.of(model_class, config, ops=ops, dtype=dtype)
+    leaves = load_leaves(
+        structure, path_or_name, load_format=load_format, sharding_of=sharding_of, seed=seed, progress=progress
+    )
+    return structure, leaves
+
+
+def load_leaves(
+    structure: ModelStructure,
+    path_or_name: str | Path | None,
+    *,
+    load_format: str = "auto",
+    sharding_of: Callable[[Parameter], Sharding] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[jax.Array, ...]:
+    """Load a model's arrays, in the order of `structure.parameters`.
+
+    `path_or_name` is a folder or a hub name (see `resolve_model_path`). It is not looked at by `load_format="dummy"`,
+    which draws random weights from `seed`, the same ones however they are sharded. `sharding_of` places each parameter,
+    by its `logical_axes`; by default all are on the first device. `progress` shows a bar; None does so on a terminal.
+
+    Raises:
+        ModelLoadError: a file or tensor is missing, broken, of another shape or not expected.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
+    parameters = structure.parameters
+    shardings = [_first_device() if sharding_of is None else sharding_of(parameter) for parameter in parameters]
+    start = time.monotonic()
+    if load_format == "dummy":
+        load: Callable[[Parameter, Sharding], jax.Array] = _Draw(seed)
+        source, num_threads = f"random, seed {seed}", 1
+    else:
+        folder = resolve_model_path(path_or_name)
+        load, source, num_threads = _Read(_checked_files(folder, structure)), str(folder), _NUM_READERS
+    hidden = None if progress is None else not progress  # None: shown on a terminal only
+    bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
+    leaves = []
+    with ThreadPoolExecutor(num_threads) as pool, bar:
+        for leaf in pool.map(load, parameters, shardings):
+            leaves.append(leaf)
+            bar.update(leaf.nbytes)
+    seconds = time.monotonic() - start
+    logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, seconds, source)
+    return tuple(leaves)
+
+
+def _first_device() -> Sharding:
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
+    """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
+    files = WeightFiles.open(folder)
+    expected = {parameter.name: parameter for parameter in structure.parameters}
+    missing = sorted(expected.keys() - files.names)
+    if missing:
+        raise ModelLoadError(
+            f"the weights in {folder} lack {len(missing)} tensors that config.json calls for: {_listed(missing)}; "
+            "config.json and weights are of different models, or a weight file is missing: download the folder again"
+        )
+    extra = sorted(name for name in files.names - expected.keys() if not _IGNORED_TENSORS.search(name))
+    if extra:
+        raise ModelLoadError(
+            f"the weights in {folder} hold {len(extra)} tensors that config.json does not call for: {_listed(extra)}; "
+            "config.json and weights are of different models: download the folder again"
+        )
+    for name, parameter in expected.items():
+        tensor = files.tensor(name)
+        shape, stored = list(parameter.layout.stored_shape(parameter.shape)), tensor.get_shape()
+        if stored != shape:
+            raise ModelLoadError(
+                f"tensor {name} in {folder / files.file_of(name)} has shape {stored}, config.json makes it {shape}; "
+                "config.json and weights are of different models: download the folder again"
+            )
+        if tensor.get_dtype() not in _FLOATS:
+            raise ModelLoadError(
+                f"tensor {name} in {folder / files.file_of(name)} is stored as {tensor.get_dtype()}; supported are "
+                f"{', '.join(_FLOATS)}: use an unquantized checkpoint"
+            )
+    return files
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_LISTED]) + (", ..." if len(names) > _NUM_LISTED else "")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Reads parameters from files, each device's part by itself, converted to the model's dtype on the way."""
+
+    files: WeightFiles
+
+    def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
+        tensor = self.files.tensor(parameter.name)
+        layout, shape = parameter.layout, parameter.shape
+
+        @cache  # devices that hold the same part share one read
+        def part(ranges: Ranges) -> np.ndarray[Any, Any]:
+            block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(shape, ranges))]
+            return layout.arrange(block, shape, ranges).astype(parameter.dtype, copy=False)
+
+        def callback(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+            whole = tuple(slice(None) for _ in shape) if index is None else index
+            return part(tuple(piece.indices(size)[:2] for piece, size in zip(whole, shape, strict=True)))
+
+        # Wait for the copy: host memory must not fill with blocks that are still on their way to a device.
+        return jax.make_array_from_callback(shape, sharding, callback).block_until_ready()
+
+
+class _Draw:
+    """Draws random parameters on their devices, by the distributions that the model states; equal for equal seeds."""
+
+    def __init__(self, seed: int):
+        self._key = jax.random.key(seed)
+
+    def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
+        if not parameter.std:  # norms and biases
+            return jax.device_put(np.full(parameter.shape, parameter.mean, parameter.dtype), sharding)
+        key = jax.random.fold_in(self._key, zlib.crc32(parameter.name.encode()))
+        program = _normal_program(parameter.shape, parameter.dtype, sharding)
+        return program(key, parameter.mean, parameter.std).block_until_ready()
+
+
+@cache  # layers share their shapes, so a model of any depth compiles a handful
+def _normal_program(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding
+) -> Callable[[jax.Array, float, float], jax.Array]:
+    """A program that draws an array of normally distributed values, from a key, their mean and their deviation."""
+
+    def draw(key: jax.Array, mean: float, std: float) -> jax.Array:
+        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(draw, out_shardings=sharding)

@@ -1,0 +1,158 @@
+"""What a model is, read from a Hugging Face `config.json`."""
+
+import dataclasses
+
+from jax_engine.models.fields import Fields, boolean, group, integer, listing, number, text
+from jax_engine.models.rope import RopeConfig
+
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# What a Qwen configuration means when it does not say.
+_QWEN2_MAX_WINDOW_LAYERS = 28
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "max_model_len",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder's shape and options; field names are those of `config.json`. Lengths are in tokens.
+
+    `max_model_len` is the longest sequence that will be served; it chooses the frequencies of the two rope scalings
+    that depend on it (see `rope.py`) and nothing else. An engine that serves another length asks for
+    `with_max_model_len`. Which of the options a family heeds is said in that family's file.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    max_model_len: int
+    rope: RopeConfig
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    max_window_layers: int = 0
+    layer_types: tuple[str, ...] = ()
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        values = dataclasses.asdict(self)
+        for name in _POSITIVE:
+            _check_positive(name, values[name])
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.rope.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary dimension ({self.rope.rotary_dim}) must not exceed head_dim ({self.head_dim})")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; supported: {', '.join(ACTIVATIONS)}")
+        if self.sliding_window is not None:
+            _check_positive("sliding_window", self.sliding_window)
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries; it must have one a layer ({self.num_hidden_layers})"
+            )
+        for layer_type in self.layer_types:
+            if layer_type not in LAYER_TYPES:
+                raise ValueError(f"layer_types holds {layer_type!r}; supported: {', '.join(LAYER_TYPES)}")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types holds 'sliding_attention', so sliding_window must be set")
+
+    @classmethod
+    def from_hf(cls, hf: Fields) -> "ModelConfig":
+        """Read a parsed `config.json`. Raises ValueError naming the field that is missing, wrong or not supported."""
+        _check_plain_weights(hf)
+        hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
+        head_dim = integer(hf, "head_dim", default=hidden_size // num_heads)
+        length = integer(hf, "max_position_embeddings")
+        rope = RopeConfig.from_hf(hf, head_dim=head_dim, max_position_embeddings=length)
+        return cls(
+            architecture=architecture_of(hf),
+            vocab_size=integer(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=integer(hf, "intermediate_size"),
+            num_hidden_layers=integer(hf, "num_hidden_layers"),
+            num_attention_heads=num_heads,
+            num_key_value_heads=integer(hf, "num_key_value_heads", default=num_heads),
+            head_dim=head_dim,
+            max_position_embeddings=length,
+            max_model_len=default_max_model_len(rope, length),
+            rope=rope,
+            rms_norm_eps=number(hf, "rms_norm_eps", default=1e-6),
+            hidden_act=text(hf, "hidden_act", default="silu"),
+            tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
+            attention_bias=boolean(hf, "attention_bias"),
+            mlp_bias=boolean(hf, "mlp_bias"),
+            sliding_window=None if hf.get("sliding_window") is None else integer(hf, "sliding_window"),
+            use_sliding_window=boolean(hf, "use_sliding_window"),
+            max_window_layers=integer(hf, "max_window_layers", default=_QWEN2_MAX_WINDOW_LAYERS, low=0),
+            layer_types=listing(hf, "layer_types", str),
+            dtype=text(hf, "dtype", default=text(hf, "torch_dtype", default="float32")),
+            bos_token_id=None if hf.get("bos_token_id") is None else integer(hf, "bos_token_id", low=0),
+            eos_token_ids=_eos_token_ids(hf),
+        )
+
+    def with_max_model_len(self, max_model_len: int) -> "ModelConfig":
+        """The same model, to be served with sequences of up to `max_model_len` tokens."""
+        return dataclasses.replace(self, max_model_len=max_model_len)
+
+
+def architecture_of(hf: Fields) -> str:
+    """The one entry of `architectures`; ValueError when there is not exactly one."""
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1:
+        raise ValueError(f"architectures is {architectures!r}; it must list one class name, e.g. ['LlamaForCausalLM']")
+    return str(architectures[0])
+
+
+def default_max_model_len(rope: RopeConfig, max_position_embeddings: int) -> int:
+    """The longest sequence the checkpoint says it can handle, in tokens.
+
+    Linear, dynamic and YaRN checkpoints state the length before scaling; Llama 3 and LongRoPE ones the length after it.
+    """
+    if rope.rope_type == "yarn":
+        return max(max_position_embeddings, int(rope.original_max_position_embeddings * rope.factor))
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(max_position_embeddings * rope.factor)
+    return max_position_embeddings
+
+
+def _eos_token_ids(hf: Fields) -> tuple[int, ...]:
+    value = hf.get("eos_token_id")
+    return (value,) if isinstance(value, int) else listing(hf, "eos_token_id", int)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def _check_plain_weights(hf: Fields) -> None:
+    quantization = group(hf, "quantization_config")
+    if quantization:
+        raise ValueError(
+            f"quantization_config asks for {text(quantization, 'quant_method', default='quantized')!r} weights, which "
+            "are not supported; use the float16 or bfloat16 checkpoint of this model"
+        )

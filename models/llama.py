@@ -1,0 +1,158 @@
+"""Llama 2, 3 and 3.1+ (arXiv 2307.09288, 2407.21783), and the decoder that its descendants share.
+
+A family that differs by a bias, a norm on queries and keys, or a window says so in its `AttentionSpec`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.layers import ACTIVATION_FUNCTIONS, Cache, Embed, Linear, RMSNorm, Sequences, run_layers
+from jax_engine.models.ops import Ops
+from jax_engine.models.rope import Rotation, inverse_frequencies, rotation
+from jax_engine.models.weights import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """How one layer's attention departs from the plain one; `window` counts the tokens seen, the current one too."""
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, spec: AttentionSpec, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        head_dim, hidden = config.head_dim, (config.hidden_size,)
+        heads, kv_heads = (config.num_attention_heads, head_dim), (config.num_key_value_heads, head_dim)
+        queries, values = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        output = ("heads", "head_dim", "embed")
+        self.q_proj = Linear(hidden, heads, queries, bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(hidden, kv_heads, values, bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(hidden, kv_heads, values, bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(heads, hidden, output, bias=spec.output_bias, dtype=dtype, rngs=rngs)
+        norm = partial(RMSNorm, head_dim, "head_dim", eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+        self.q_norm = norm() if spec.qk_norm else None
+        self.k_norm = norm() if spec.qk_norm else None
+        self.window = spec.window
+        self.scale = head_dim**-0.5
+        self.ops = ops
+
+    def __call__(
+        self, x: Float[Array, "T D"], cache: Cache, rotate: Rotation, sequences: Sequences, *, layer: int
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        out, cache = self.ops.attention(
+            rotate(queries), rotate(keys), values, cache, sequences, layer=layer, scale=self.scale, window=self.window
+        )
+        return self.o_proj(out), cache
+
+
+class MLP(nnx.Module):
+    """Gated feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        hidden, inner, bias = (config.hidden_size,), (config.intermediate_size,), config.mlp_bias
+        self.gate_proj = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(inner, hidden, ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.hidden_act = config.hidden_act
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        return self.down_proj(ACTIVATION_FUNCTIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, spec: AttentionSpec, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, "embed", eps=eps, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, spec, ops=ops, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(size, "embed", eps=eps, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, hidden: Float[Array, "T D"], cache: Cache, rotate: Rotation, sequences: Sequences, *, layer: int
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        attended, cache = self.self_attn(self.input_layernorm(hidden), cache, rotate, sequences, layer=layer)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), cache
+
+
+class Decoder(nnx.Module):
+    """Token ids to final hidden states: what checkpoints store under `model.`."""
+
+    def __init__(
+        self, config: ModelConfig, specs: list[AttentionSpec], *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None
+    ):
+        self.config = config
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([Layer(config, spec, ops=ops, dtype=dtype, rngs=rngs) for spec in specs])
+        self.norm = RMSNorm(config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, token_ids: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, sequences: Sequences
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        config = self.config
+        frequencies, attention_factor = inverse_frequencies(
+            config.rope, max_position_embeddings=config.max_position_embeddings, max_model_len=config.max_model_len
+        )
+        rotate = rotation(positions, frequencies, attention_factor)
+        hidden, cache = run_layers(self.layers, self.embed_tokens(token_ids), cache, rotate, sequences)
+        return self.norm(hidden), cache
+
+
+class LlamaForCausalLM(nnx.Module):
+    """A decoder over flat tokens; subclasses state how their attention differs.
+
+    With `rngs=None` nothing is drawn: build it so inside `nnx.eval_shape` for its shapes and axes without its memory.
+    """
+
+    # Checkpoint layout -> ours; parameter names are the same. Anything else is stored as it is used.
+    HF_WEIGHTS: ClassVar[tuple[Rule, ...]] = (
+        Rule(r"self_attn\.(q|k|v)_proj\.weight", "(heads head_dim) embed -> embed heads head_dim"),
+        Rule(r"self_attn\.(q|k|v)_proj\.bias", "(heads head_dim) -> heads head_dim"),
+        Rule(r"self_attn\.o_proj\.weight", "embed (heads head_dim) -> heads head_dim embed"),
+        Rule(r"mlp\.\w+_proj\.weight", "out in -> in out"),
+        Rule(r"lm_head\.weight", "vocab embed -> embed vocab"),
+    )
+
+    def __init__(self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        specs = [self.attention_spec(config, layer) for layer in range(config.num_hidden_layers)]
+        self.model = Decoder(config, specs, ops=ops, dtype=dtype, rngs=rngs)
+        size, vocab_size = (config.hidden_size,), (config.vocab_size,)
+        head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
+        self.lm_head = None if config.tie_word_embeddings else head()
+
+    @staticmethod
+    def attention_spec(config: ModelConfig, layer: int) -> AttentionSpec:
+        """The attention of one layer; a family's one point of difference."""
+        if "sliding_attention" in config.layer_types:
+            raise ValueError(f"layer_types of layer {layer} asks for sliding_attention, which Llama does not have")
+        return AttentionSpec(qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+
+    def __call__(
+        self, token_ids: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, sequences: Sequences
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        """Hidden states after the final norm, and the cache with the tokens' keys and values.
+
+        The tokens of all sequences lie one after another; `positions` count from 0 within a sequence. Without a cache,
+        `sequences` holds each token's segment id.
+        """
+        return self.model(token_ids, positions, cache, sequences)
+
+    def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+        """Float32 logits of what follows each token, from its hidden state after the final norm."""
+        return self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head.project(hidden)
