@@ -47,7 +47,9 @@ def ragged_paged_attention(
         tile = groups.attend(index[:, None], index, (index < num_decodes)[:, None])
         # Rows that the clamped last group shares with the one before are computed twice, to the same values; a longer range's are kept.
         kept = lax.dynamic_slice_in_dim(out, first, rows)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where((index < num_decodes)[:, None, None], tile[:, 0], kept), first, axis=0)
+        return lax.dynamic_update_slice_in_dim(
+            out, jnp.where((index < num_decodes)[:, None, None], tile[:, 0], kept), first, axis=0
+        )
 
     out = lax.fori_loop(0, num_groups, decode, out)
     if num_tokens == 1:
@@ -158,7 +160,11 @@ class _Groups:
             return new_maximum, total, out * shrink[..., None] + added
 
         shape = queries.shape[:-1]
-        start = (jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
+        start = (
+            jnp.full(shape, -1e30, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros(queries.shape, jnp.float32),
+        )
         _, total, out = lax.fori_loop(first, last // chunk + 1, step, start)
         out = out / jnp.maximum(total, 1e-30)[..., None]
         return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, default_compilation_cache_dir
-from jax_engine.loader import ModelStructure, load_config, load_model
+from jax_engine.loader import ModelStructure, load_config, load_leaves
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import select_ops
@@ -78,15 +78,7 @@ class Runner:
         self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory))
         with ThreadPoolExecutor(1) as pool:
             compiling = pool.submit(self.compiled.compile_largest)
-            _, self._leaves = load_model(
-                folder,
-                model_config,
-                model_class=model_class,
-                ops=ops,
-                dtype=dtype,
-                load_format=config.load_format,
-                seed=config.seed,
-            )
+            self._leaves = load_leaves(self.structure, folder, load_format=config.load_format, seed=config.seed)
             compiling.result()
         self._state = self._zero_state(self.memory)
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
@@ -141,7 +133,9 @@ class Runner:
         # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
         context = longest_context(config, model)
         provisional = MemoryPlan(self._geometry.pages_for(context), context, "provisional")
-        largest = CompiledSteps(tuple(self._layouts), lambda program: self._lower(program, provisional)).compile_largest()
+        largest = CompiledSteps(
+            tuple(self._layouts), lambda program: self._lower(program, provisional)
+        ).compile_largest()
         cache_bytes = provisional.num_pages * self._geometry.page_bytes
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:
@@ -151,7 +145,9 @@ class Runner:
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
         layout = self._layouts[program.bucket]
-        leaves = tuple(jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in self.structure.parameters)
+        leaves = tuple(
+            jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in self.structure.parameters
+        )
         state = jax.eval_shape(lambda: self._zero_state(memory))
         buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
         step = jax.jit(step_function(self.structure, layout, program.mode), donate_argnums=1)

@@ -66,9 +66,7 @@ def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[A
 def keep_top_p(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Keep the heaviest whose share of the sum reaches `top_p`, zero the rest; ties with the lightest kept stay."""
     wanted = top_p * jnp.sum(weights, axis=-1)
-    threshold = _largest_threshold(
-        lambda low: jnp.sum(jnp.where(weights >= low, weights, 0), axis=-1) >= wanted, weights.shape[0]
-    )
+    threshold = _largest_threshold(lambda low: _sum_where(weights >= low, weights) >= wanted, weights.shape[0])
     return jnp.where((weights >= threshold) | (top_p >= 1)[:, None], weights, 0)
 
 
@@ -81,37 +79,49 @@ def _skip_unless(
     return lax.cond(needed, keep, lambda weights, _: weights, weights, limits)
 
 
-def _largest_threshold(enough: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], num_rows: int) -> Float[Array, "B 1"]:
-    """The largest weight in [0, 1] at which `enough` still holds (it holds at 0), by bisection over float32 bit patterns.
+def _sum_where(condition: Bool[Array, "B V"], weights: Float[Array, "B V"]) -> Float[Array, " B"]:
+    return jnp.sum(jnp.where(condition, weights, 0), axis=-1)
 
-    Non-negative floats order as their bits do.
-    """
+
+def _bisect(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], bound: int, num_rows: int) -> Int[Array, " B"]:
+    """For each row the largest number in `[0, bound)` at which `holds` is true; it is true at 0, and false from some number on."""
+
+    def narrow(_: int, limits: tuple[Int[Array, " B"], Int[Array, " B"]]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+        low, high = limits
+        middle = low + (high - low) // 2
+        inside = holds(middle)
+        return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
+
+    start = (jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, bound, jnp.int32))
+    return lax.fori_loop(0, bound.bit_length(), narrow, start)[0]
+
+
+def _largest_threshold(
+    enough: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], num_rows: int
+) -> Float[Array, "B 1"]:
+    """The largest weight in [0, 1] at which `enough` still holds, exactly: non-negative floats order as their bits do."""
 
     def as_float(bits: Int[Array, " B"]) -> Float[Array, "B 1"]:
         return lax.bitcast_convert_type(bits, jnp.float32)[:, None]
 
-    def narrow(_: int, bounds: tuple[Int[Array, " B"], Int[Array, " B"]]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
-        low, high = bounds  # enough(low) holds, enough(high) does not
-        middle = low + (high - low) // 2
-        holds = enough(as_float(middle))
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
-
-    above_one = int(np.float32(1).view(np.int32)) + 1
-    start = (jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, above_one, jnp.int32))
-    low, _ = lax.fori_loop(0, 30, narrow, start)  # 2**30 > above_one
-    return as_float(low)
+    one = int(np.float32(1).view(np.int32))
+    return as_float(_bisect(lambda bits: enough(as_float(bits)), one + 1, num_rows))
 
 
 def _draw(weights: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
-    """Invert the cumulative distribution of each row at its own uniform number."""
+    """Invert the cumulative distribution of each row at its own uniform number.
+
+    Bisection over the vocabulary: a cumulative sum over it would be a larger program and a second array of its size.
+    """
 
     def uniform(key: UInt[Array, " 2"], position: Int[Array, ""]) -> Float[Array, ""]:
         return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
 
-    cumulative = jnp.cumsum(weights, axis=-1)
-    target = jax.vmap(uniform)(rows.keys, rows.positions) * cumulative[:, -1]
-    # The first token whose cumulative weight exceeds the target; rounding of target up to the sum itself falls back on the last
-    # token that has weight.
-    index = jnp.sum(cumulative <= target[:, None], axis=-1)
-    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
+    num_rows, vocab_size = weights.shape
+    tokens = jnp.arange(vocab_size)
+    target = jax.vmap(uniform)(rows.keys, rows.positions) * jnp.sum(weights, axis=-1)
+    # The largest token before which at most `target` lies. It has weight itself, unless rounding brings the target up to the whole sum:
+    # then it is past the last token that has.
+    index = _bisect(lambda token: _sum_where(tokens < token[:, None], weights) <= target, vocab_size, num_rows)
+    last = vocab_size - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
     return jnp.minimum(index, last)

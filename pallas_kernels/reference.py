@@ -49,7 +49,9 @@ def ragged_paged_attention(
     pages = pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
     context = pages[layer, block_tables].astype(jnp.float32)  # [B, M, 2, K, S, H]
-    context = context.transpose(0, 2, 1, 4, 3, 5).reshape(num_sequences, 2, max_pages * page_size, num_kv_heads, head_dim)
+    context = context.transpose(0, 2, 1, 4, 3, 5).reshape(
+        num_sequences, 2, max_pages * page_size, num_kv_heads, head_dim
+    )
     grouped = queries.astype(jnp.float32).reshape(queries.shape[0], num_kv_heads, -1, head_dim)
     scores = jnp.einsum("tkgh,tskh->tkgs", grouped, context[owner, 0], precision="highest") * scale
     distance = positions[:, None] - jnp.arange(max_pages * page_size)[None, :]
