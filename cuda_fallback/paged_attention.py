@@ -1,12 +1,12 @@
 """Ragged paged attention in XLA operations: what CUDA devices without a Pallas kernel run, and what a CPU runs.
 
-The rows are cut into tiles of queries, and a group of tiles walks its sequences' pages chunk by chunk with a running softmax (Milakov and
-Gimelshein 2018, arXiv 1805.02867). Loop bounds are the real lengths, so no context length is baked into the program: decode rows are taken
-`DECODE_ROWS` at a time, each group only as far as its own longest row; longer ranges are cut into tiles of `PREFILL_ROWS` queries of one
-sequence. A row's arithmetic does not depend on the rows beside it: chunks past its end contribute exact zeros.
+The rows are cut into tiles of queries, and a group of tiles walks its sequences' pages chunk by chunk with a running
+softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Loop bounds are the real lengths, so no context length is
+baked into the program: decode rows are taken `DECODE_ROWS` at a time, each group only as far as its own longest row;
+longer ranges are cut into tiles of `PREFILL_ROWS` queries of one sequence. A row's arithmetic does not depend on the
+rows beside it: chunks past its end contribute exact zeros.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -32,7 +32,7 @@ def ragged_paged_attention(
     scale: float,
     window: int | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "L P 2 K S H"]]:
-    """Specified by `pallas_kernels.reference.ragged_paged_attention`, in the storage types with float32 accumulation."""
+    """Specified by `pallas_kernels.reference`; products in the storage types, accumulated in float32."""
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer)
     groups = _Groups(queries, pages, block_tables, positions, layer, scale, window)
     num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
@@ -45,7 +45,8 @@ def ragged_paged_attention(
         first = jnp.minimum(group * rows, min(num_sequences, num_tokens) - rows)
         index = first + jnp.arange(rows)
         tile = groups.attend(index[:, None], index, (index < num_decodes)[:, None])
-        # Rows that the clamped last group shares with the one before are computed twice, to the same values; a longer range's are kept.
+        # Rows that the clamped last group shares with the one before are computed twice, to the same values; a longer
+        # range's are kept.
         kept = lax.dynamic_slice_in_dim(out, first, rows)
         return lax.dynamic_update_slice_in_dim(
             out, jnp.where((index < num_decodes)[:, None, None], tile[:, 0], kept), first, axis=0
@@ -79,7 +80,7 @@ def _write(
     positions: Int[Array, " T"],
     layer: int,
 ) -> Float[Array, "L P 2 K S H"]:
-    """Scatter the step's keys and values into their pages, in place where `pages` is donated; padding rows are dropped."""
+    """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows."""
     num_sequences = block_tables.shape[0]
     num_pages, page_size = pages.shape[1], pages.shape[4]
     owner = jnp.minimum(token_sequences, num_sequences - 1)
@@ -91,7 +92,7 @@ def _write(
 def _prefill_tiles(
     query_starts: Int[Array, "B+1"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
 ) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, ""]]:
-    """Cut every range past the decodes into tiles: (sequence of each tile, its first token row, how many tiles are real)."""
+    """Cut every range past the decodes into tiles: (sequence, first token row) of each, and how many are real."""
     num_sequences = query_starts.shape[0] - 1
     lengths = query_starts[1:] - query_starts[:-1]
     tiles = jnp.where(jnp.arange(num_sequences) >= num_decodes, (lengths + rows - 1) // rows, 0)
@@ -124,7 +125,7 @@ class _Groups:
     def attend(
         self, rows: Int[Array, "R Q"], sequences: Int[Array, " R"], real: Bool[Array, "R Q"]
     ) -> Float[Array, "R Q N H"]:
-        """Attention of `R` tiles of `Q` token rows each, a tile within one sequence; rows that are not `real` are garbage."""
+        """Attention of `R` tiles of `Q` rows each, a tile within one sequence; rows that are not `real` are garbage."""
         num_kv_heads, page_size, head_dim = self.pages.shape[3:]
         num_tiles, num_rows = rows.shape
         queries = self.queries[rows].reshape(num_tiles, num_rows, num_kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)

@@ -1,7 +1,8 @@
 """Step programs and their executables: the only place that compiles.
 
-The largest program is compiled first, and from then on the engine serves, because every step can be padded into it. The others follow in the
-background, in the order in which they help most. A step never waits for a compile: it takes the smallest program that is ready and large enough.
+The largest program is compiled first, and from then on the engine serves, because every step can be padded into it.
+The others follow in the background, in the order in which they help most. A step never waits for a compile: it takes
+the smallest program that is ready and large enough.
 """
 
 import logging
@@ -93,7 +94,9 @@ class CompiledSteps:
             self._compile(program)
             left = (time.monotonic() - start) / done * (len(programs) - done)
             level = logging.INFO if done % 4 == 0 else logging.DEBUG
-            logger.log(level, "compiled %d of %d step programs, about %.0f s left", self.num_ready, len(self.programs), left)
+            logger.log(
+                level, "compiled %d of %d step programs, about %.0f s left", self.num_ready, len(self.programs), left
+            )
         logger.info("all %d step programs compiled, %.1f s in all", len(self.programs), self.seconds)
 
     def _compile(self, program: Program) -> jax.stages.Compiled:

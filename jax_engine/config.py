@@ -37,7 +37,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # None: max(512, max_num_seqs)
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None  # None: from the compiled step's own memory analysis (a fixed default on CPU)
+    kv_cache_memory_bytes: int | None = (
+        None  # None: from the compiled step's own memory analysis (a fixed default on CPU)
+    )
     attention_backend: str = "auto"
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
@@ -47,20 +49,38 @@ class EngineConfig:
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
         if self.max_model_len is not None:
-            integer("max_model_len", self.max_model_len, low=2, high=2**31 - 1, remedy="leave it out for the model's own")
+            integer(
+                "max_model_len", self.max_model_len, low=2, high=2**31 - 1, remedy="leave it out for the model's own"
+            )
         integer("max_num_seqs", self.max_num_seqs, low=1, high=4096, remedy="64 is the default")
         if self.max_num_batched_tokens is not None:
-            integer("max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=2**20, remedy="512 is the default")
+            integer(
+                "max_num_batched_tokens", self.max_num_batched_tokens, low=1, high=2**20, remedy="512 is the default"
+            )
             if self.max_num_batched_tokens < self.max_num_seqs:
                 raise ValueError(
-                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least max_num_seqs={self.max_num_seqs}, "
-                    "so that every running sequence can decode in one step; raise it or lower max_num_seqs"
+                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                    f"max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in one step; "
+                    "raise it or lower max_num_seqs"
                 )
         if self.block_size is not None:
             choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
-        number("gpu_memory_utilization", self.gpu_memory_utilization, low=0, high=1, open_low=True, remedy="0.9 is the default")
+        number(
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            low=0,
+            high=1,
+            open_low=True,
+            remedy="0.9 is the default",
+        )
         if self.kv_cache_memory_bytes is not None:
-            integer("kv_cache_memory_bytes", self.kv_cache_memory_bytes, low=1, high=2**62, remedy="leave it out for a default")
+            integer(
+                "kv_cache_memory_bytes",
+                self.kv_cache_memory_bytes,
+                low=1,
+                high=2**62,
+                remedy="leave it out for a default",
+            )
 
     @property
     def token_budget(self) -> int:

@@ -20,7 +20,7 @@ from jax_engine.messages import Command, Event, Failed, Ready, Shutdown, StepOut
 from jax_engine.stats import EngineStats
 
 if TYPE_CHECKING:
-    from jax_engine.engine_core import EngineCore
+    pass
 
 COMMANDS, EVENTS = "commands", "events"  # names of the two sockets in the folder that both processes share
 
@@ -91,7 +91,9 @@ class CoreProcess:
         """
         folder = tempfile.mkdtemp(prefix="jax_engine_")
         # The child's standard input carries the settings, and its end tells the child that this process is gone.
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "jax_engine.core_process", folder, stdin=PIPE)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "jax_engine.core_process", folder, stdin=PIPE
+        )
         core = cls(process, folder, zmq.asyncio.Context())
         level = logging.getLogger("jax_engine").getEffectiveLevel()
         assert process.stdin is not None
@@ -136,7 +138,7 @@ class CoreProcess:
         received = asyncio.ensure_future(self._events.recv())
         try:
             await asyncio.wait({received, self._exited}, return_when=asyncio.FIRST_COMPLETED)
-            if not received.done() and await self._events.poll(timeout=0) == 0:
+            if not received.done() and not await self._events.poll(timeout=0):
                 raise EngineDeadError(_epitaph(self._exited.result()))
             event = self._decoder.decode(await received)
         finally:

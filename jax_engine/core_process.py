@@ -1,7 +1,7 @@
 """The engine core's own process: `python -m jax_engine.core_process FOLDER`, started by `core_client.CoreProcess`.
 
-It reads its settings from standard input, commands from one socket, and writes events to another. It ends when it is told to, when it fails,
-or when its parent is gone.
+It reads its settings from standard input, commands from one socket, and writes events to another. It ends when it is
+told to, when it fails, or when its parent is gone.
 """
 
 import json
@@ -93,7 +93,9 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     _end_with_parent()
     logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s [core] %(message)s")
-    logging.getLogger("jax").setLevel(max(settings["log_level"], logging.WARNING))  # it reports every platform that it does not find
+    logging.getLogger("jax").setLevel(
+        max(settings["log_level"], logging.WARNING)
+    )  # it reports every platform that it does not find
     server = CoreServer(sys.argv[1])
     sys.excepthook = server.report_failure
     try:

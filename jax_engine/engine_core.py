@@ -42,7 +42,9 @@ class EngineCore:
         return self._pending is not None or self.scheduler.has_work
 
     def step(self) -> StepOutputs:
-        """Launch the next step, then take the tokens of the one before it, so that the host works while the device does."""
+        """Launch the next step, then take the tokens of the one before it, so that the host works while the device
+        does.
+        """
         start = time.perf_counter()
         plan = self.scheduler.schedule()
         self._schedule_us += (time.perf_counter() - start) * 1e6

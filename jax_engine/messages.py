@@ -26,8 +26,8 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
 
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
-    """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for end of
-    sequence), "length", "abort" or "error"."""
+    """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
+    end of sequence), "length", "abort" or "error"."""
 
     request_id: str
     new_token_ids: list[int]
@@ -51,7 +51,9 @@ class Add(msgspec.Struct, array_like=True, frozen=True, tag="add"):
 
 
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
-    """Drop these requests and free their pages at the next step; unknown or finished ids are ignored. No output follows."""
+    """Drop these requests and free their pages at the next step; unknown or finished ids are ignored. No output
+    follows.
+    """
 
     request_ids: list[str]
 
@@ -73,7 +75,9 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
-    """The core's last message: why it cannot start or cannot go on. `user_error`: the configuration is at fault, not the program."""
+    """The core's last message: why it cannot start or cannot go on. `user_error`: the configuration is at fault, not
+    the program.
+    """
 
     reason: str
     user_error: bool = False

@@ -61,8 +61,8 @@ class MemoryPlan:
 def bucket_lattice(max_num_seqs: int, token_budget: int) -> tuple[Bucket, ...]:
     """The step shapes: token counts in powers of two up to the budget, each with all the sequences it can hold.
 
-    One and `SMALLEST_STEP` serve the few-sequence decode; a step's cost follows its token rows, and padding sequences cost next to nothing
-    in attention, whose loops run over real lengths.
+    One and `SMALLEST_STEP` serve the few-sequence decode; a step's cost follows its token rows, and padding sequences
+    cost next to nothing in attention, whose loops run over real lengths.
     """
     sizes = {1, min(SMALLEST_STEP, token_budget), max_num_seqs, token_budget}
     size = SMALLEST_STEP
@@ -78,19 +78,17 @@ def longest_context(config: EngineConfig, model: ModelConfig) -> int:
         return model.max_model_len
     if config.max_model_len > model.max_model_len:
         raise ValueError(
-            f"max_model_len={config.max_model_len} is more than the {model.max_model_len} tokens that the model was made for "
-            "(max_position_embeddings and rope scaling in its config.json); lower it"
+            f"max_model_len={config.max_model_len} is more than the {model.max_model_len} tokens that the model was "
+            "made for (max_position_embeddings and rope scaling in its config.json); lower it"
         )
     return config.max_model_len
 
 
-def plan_memory(
-    config: EngineConfig, model: ModelConfig, geometry: CacheGeometry, available: int | None
-) -> MemoryPlan:
+def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometry, available: int | None) -> MemoryPlan:
     """Divide memory into pages.
 
-    `available` is what the device has left for pages once weights and the largest step's temporaries are taken (None on a CPU, where it is
-    host memory and a setting). No more pages are made than all sequences can fill.
+    `available` is what the device has left for pages once weights and the largest step's temporaries are taken (None
+    on a CPU, where it is host memory and a setting). No more pages are made than all sequences can fill.
 
     Raises:
         ValueError: the pages cannot hold one sequence of `max_model_len`; with the numbers and what would fit.
@@ -112,8 +110,8 @@ def plan_memory(
         needed = geometry.pages_for(context) * geometry.page_bytes
         raise ValueError(
             f"max_model_len={context} needs {needed / 2**20:.1f} MiB of KV cache for one sequence, and there are "
-            f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; lower max_model_len to {max(holds, 1)} or less, "
-            f"or set kv_cache_memory_bytes to at least {needed}"
+            f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; "
+            f"lower max_model_len to {max(holds, 1)} or less, or set kv_cache_memory_bytes to at least {needed}"
         )
     if useful < fits:
         reason = f"{config.max_num_seqs} sequences of {context} tokens"
@@ -121,11 +119,13 @@ def plan_memory(
 
 
 def memory_for_pages(step: jax.stages.Compiled, limit: int, utilization: float, cache_bytes: int) -> int:
-    """Bytes of a device left for pages: its `limit` times `utilization`, less what the largest step takes (weights, temporaries, code).
+    """Bytes of a device left for pages: its `limit` times `utilization`, less what the largest step takes (weights,
+    temporaries, code).
 
     `cache_bytes` is the cache that this step was compiled with, which is no part of that.
     """
     analysis = step.memory_analysis()
+    assert analysis is not None
     taken = (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes

@@ -9,8 +9,8 @@ from jax_engine.messages import CoreRequest
 class Request:
     """One sequence in the engine core. Mutable; owned by the `Scheduler`.
 
-    `tokens` are those known on the host (prompt, then output). A step that has been launched and not collected adds `num_pending` tokens
-    that exist on the device only; step ranges cover both.
+    `tokens` are those known on the host (prompt, then output). A step that has been launched and not collected adds
+    `num_pending` tokens that exist on the device only; step ranges cover both.
     """
 
     asked: CoreRequest

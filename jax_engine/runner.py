@@ -163,7 +163,9 @@ class Runner:
 
 
 def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
-    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the checkpoint's."""
+    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the
+    checkpoint's.
+    """
     if asked != "auto":
         return jnp.dtype(asked)
     if platform == "cpu":
@@ -172,7 +174,9 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
 
 
 def set_compilation_cache(folder: str | None) -> None:
-    """Keep executables on disk, small and quickly compiled ones too, so that the next start finds them; "" turns it off."""
+    """Keep executables on disk, small and quickly compiled ones too, so that the next start finds them; "" turns it
+    off.
+    """
     folder = default_compilation_cache_dir() if folder is None else folder
     if not folder:
         return

@@ -1,9 +1,10 @@
 """Drawing the next token on the device, each row by its own parameters.
 
-A token at position `p` of a request is drawn with `fold_in(request key, p)` (counter-based, threefry: Salmon et al., SC 2011): it depends on the
-request and its position only, not on the batch around it. One uniform number a row is compared with the cumulative distribution, so that the
-random bits cost nothing beside the logits. Thresholds for top-k and top-p are found by bisection over the bits of a float32: 32 passes of
-compare-and-sum, exact, without sorting the vocabulary.
+A token at position `p` of a request is drawn with `fold_in(request key, p)` (counter-based, threefry: Salmon et al.,
+SC 2011): it depends on the request and its position only, not on the batch around it. One uniform number a row is
+compared with the cumulative distribution, so that the random bits cost nothing beside the logits. Thresholds for
+top-k and top-p are found by bisection over the bits of a float32: 32 passes of compare-and-sum, exact, without
+sorting the vocabulary.
 """
 
 from collections.abc import Callable
@@ -84,7 +85,9 @@ def _sum_where(condition: Bool[Array, "B V"], weights: Float[Array, "B V"]) -> F
 
 
 def _bisect(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], bound: int, num_rows: int) -> Int[Array, " B"]:
-    """For each row the largest number in `[0, bound)` at which `holds` is true; it is true at 0, and false from some number on."""
+    """For each row the largest number in `[0, bound)` at which `holds` is true; it is true at 0, and false from some
+    number on.
+    """
 
     def narrow(_: int, limits: tuple[Int[Array, " B"], Int[Array, " B"]]) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
         low, high = limits
@@ -99,7 +102,9 @@ def _bisect(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], bound: int, 
 def _largest_threshold(
     enough: Callable[[Float[Array, "B 1"]], Bool[Array, " B"]], num_rows: int
 ) -> Float[Array, "B 1"]:
-    """The largest weight in [0, 1] at which `enough` still holds, exactly: non-negative floats order as their bits do."""
+    """The largest weight in [0, 1] at which `enough` still holds, exactly: non-negative floats order as their bits
+    do.
+    """
 
     def as_float(bits: Int[Array, " B"]) -> Float[Array, "B 1"]:
         return lax.bitcast_convert_type(bits, jnp.float32)[:, None]
@@ -120,8 +125,8 @@ def _draw(weights: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
     num_rows, vocab_size = weights.shape
     tokens = jnp.arange(vocab_size)
     target = jax.vmap(uniform)(rows.keys, rows.positions) * jnp.sum(weights, axis=-1)
-    # The largest token before which at most `target` lies. It has weight itself, unless rounding brings the target up to the whole sum:
-    # then it is past the last token that has.
+    # The largest token before which at most `target` lies. It has weight itself, unless rounding brings the target up
+    # to the whole sum: then it is past the last token that has.
     index = _bisect(lambda token: _sum_where(tokens < token[:, None], weights) <= target, vocab_size, num_rows)
     last = vocab_size - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)
     return jnp.minimum(index, last)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-# A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-sequence ids).
+# A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-
+# sequence ids).
 MAX_HELD_BACK_TOKENS = 32
 
 
@@ -21,7 +22,8 @@ class RequestOutputKind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends. Every field acts; one that this class lacks is not supported yet.
+    """How the tokens of one request are chosen, and when it ends. Every field acts; one that this class lacks is not
+    supported yet.
 
     Raises:
         ValueError: a value outside its range; the message names field, value, range and remedy.
@@ -68,17 +70,27 @@ class SamplingParams:
 
     def _check_numbers(self) -> None:
         integer("n", self.n, low=1, high=64, remedy="ask for at least one completion; send several requests for more")
-        number("temperature", self.temperature, low=0.0, high=math.inf, remedy="0 is greedy, 1 the model's own distribution")
+        number(
+            "temperature",
+            self.temperature,
+            low=0.0,
+            high=math.inf,
+            remedy="0 is greedy, 1 the model's own distribution",
+        )
         number("top_p", self.top_p, low=0.0, high=1.0, open_low=True, remedy="1 turns it off")
         integer("top_k", self.top_k, low=-1, high=2**31 - 1, remedy="0 or -1 turns it off")
         number("min_p", self.min_p, low=0.0, high=1.0, remedy="0 turns it off")
         if self.seed is not None:
             integer("seed", self.seed, low=-(2**63), high=2**63 - 1, remedy="leave it out for a random one")
         if self.max_tokens is not None:
-            integer("max_tokens", self.max_tokens, low=1, high=2**31 - 1, remedy="leave it None for the rest of the context")
+            integer(
+                "max_tokens", self.max_tokens, low=1, high=2**31 - 1, remedy="leave it None for the rest of the context"
+            )
         integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1, remedy="0 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}; lower it or raise max_tokens")
+            raise ValueError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}; lower it or raise that"
+            )
 
     def _check_stops(self) -> None:
         for text in self.stop_strings:
@@ -89,8 +101,8 @@ class SamplingParams:
             integer("stop_token_ids", token, low=0, high=2**31 - 1, remedy="use ids of the model's vocabulary")
         if self.min_tokens and len(self.stop_token_ids) > MAX_HELD_BACK_TOKENS // 2:
             raise ValueError(
-                f"stop_token_ids has {len(self.stop_token_ids)} entries; with min_tokens at most {MAX_HELD_BACK_TOKENS // 2} "
-                "are allowed: drop some, or min_tokens"
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; with min_tokens at most "
+                f"{MAX_HELD_BACK_TOKENS // 2} are allowed: drop some, or min_tokens"
             )
         switches = {
             "include_stop_str_in_output": self.include_stop_str_in_output,

@@ -1,8 +1,8 @@
 """Continuous batching: which tokens of which requests the next step computes.
 
-There is no prefill or decode mode. A step is a list of token ranges: a running request's next token, a chunk of a prompt, or a preempted
-request's tokens once more. Iteration-level scheduling is that of Orca (Yu et al., OSDI 2022); chunks under one budget, decodes first, that of
-Sarathi-Serve (Agrawal et al. 2024, arXiv 2403.02310).
+There is no prefill or decode mode. A step is a list of token ranges: a running request's next token, a chunk of a
+prompt, or a preempted request's tokens once more. Iteration-level scheduling is that of Orca (Yu et al., OSDI 2022);
+chunks under one budget, decodes first, that of Sarathi-Serve (Agrawal et al. 2024, arXiv 2403.02310).
 """
 
 import time
@@ -48,7 +48,9 @@ class SchedulerLimits:
     page_size: int
     max_num_seqs: int
     token_budget: int
-    watermark: float = 0.01  # share of the pages that admission leaves to running requests, so that it does not preempt at once
+    watermark: float = (
+        0.01  # share of the pages that admission leaves to running requests, so that it does not preempt at once
+    )
 
 
 class Scheduler:
@@ -94,7 +96,9 @@ class Scheduler:
         return sum(request.num_computed for request in self.running)
 
     def schedule(self) -> StepPlan | None:
-        """Spend one step's token budget: running requests first, one-token ranges before chunks, then waiting prompts."""
+        """Spend one step's token budget: running requests first, one-token ranges before chunks, then waiting
+        prompts.
+        """
         chunks: list[Chunk] = []
         preemptions = self.num_preemptions
         budget = self.limits.token_budget
@@ -102,7 +106,11 @@ class Scheduler:
             chunks.append(chunk)
             budget -= chunk.length
         for request in [request for request in self.running if request.num_uncomputed > 1]:
-            if budget and request.slot >= 0 and (grown := self._grow(request, min(request.num_uncomputed, budget), chunks)):
+            if (
+                budget
+                and request.slot >= 0
+                and (grown := self._grow(request, min(request.num_uncomputed, budget), chunks))
+            ):
                 chunks.append(grown)
                 budget -= grown.length
         if self.num_preemptions == preemptions:
@@ -134,7 +142,9 @@ class Scheduler:
         return outputs
 
     def _continue_running(self) -> Iterator[Chunk]:
-        """The next token of every request that has one to compute. The token budget covers all running requests by configuration."""
+        """The next token of every request that has one to compute. The token budget covers all running requests by
+        configuration.
+        """
         scheduled: list[Chunk] = []
         for request in [request for request in self.running if request.num_uncomputed == 1]:
             # Making room for an earlier request may have preempted this one.
@@ -143,7 +153,9 @@ class Scheduler:
         yield from scheduled
 
     def _grow(self, request: Request, length: int, scheduled: list[Chunk]) -> Chunk | None:
-        """A chunk of a running request, preempting later arrivals for its pages; None when the request had to give up its own."""
+        """A chunk of a running request, preempting later arrivals for its pages; None when the request had to give up
+        its own.
+        """
         needed = self._pages_needed(request, length)
         while needed > self.pool.num_free:
             victim = self._victim({id(chunk.request) for chunk in scheduled})
@@ -189,7 +201,9 @@ class Scheduler:
         return next(request for request in reversed(self.running) if id(request) not in scheduled)
 
     def _preempt(self, request: Request) -> None:
-        """Free a running request's pages; its tokens are computed again once it is readmitted, ahead of later arrivals."""
+        """Free a running request's pages; its tokens are computed again once it is readmitted, ahead of later
+        arrivals.
+        """
         self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
@@ -206,7 +220,9 @@ class Scheduler:
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
-        """Take a request out of the running ones. Steps in flight may still write its pages: they run before any later step does."""
+        """Take a request out of the running ones. Steps in flight may still write its pages: they run before any
+        later step does.
+        """
         self.running.remove(request)
         self._free_slots.append(request.slot)
         self.pool.free(request.pages)

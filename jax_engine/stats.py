@@ -4,7 +4,9 @@ import msgspec
 
 
 class HostTime(msgspec.Struct, array_like=True, frozen=True):
-    """Cumulative host microseconds a step's parts took, and over how many steps. `wait` is time blocked on the device: not host work."""
+    """Cumulative host microseconds a step's parts took, and over how many steps. `wait` is time blocked on the
+    device: not host work.
+    """
 
     steps: int = 0
     schedule: float = 0.0

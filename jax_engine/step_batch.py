@@ -147,7 +147,9 @@ class SlotParameters:
 
 
 def order_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """The order of a step's rows: one-token ranges first, those with like context lengths side by side, then the longer ranges."""
+    """The order of a step's rows: one-token ranges first, those with like context lengths side by side, then the
+    longer ranges.
+    """
     decodes = [chunk for chunk in chunks if chunk.length == 1]
     decodes.sort(key=lambda chunk: chunk.start)
     return decodes + [chunk for chunk in chunks if chunk.length > 1]

@@ -23,11 +23,11 @@ class DeviceState:
     last_tokens: Int[Array, " slots"]  # the token each slot drew last
 
     @classmethod
-    def zeros(
-        cls, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_slots: int, max_pages: int
-    ) -> "DeviceState":
+    def zeros(cls, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_slots: int, max_pages: int) -> "DeviceState":
         return cls(
-            KVPages.zeros(cache_shape, dtype), jnp.zeros((num_slots, max_pages), jnp.int32), jnp.zeros(num_slots, jnp.int32)
+            KVPages.zeros(cache_shape, dtype),
+            jnp.zeros((num_slots, max_pages), jnp.int32),
+            jnp.zeros(num_slots, jnp.int32),
         )
 
 
@@ -42,16 +42,14 @@ class Program:
         return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}"
 
 
-StepFunction = Callable[
-    [tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, " B"]]
-]
+StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, " B"]]]
 
 
 def step_function(structure: ModelStructure, layout: BatchLayout, mode: SamplingMode) -> StepFunction:
     """The function that a step program compiles, for one layout and one sampling mode.
 
-    It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and the token drawn for
-    each row of the batch.
+    It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and
+    the token drawn for each row of the batch.
     """
     num_tokens = layout.bucket.num_tokens
 

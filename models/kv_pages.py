@@ -1,7 +1,7 @@
 """The paged KV cache and the table that says which pages a step's tokens use: the one place that knows the layout.
 
-Layout: `[layers, pages, 2 (K, V), kv_heads, page_size, head_dim]`. One block table serves every layer. A page of one layer is contiguous,
-which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA.
+Layout: `[layers, pages, 2 (K, V), kv_heads, page_size, head_dim]`. One block table serves every layer. A page of one
+layer is contiguous, which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA.
 """
 
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ class KVPages:
 class SequenceTable:
     """Which sequence, position and page each of a step's tokens belongs to.
 
-    The step's T token rows are the sequences' ranges one after the other. The first `num_decodes` sequences have a range of one token (so
-    decode rows are rows `0..num_decodes-1`); longer ranges follow. Padding sequences have a range of zero and `kv_lengths` of zero; padding
-    tokens lie past `query_starts[-1]` and have the position 0.
+    The step's T token rows are the sequences' ranges one after the other. The first `num_decodes` sequences have a
+    range of one token (so decode rows are rows `0..num_decodes-1`); longer ranges follow. Padding sequences have a
+    range of zero and `kv_lengths` of zero; padding tokens lie past `query_starts[-1]` and have the position 0.
     """
 
     block_tables: Int[

@@ -1,7 +1,7 @@
 """The operations a model is built from, and the choice of their implementations.
 
-A model receives an immutable `Ops` and never asks what platform it runs on. An engine picks one `Ops` at start, logs the choice with its reason,
-and keeps it.
+A model receives an immutable `Ops` and never asks what platform it runs on. An engine picks one `Ops` at start, logs
+the choice with its reason, and keeps it.
 """
 
 from collections.abc import Callable
@@ -46,10 +46,13 @@ class Ops:
 
 
 def select_ops(backend: str, *, platform: str) -> tuple[Ops, str]:
-    """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice in one sentence."""
+    """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
+    in one sentence.
+    """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
-            f"attention_backend={backend!r} is unknown; allowed are {', '.join(ATTENTION_BACKENDS)} (auto chooses by platform)"
+            f"attention_backend={backend!r} is unknown; allowed are {', '.join(ATTENTION_BACKENDS)} "
+            "(auto chooses by platform)"
         )
     if backend == "reference":
         return Ops(
@@ -109,7 +112,9 @@ def _dense_attention(
     scale: float,
     window: int | None,
 ) -> tuple[Float[Array, "T N H"], KVPages | None]:
-    """Causal attention among the rows that share a segment id; `cache` and `layer` are not used and the cache is passed through."""
+    """Causal attention among the rows that share a segment id; `cache` and `layer` are not used and the cache is
+    passed through.
+    """
     assert not isinstance(sequences, SequenceTable)
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]

@@ -35,10 +35,11 @@ def ragged_paged_attention(
     scale: float,
     window: int | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "L P 2 K S H"]]:
-    """Causal grouped-query attention of each new token over its own sequence's pages, after writing the new keys and values.
+    """Causal grouped-query attention of each new token over its own sequence's pages, after writing the new keys and
+    values.
 
-    A token at position p sees positions `max(0, p - window + 1) .. p`. Arithmetic is float32 whatever the storage types. The paging is that of
-    vLLM (Kwon et al. 2023, arXiv 2309.06180).
+    A token at position p sees positions `max(0, p - window + 1) .. p`. Arithmetic is float32 whatever the storage
+    types. The paging is that of vLLM (Kwon et al. 2023, arXiv 2309.06180).
     """
     num_sequences, max_pages = block_tables.shape
     num_pages, _, num_kv_heads, page_size, head_dim = pages.shape[1:]

@@ -1,4 +1,6 @@
-"""The whole core on a tiny random model: its tokens are the model's own, whatever shares the step or happens on the way."""
+"""The whole core on a tiny random model: its tokens are the model's own, whatever shares the step or happens on the
+way.
+"""
 
 import json
 import os
@@ -115,7 +117,9 @@ def test_an_abort_frees_its_pages_at_the_next_step(core):
 
 
 def test_no_request_waits_for_a_compile(tiny_settings, tmp_path, alone):
-    """Right after start only the largest program exists; the others come in the background, and steps never wait for them."""
+    """Right after start only the largest program exists; the others come in the background, and steps never wait for
+    them.
+    """
     core = InProcessCore(EngineConfig(**(tiny_settings | {"compilation_cache_dir": str(tmp_path)})))
     assert run_requests(core, batch()) == alone
     core.wait_until_compiled()
@@ -188,10 +192,14 @@ async def test_a_killed_core_process_is_noticed(tiny_settings):
     await core.receive()
     os.kill(core.process.pid, signal.SIGKILL)
     with pytest.raises(EngineDeadError, match="ended by signal SIGKILL"):
-        while True:
-            await core.receive()
+        await receive_all(core)
     core.send(Abort(["a"]))  # to a dead core: nothing happens
     await core.shutdown()
+
+
+async def receive_all(core: CoreProcess) -> None:
+    while True:
+        await core.receive()
 
 
 async def test_a_core_process_that_cannot_start_says_why(tiny_settings, tmp_path):

@@ -6,6 +6,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_engine import core_request
 
 from jax_engine.messages import CoreRequest
 from jax_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
@@ -18,9 +19,7 @@ def limits(**changes: int) -> SchedulerLimits:
 
 
 def asked(name: str, num_prompt: int, max_tokens: int, **fields: object) -> CoreRequest:
-    given = {"min_tokens": 0, "eos_token_ids": (), "stop_token_ids": ()} | fields
-    return CoreRequest(name, list(range(num_prompt)), max_tokens, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, prng_key=(0, 0),
-                       arrival_time=0.0, **given)  # fmt: skip
+    return core_request(name, list(range(num_prompt)), max_tokens, **fields)
 
 
 def ranges(plan: StepPlan | None) -> list[tuple[str, int, int]]:

@@ -23,7 +23,8 @@ def build_ragged_case(
     max_pages: int = 0,
     dtype: jnp.dtype = jnp.float32,
 ) -> dict[str, Array]:
-    """The arguments of `ragged_paged_attention` for sequences of `(new tokens, cached tokens)`; ranges of one come first, as in a step.
+    """The arguments of `ragged_paged_attention` for sequences of `(new tokens, cached tokens)`; ranges of one come
+    first, as in a step.
 
     `num_tokens` and the other sizes pad the arrays to at least that, so that many cases share one program.
     """

@@ -1,4 +1,6 @@
-"""Every implementation of ragged paged attention against the float32 specification and an independent dense computation."""
+"""Every implementation of ragged paged attention against the float32 specification and an independent dense
+computation.
+"""
 
 from functools import lru_cache, partial
 
@@ -59,7 +61,7 @@ def test_matches_on_random_batches(ragged_case, ranges, seed, window):
     compare(xla.ragged_paged_attention, ragged_case(ranges, seed=seed, **SHAPE), window=window)
 
 
-@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 1), (6, 3)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (6, 3)])
 @pytest.mark.parametrize("page_size", [8, 128, 256])
 def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_size):
     case = ragged_case([(1, 40), (30, 9)], seed=1, num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)

@@ -1,0 +1,44 @@
+"""LLM inference and serving in JAX. Importing it is cheap: each public name loads its module when it is first used."""
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_engine.async_llm import AsyncLLM as AsyncLLM
+    from jax_engine.config import EngineConfig as EngineConfig
+    from jax_engine.core_client import EngineDeadError as EngineDeadError
+    from jax_engine.llm import LLM as LLM
+    from jax_engine.outputs import CompletionOutput as CompletionOutput
+    from jax_engine.outputs import RequestOutput as RequestOutput
+    from jax_engine.processor import TextPrompt as TextPrompt
+    from jax_engine.processor import TokensPrompt as TokensPrompt
+    from jax_engine.sampling_params import RequestOutputKind as RequestOutputKind
+    from jax_engine.sampling_params import SamplingParams as SamplingParams
+
+_HOMES = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "CompletionOutput": "outputs",
+    "EngineConfig": "config",
+    "EngineDeadError": "core_client",
+    "RequestOutput": "outputs",
+    "RequestOutputKind": "sampling_params",
+    "SamplingParams": "sampling_params",
+    "TextPrompt": "processor",
+    "TokensPrompt": "processor",
+}
+
+__version__ = metadata.version("jax-engine")
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

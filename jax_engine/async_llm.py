@@ -1,0 +1,265 @@
+"""Online inference: requests come and go at any time, outputs stream, the engine core runs in its own process."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from jax_engine.config import EngineConfig
+from jax_engine.core_client import CoreProcess, EngineDeadError
+from jax_engine.messages import Abort, Add
+from jax_engine.model_files import resolve_model_path
+from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
+from jax_engine.outputs import RequestOutput
+from jax_engine.processor import InputProcessor, ModelText, Prompt, TextPrompt
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Tokenizing costs about 1 µs a character; a longer text does it in a thread, so that it delays no stream by more than
+# this.
+LONG_TEXT_CHARACTERS = 2000
+
+
+class RequestStream:
+    """The outputs of one request, an async iterator. Mutable; owned by the `AsyncLLM`, iterated by one task.
+
+    Outputs are made when they are asked for: what came since the last one is in the next, however slow the reader is.
+    The iterator ends after the output that is `finished`, also when the request was aborted (finish reason "abort").
+
+    Raises, while iterating:
+        EngineDeadError: the engine core has died.
+        RequestFailedError: the core gave this request up.
+    """
+
+    def __init__(self, state: RequestState, abort: Callable[[], None]) -> None:
+        self._state = state
+        self._abort = abort
+        self._ready = asyncio.Event()
+        self._error: RuntimeError | None = None
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._ready.wait()
+        self._ready.clear()
+        if self._error is not None:
+            self._ended = True
+            raise self._error
+        output = self._state.take()
+        self._ended = output.finished
+        return output
+
+    def abort(self) -> None:
+        """Drop the request and free its pages at the next step; nothing happens when it has finished."""
+        if self._error is None and not self._state.finished:
+            self._abort()
+
+    def wake(self) -> None:
+        """There is an output to take. For the `AsyncLLM`."""
+        if self._state.error is not None:
+            self.fail(RequestFailedError(f"request {self._state.request.request_id} failed: {self._state.error}"))
+        self._ready.set()
+
+    def fail(self, error: RuntimeError) -> None:
+        """End the stream with `error`. For the `AsyncLLM`."""
+        self._error = error
+        self._ready.set()
+
+
+class AsyncLLM:
+    """An engine for serving. Mutable; belongs to one event loop. Make it with `start`."""
+
+    def __init__(self, config: EngineConfig, core: CoreProcess, text: ModelText) -> None:
+        """Use `start`."""
+        self.config = config
+        self.info = core.info
+        self.model_path = text.path
+        self.tokenizer = text.tokenizer
+        self.dead_reason: str | None = None
+        self._core = core
+        self._inputs = InputProcessor(text, core.info, seed=config.seed)
+        self._outputs = OutputProcessor(text.tokenizer)
+        self._streams: dict[str, RequestStream] = {}
+        self._dead_callbacks: list[Callable[[str], object]] = []
+        self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
+        self._receiving = asyncio.create_task(self._receive(), name="engine outputs")
+        self._receiving.add_done_callback(self._receiving_ended)
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> "AsyncLLM":
+        """Start the engine core and load the tokenizer meanwhile; returns when requests can be served.
+
+        Raises:
+            ValueError: the model or the settings cannot be served.
+            EngineDeadError: the core failed for another reason.
+        """
+        # First of all, so that a model of the hub is fetched once and not by both processes.
+        await asyncio.to_thread(resolve_model_path, config.model, revision=config.revision)
+        starting = asyncio.create_task(CoreProcess.start(config))
+        try:
+            text = await asyncio.to_thread(ModelText.load, config)
+            core = await starting
+        except BaseException:
+            starting.cancel()
+            await asyncio.wait({starting})
+            if not starting.cancelled() and starting.exception() is None:
+                await starting.result().shutdown(timeout=0)
+            raise
+        return cls(config, core, text)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether no request can be served any more; `dead_reason` says why."""
+        return self.dead_reason is not None
+
+    async def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RequestStream:
+        """Begin a request; its outputs come by the stream.
+
+        Raises:
+            ValueError: a bad prompt or parameter, or an id that a running request has.
+            EngineDeadError: the engine core has died.
+        """
+        self._check_alive()
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        if isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS:
+            prepared = await asyncio.to_thread(self._inputs.prepare, request_id, prompt, params)
+            self._check_alive()
+        else:
+            prepared = self._inputs.prepare(request_id, prompt, params)
+        state = self._outputs.add(prepared)
+        stream = self._streams[request_id] = RequestStream(state, lambda: self._abort(request_id))
+        self._core.send(Add(list(prepared.core_requests)))
+        return stream
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they come, with the errors of `add_request` and of the stream.
+
+        Leaving the iterator early aborts the request.
+        """
+        stream = await self.add_request(request_id, prompt, sampling_params)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.abort()
+
+    async def abort(self, request_id: str) -> None:
+        """Drop a request; its stream ends with the finish reason "abort". An unknown or finished id is ignored."""
+        self._abort(request_id)
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError when no request can be served any more."""
+        self._check_alive()
+
+    def on_dead(self, callback: Callable[[str], object]) -> None:
+        """Call `callback(reason)` when the engine core dies (not at `shutdown`); at once if it has died already."""
+        if self.dead_reason is not None:
+            callback(self.dead_reason)
+        else:
+            self._dead_callbacks.append(callback)
+
+    def stats(self) -> EngineStats:
+        """The latest counters that the engine core sent."""
+        return self._stats
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The Hugging Face tokenizer."""
+        return self.tokenizer.hugging_face
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The defaults, with what the model's generation_config.json sets of them."""
+        return self._inputs.default_params
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> TextPrompt:
+        """The prompt of a chat, by the model's template or the one given; ValueError when it cannot be rendered."""
+        text = self.tokenizer.render_chat(
+            messages,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return {"prompt": text, "add_special_tokens": False}
+
+    async def shutdown(self) -> None:
+        """End the engine core; requests still running get an EngineDeadError."""
+        self._dead_callbacks.clear()
+        self._receiving.cancel()
+        await asyncio.wait({self._receiving})
+        self._die("the engine was shut down")
+        await self._core.shutdown()
+
+    async def _receive(self) -> None:
+        """Pass the core's outputs on until it dies."""
+        while True:
+            step = await self._core.receive()
+            if step.stats is not None:
+                self._stats = step.stats
+            processed = self._outputs.process(step.outputs)
+            if processed.stopped:
+                self._core.send(Abort(processed.stopped))
+            for state in processed.changed:
+                self._wake(state)
+            await asyncio.sleep(
+                0
+            )  # receiving does not wait while steps are queued, and the streams' readers must run too
+
+    def _wake(self, state: RequestState) -> None:
+        request_id = state.request.request_id
+        self._streams[request_id].wake()
+        if state.finished:
+            del self._streams[request_id]
+
+    def _receiving_ended(self, task: "asyncio.Task[None]") -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if not isinstance(error, EngineDeadError):
+            logger.error("the task that passes on the engine's outputs failed", exc_info=error)
+            self._die(f"the front end failed: {type(error).__name__}: {error}")
+        else:
+            self._die(str(error))
+
+    def _die(self, reason: str) -> None:
+        """Fail what is running and refuse what comes; only the first reason counts."""
+        if self.dead_reason is not None:
+            return
+        self.dead_reason = reason
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError(reason))
+        self._streams.clear()
+        self._outputs.abort(self._outputs.request_ids())
+        callbacks, self._dead_callbacks = self._dead_callbacks, []
+        for callback in callbacks:
+            callback(reason)
+
+    def _check_alive(self) -> None:
+        if self.dead_reason is not None:
+            raise EngineDeadError(self.dead_reason)
+
+    def _abort(self, request_id: str) -> None:
+        if core_ids := self._outputs.abort([request_id]):
+            self._core.send(Abort(core_ids))
+        if (stream := self._streams.pop(request_id, None)) is not None:
+            stream.wake()

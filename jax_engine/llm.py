@@ -1,0 +1,333 @@
+"""Offline inference: prompts in, finished completions out, the engine core in the caller's own process."""
+
+import difflib
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from numbers import Integral
+from types import FrameType, MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from jax_engine.config import EngineConfig
+from jax_engine.core_client import InProcessCore
+from jax_engine.messages import Abort, Add
+from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
+from jax_engine.outputs import RequestOutput
+from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+
+# vLLM's settings that this engine does not have, with the values that ask for what it does anyway.
+NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "allowed_local_media_path": ("", None),
+        "async_scheduling": (True, None),
+        "compilation_config": (None,),
+        "cpu_offload_gb": (0,),
+        "data_parallel_size": (1,),
+        "disable_custom_all_reduce": (False, True),
+        "disable_log_stats": (False, True),
+        "distributed_executor_backend": (None,),
+        "enable_chunked_prefill": (True, None),
+        "enable_expert_parallel": (False,),
+        "enable_lora": (False,),
+        "enable_prefix_caching": (False, None),
+        "enable_sleep_mode": (False,),
+        "enforce_eager": (False, None),
+        "generation_config": ("auto",),
+        "hf_overrides": (None,),
+        "kv_cache_dtype": ("auto",),
+        "limit_mm_per_prompt": (None,),
+        "num_gpu_blocks_override": (None,),
+        "pipeline_parallel_size": (1,),
+        "quantization": (None,),
+        "runner": ("auto", "generate"),
+        "skip_tokenizer_init": (False,),
+        "speculative_config": (None,),
+        "swap_space": (0, 4),
+        "task": ("auto", "generate", None),
+        "tensor_parallel_size": (1,),
+        "tokenizer_mode": ("auto",),
+        "tokenizer_revision": (None,),
+        "trust_remote_code": (False,),
+    }
+)
+
+
+class LLM:
+    """An engine for offline inference, with vLLM's names. Threads may share it; their calls take turns.
+
+    Also a context manager, which shuts the engine down.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        """Load `model`: a folder, a Hugging Face name, or None for the built-in one.
+
+        `settings` are those of `EngineConfig`; vLLM's others are accepted with the values that change nothing.
+
+        Raises:
+            ValueError: an unknown or unsupported setting, or a model that cannot be served.
+        """
+        config = engine_config({"model": model, **settings})
+        text = ModelText.load(config)  # before the core: a mistake here shows before anything compiles
+        self.config = config
+        self.model_path = text.path
+        self._tokenizer = text.tokenizer
+        self._core: InProcessCore | None = InProcessCore(config)
+        self.info = self._core.info
+        self._inputs = InputProcessor(text, self.info, seed=config.seed)
+        self._outputs = OutputProcessor(text.tokenizer)
+        self._request_ids = map(str, itertools.count())
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; returns finished outputs in the order of the prompts.
+
+        Args:
+            prompts: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such.
+            sampling_params: one for all prompts, or one for each; None takes `get_default_sampling_params()`.
+            use_tqdm: show a progress bar.
+
+        Raises:
+            ValueError: a bad prompt or parameter; in a list, naming its index, and before anything has run.
+            RequestFailedError: the engine core gave a request up.
+            KeyboardInterrupt: Ctrl-C; what was running is aborted, and the engine can be used again.
+        """
+        return self._run(self._prepare(_prompt_list(prompts), sampling_params, "prompts"), use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list of them, rendered by the chat template; otherwise as `generate`."""
+        many = bool(messages) and not isinstance(messages[0], Mapping | str)
+        prompts: list[Prompt] = []
+        for index, conversation in enumerate(messages if many else [messages]):
+            try:
+                rendered = self._tokenizer.render_chat(
+                    conversation,  # type: ignore[arg-type]
+                    tools=tools,
+                    chat_template=chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            except ValueError as error:
+                raise ValueError(f"conversation {index}: {error}" if many else str(error)) from error
+            prompts.append({"prompt": rendered, "add_special_tokens": False})
+        return self._run(self._prepare(prompts, sampling_params, "conversations"), use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The Hugging Face tokenizer."""
+        return self._tokenizer.hugging_face
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The defaults, with what the model's generation_config.json sets of them."""
+        return self._inputs.default_params
+
+    def get_metrics(self) -> EngineStats:
+        """Counters of the engine core."""
+        return self._running_core().stats()
+
+    def shutdown(self) -> None:
+        """Release the device memory; the object cannot be used afterwards."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _running_core(self) -> InProcessCore:
+        if self._core is None:
+            raise RuntimeError("this LLM was shut down; make a new one")
+        return self._core
+
+    def _prepare(
+        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, what: str
+    ) -> list[PreparedRequest]:
+        """Check everything, so that nothing runs when one of many is wrong."""
+        given = self._inputs.default_params if sampling_params is None else sampling_params
+        all_params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        if len(all_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(all_params)} entries for {len(prompts)} {what}; "
+                "give one for each, or a single one for all"
+            )
+        prepared = []
+        for index, (prompt, params) in enumerate(zip(prompts, all_params, strict=True)):
+            try:
+                final = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+                prepared.append(self._inputs.prepare(next(self._request_ids), prompt, final))
+            except ValueError as error:
+                raise ValueError(f"{what}[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
+        return prepared
+
+    def _run(self, requests: list[PreparedRequest], *, use_tqdm: bool) -> list[RequestOutput]:
+        core = self._running_core()
+        with (
+            self._lock,
+            interrupts_between_steps() as deliver_interrupt,
+            Progress(len(requests), show=use_tqdm) as progress,
+        ):
+            states = [self._outputs.add(request) for request in requests]
+            core.send(Add([sequence for request in requests for sequence in request.core_requests]))
+            try:
+                while self._outputs.num_requests:
+                    self._step(core, progress)
+                    try:
+                        deliver_interrupt()
+                    except BaseException:
+                        self._abort_all(core)
+                        _drain(core)
+                        raise
+            except BaseException:
+                self._abort_all(core)
+                raise
+            _drain(core)
+        return [state.take() for state in states]
+
+    def _step(self, core: InProcessCore, progress: "Progress") -> None:
+        processed = self._outputs.process(core.step().outputs)
+        if processed.stopped:
+            core.send(Abort(processed.stopped))
+        for state in processed.changed:
+            if state.error is not None:
+                raise RequestFailedError(f"request {state.request.request_id} failed: {state.error}")
+            progress.finish(state)
+
+    def _abort_all(self, core: InProcessCore) -> None:
+        if core_ids := self._outputs.abort(self._outputs.request_ids()):
+            core.send(Abort(core_ids))
+
+
+def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """`EngineConfig` of these settings, of which vLLM's other names may be given with the values that change nothing.
+
+    Raises:
+        ValueError: a name that is unknown, or vLLM's and not supported; a value outside its range.
+    """
+    known = [field.name for field in fields(EngineConfig)]
+    for name, value in settings.items():
+        if name in known:
+            continue
+        if name in NEUTRAL_SETTINGS:
+            if value in NEUTRAL_SETTINGS[name]:
+                continue
+            allowed = " or ".join(map(repr, NEUTRAL_SETTINGS[name]))
+            raise ValueError(
+                f"{name}={value!r} is not supported yet; leave it out (the only value that works is {allowed})"
+            )
+        near = difflib.get_close_matches(name, [*known, *NEUTRAL_SETTINGS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"LLM has no setting {name!r}; {hint}")
+    return EngineConfig(**{name: value for name, value in settings.items() if name in known})
+
+
+@contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the function that this yields is called: within a step it would break the engine.
+
+    A second Ctrl-C acts at once. Other threads than the main one are not sent any.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: None
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+        if len(held) > 1:
+            deliver()
+
+    def deliver() -> None:
+        if held:
+            latest = held[-1]
+            held.clear()
+            handler(*latest)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield deliver
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    deliver()
+
+
+class Progress:
+    """A progress bar over prompts, with token rates. Mutable; owned by one run."""
+
+    def __init__(self, num_prompts: int, *, show: bool) -> None:
+        self._bar = tqdm(
+            total=num_prompts,
+            desc="Processed prompts",
+            dynamic_ncols=True,
+            disable=not show,
+            postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
+        )
+        self._start = time.monotonic()
+        self._num_input_tokens = self._num_output_tokens = 0
+
+    def finish(self, state: RequestState) -> None:
+        """Count one prompt as done."""
+        self._num_input_tokens += len(state.request.prompt_token_ids)
+        self._num_output_tokens += state.num_tokens
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        self._bar.postfix = (
+            f"est. speed input: {self._num_input_tokens / elapsed:.2f} toks/s, "
+            f"output: {self._num_output_tokens / elapsed:.2f} toks/s"
+        )
+        self._bar.update(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+def _drain(core: InProcessCore) -> None:
+    """Run the steps that are still under way, so that every page is free afterwards."""
+    while core.has_work():
+        core.step()
+
+
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list; a sequence of whole numbers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]  # type: ignore[list-item]
+    items = list(prompts)
+    return [items] if items and isinstance(items[0], Integral) else items

@@ -1,0 +1,253 @@
+"""What the user gives, checked and turned into what the engine core takes: token ids and numbers."""
+
+import hashlib
+import itertools
+import logging
+import time
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from jax_engine.config import EngineConfig
+from jax_engine.messages import CoreRequest, Ready
+from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
+from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams
+from jax_engine.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# What generation_config.json may set of the sampling parameters.
+GENERATION_CONFIG_PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
+# What it may also set and this engine cannot do, with the values that ask for nothing.
+UNSUPPORTED_GENERATION_CONFIG = {"repetition_penalty": (None, 1, 1.0), "no_repeat_ngram_size": (None, 0)}
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text."""
+
+    prompt: str
+    add_special_tokens: NotRequired[bool]  # False for text that already holds them, such as a rendered chat
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, and its text if that is to be in the output."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+
+
+Prompt = str | list[int] | TextPrompt | TokensPrompt
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """What a model's folder says about text."""
+
+    path: Path
+    tokenizer: Tokenizer
+    generation_config: Mapping[str, Any]  # the content of generation_config.json
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> "ModelText":
+        """Read it from disk, or from the Hugging Face hub; takes seconds.
+
+        Raises:
+            ValueError: the model or its tokenizer cannot be found or read.
+        """
+        path = resolve_model_path(config.model, revision=config.revision)
+        read_model_config(path)  # of a folder that is no model's, say that rather than that it has no tokenizer
+        # A name of the hub is left to transformers, which fetches the tokenizer's files alone.
+        tokenizer = path if config.tokenizer is None else config.tokenizer
+        if config.tokenizer == "demo":
+            tokenizer = resolve_model_path("demo")
+        return cls(path=path, tokenizer=load_tokenizer(tokenizer), generation_config=read_generation_config(path))
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A checked request: `core_requests` has one sequence for each of the `n` completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float
+    core_requests: tuple[CoreRequest, ...]
+
+
+class InputProcessor:
+    """Checks prompts and sampling parameters against one model. Threads may share it."""
+
+    def __init__(self, text: ModelText, info: Ready, *, seed: int = 0) -> None:
+        """`seed` is the engine's, for requests without one."""
+        self.eos_token_ids = end_of_sequence_ids(text.generation_config, text.tokenizer.eos_token_id)
+        self.default_params = default_sampling_params(text.generation_config)
+        self._tokenizer = text.tokenizer
+        self._info = info
+        self._seed = seed
+        self._numbers = itertools.count()
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> PreparedRequest:
+        """Turn one prompt into what the core takes.
+
+        Raises:
+            ValueError: anything wrong with prompt or parameters.
+        """
+        arrival_time = time.monotonic()
+        text, token_ids = self._tokenize(prompt)
+        self._check_prompt(token_ids)
+        self._check_stop_ids(params)
+        max_tokens = self._max_tokens(len(token_ids), params)
+        number = next(self._numbers)
+        return PreparedRequest(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            arrival_time=arrival_time,
+            core_requests=tuple(
+                CoreRequest(
+                    # The number, and not the user's id, so that late output of an aborted request never reaches the
+                    # next one of that id.
+                    request_id=f"{number}.{index}",
+                    prompt_token_ids=token_ids,
+                    max_tokens=max_tokens,
+                    min_tokens=params.min_tokens,
+                    temperature=float(params.temperature),
+                    top_k=max(0, params.top_k),
+                    top_p=float(params.top_p),
+                    min_p=float(params.min_p),
+                    prng_key=self._prng_key(params.seed, number, index),
+                    eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
+                    stop_token_ids=tuple(params.stop_token_ids or ()),
+                    arrival_time=arrival_time,
+                )
+                for index in range(params.n)
+            ),
+        )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            return self._tokenize_mapping(prompt)
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt, add_special_tokens=True)
+        return None, token_id_list(prompt)
+
+    def _tokenize_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+        text = prompt.get("prompt")
+        by_ids = "prompt_token_ids" in prompt
+        allowed = {"prompt", "prompt_token_ids"} if by_ids else {"prompt", "add_special_tokens"}
+        if unknown := sorted(set(prompt) - allowed):
+            raise ValueError(
+                f"prompt has the key {unknown[0]!r}; supported are {{'prompt': text}}, {{'prompt': text, "
+                "'add_special_tokens': False}} and {'prompt_token_ids': ids}"
+            )
+        if by_ids:
+            return text, token_id_list(prompt["prompt_token_ids"])
+        if not isinstance(text, str):
+            raise ValueError(f"prompt={text!r} must be a string; give token ids as {{'prompt_token_ids': ids}}")
+        return text, self._encode(text, add_special_tokens=prompt.get("add_special_tokens", True))
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if not text:
+            raise ValueError("prompt is empty; give at least one character or token id")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise ValueError("prompt is empty; give at least one character or token id")
+        for token in (min(token_ids), max(token_ids)):
+            if not 0 <= token < self._info.vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids holds {token}; the model's token ids are 0 to {self._info.vocab_size - 1}: "
+                    "use ids of its own tokenizer"
+                )
+        if len(token_ids) >= self._info.max_model_len:
+            raise ValueError(
+                f"prompt has {len(token_ids)} tokens; at most {self._info.max_model_len - 1} fit with one to generate "
+                f"(max_model_len={self._info.max_model_len}): shorten it, or raise max_model_len if the model allows"
+            )
+
+    def _check_stop_ids(self, params: SamplingParams) -> None:
+        stop_ids = params.stop_token_ids or ()
+        for token in stop_ids:
+            if token >= self._info.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids holds {token}; the model's ids are 0 to {self._info.vocab_size - 1}: remove it"
+                )
+        held_back = set(stop_ids) if params.ignore_eos else {*stop_ids, *self.eos_token_ids}
+        if params.min_tokens and len(held_back) > MAX_HELD_BACK_TOKENS:
+            raise ValueError(
+                f"min_tokens={params.min_tokens} holds back {len(held_back)} tokens (stop_token_ids and the model's "
+                f"end-of-sequence ids); at most {MAX_HELD_BACK_TOKENS} are supported: "
+                "drop some stop_token_ids, or min_tokens"
+            )
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        limit = self._info.max_model_len
+        room = limit - num_prompt_tokens
+        if params.max_tokens is None:
+            if params.min_tokens > room:
+                raise ValueError(
+                    f"min_tokens={params.min_tokens} and the prompt's {num_prompt_tokens} tokens exceed "
+                    f"max_model_len={limit}; lower min_tokens to at most {room}, or shorten the prompt"
+                )
+            return room
+        if params.max_tokens > room:
+            raise ValueError(
+                f"max_tokens={params.max_tokens} and the prompt's {num_prompt_tokens} tokens exceed "
+                f"max_model_len={limit}; lower max_tokens to at most {room} (None: all that fits) or shorten the prompt"
+            )
+        return params.max_tokens
+
+    def _prng_key(self, seed: int | None, number: int, index: int) -> tuple[int, int]:
+        """Two uint32 words: by the request's own seed alone, or by the engine's and how many requests came before."""
+        words = ("request", seed) if seed is not None else ("engine", self._seed, number)
+        digest = hashlib.blake2b(repr((*words, index)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def token_id_list(given: object) -> list[int]:
+    """`given` as plain ints; a NumPy vector and other sequences of whole numbers will do.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    wrong = ValueError(
+        f"prompt of type {type(given).__name__} is none; give text, token ids such as [1, 2, 3], {{'prompt': text}} or "
+        "{'prompt_token_ids': ids}, the ids being whole numbers"
+    )
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise wrong
+    items = list(given)
+    if bool in set(map(type, items)):
+        raise wrong
+    try:
+        return array("q", items).tolist()
+    except (TypeError, OverflowError) as error:
+        raise wrong from error
+
+
+def end_of_sequence_ids(generation_config: Mapping[str, Any], tokenizer_eos_id: int | None) -> tuple[int, ...]:
+    """All ids that end a sequence: those of generation_config.json and the tokenizer's own, without repeats."""
+    given = generation_config.get("eos_token_id")
+    ids = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if tokenizer_eos_id is not None:
+        ids.append(tokenizer_eos_id)
+    return tuple(dict.fromkeys(ids))
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What generation_config.json recommends, for a call without sampling parameters of its own."""
+    for name, neutral in UNSUPPORTED_GENERATION_CONFIG.items():
+        if (value := generation_config.get(name)) not in neutral:
+            logger.warning(
+                "generation_config.json asks for %s=%s, which is not supported: it is not applied", name, value
+            )
+    given = {name: generation_config.get(name) for name in GENERATION_CONFIG_PARAMETERS}
+    try:
+        return SamplingParams.from_mapping({name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"generation_config.json: {error}") from error

@@ -1,0 +1,23 @@
+"""What every test runs under: the installed package, no network, and no accelerator test without an accelerator."""
+
+import os
+
+import pytest
+
+# A child started with `python -c` or `-m` would otherwise find the clone's `jax_engine/` before the installed package.
+os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` or `tpu` where JAX sees no such device; without such tests JAX is not asked."""
+    marked = [(item, platform) for item in items for platform in ("gpu", "tpu") if item.get_closest_marker(platform)]
+    if not marked:
+        return
+    import jax
+
+    present = jax.default_backend()
+    for item, platform in marked:
+        if platform != present:
+            item.add_marker(pytest.mark.skip(reason=f"needs a {platform}; JAX runs on {present} here"))

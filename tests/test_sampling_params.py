@@ -1,0 +1,66 @@
+"""Sampling parameters: vLLM's names and defaults, and an error for each wrong value that says what is right."""
+
+import math
+
+import pytest
+
+from jax_engine import RequestOutputKind, SamplingParams
+
+
+def test_defaults_are_vllms() -> None:
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (params.seed, params.max_tokens, params.min_tokens) == (None, 16, 0)
+    assert (params.stop_strings, params.stop_token_ids) == ((), ())
+    assert (params.ignore_eos, params.skip_special_tokens, params.include_stop_str_in_output) == (False, True, False)
+    assert params.output_kind is RequestOutputKind.CUMULATIVE
+
+
+@pytest.mark.parametrize("stop", ["END", ["END"], ("END",)], ids=type)
+def test_stop_may_be_one_string_or_several(stop: object) -> None:
+    assert SamplingParams(stop=stop).stop_strings == ("END",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n=0 must be a whole number, between 1 and 64"),
+        ({"n": True}, "n=True must be a whole number"),
+        ({"n": 2.0}, r"n=2\.0 must be a whole number"),
+        ({"temperature": -0.1}, r"temperature=-0\.1 must be a finite number, at least 0"),
+        ({"temperature": math.nan}, "temperature=nan must be a finite number"),
+        ({"temperature": math.inf}, "temperature=inf must be a finite number"),
+        ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
+        ({"top_p": 0}, "top_p=0 must be a finite number, above 0 and at most 1"),
+        ({"top_p": 2}, "top_p=2 must be a finite number, above 0 and at most 1"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"top_k": -2}, "top_k=-2 must be a whole number, at least -1"),
+        ({"min_p": 1.5}, r"min_p=1\.5 must be a finite number, at least 0 and at most 1"),
+        ({"seed": 2**63}, "seed=9223372036854775808 must be a whole number"),
+        ({"seed": 1.5}, r"seed=1\.5 must be a whole number"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number, at least 1"),
+        ({"min_tokens": -1}, "min_tokens=-1 must be a whole number, at least 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 must be at most max_tokens=8"),
+        ({"stop": [""]}, "stop has the entry ''; each must be a non-empty string"),
+        ({"stop": [3]}, "stop has the entry 3; each must be a non-empty string"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids=-1 must be a whole number, at least 0"),
+        (
+            {"stop_token_ids": list(range(17)), "min_tokens": 1},
+            "stop_token_ids has 17 entries; with min_tokens at most 16",
+        ),
+        ({"ignore_eos": 1}, "ignore_eos=1 must be true or false"),
+        ({"skip_special_tokens": None}, "skip_special_tokens=None must be true or false"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_refused_by_name(given: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**given)  # type: ignore[arg-type]
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
+    assert SamplingParams.from_mapping({"top_k": 3}).top_k == 3
+    with pytest.raises(ValueError, match="'temprature' is not supported; did you mean 'temperature'"):
+        SamplingParams.from_mapping({"temprature": 0.5})
+    with pytest.raises(ValueError, match="'beam_width' is not supported"):
+        SamplingParams.from_mapping({"beam_width": 4})
