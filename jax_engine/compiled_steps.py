@@ -54,7 +54,8 @@ class CompiledSteps:
         if not background:
             self._compile_all(rest)
             return
-        self._thread = threading.Thread(target=self._compile_in_background, args=(rest,), name="compile", daemon=True)
+        # Not a daemon: the interpreter must not end while the compiler runs, so the thread watches for the end itself.
+        self._thread = threading.Thread(target=self._compile_in_background, args=(rest,), name="compile")
         self._thread.start()
 
     def wait(self) -> None:
@@ -89,7 +90,7 @@ class CompiledSteps:
     def _compile_all(self, programs: Sequence[Program]) -> None:
         start = time.monotonic()
         for done, program in enumerate(programs, 1):
-            if self._stop.is_set():
+            if self._stop.is_set() or not threading.main_thread().is_alive():
                 return
             self._compile(program)
             left = (time.monotonic() - start) / done * (len(programs) - done)
