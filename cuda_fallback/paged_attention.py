@@ -90,7 +90,7 @@ def _write(
 
 
 def _prefill_tiles(
-    query_starts: Int[Array, "B+1"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
+    query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
 ) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, ""]]:
     """Cut every range past the decodes into tiles: (sequence, first token row) of each, and how many are real."""
     num_sequences = query_starts.shape[0] - 1

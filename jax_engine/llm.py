@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Abort, Add
+from jax_engine.messages import Abort, Add, StepOutputs
 from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
@@ -138,7 +138,7 @@ class LLM:
                     chat_template_kwargs=chat_template_kwargs,
                 )
             except ValueError as error:
-                raise ValueError(f"conversation {index}: {error}" if many else str(error)) from error
+                raise ValueError(f"conversations[{index}]: {error}" if many else str(error)) from error
             prompts.append({"prompt": rendered, "add_special_tokens": False})
         return self._run(self._prepare(prompts, sampling_params, "conversations"), use_tqdm=use_tqdm)
 
@@ -179,6 +179,8 @@ class LLM:
         """Check everything, so that nothing runs when one of many is wrong."""
         given = self._inputs.default_params if sampling_params is None else sampling_params
         all_params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        if wrong := [params for params in all_params if not isinstance(params, SamplingParams)]:
+            raise ValueError(f"sampling_params holds {wrong[0]!r}; give SamplingParams(...), or a list of them")
         if len(all_params) != len(prompts):
             raise ValueError(
                 f"sampling_params has {len(all_params)} entries for {len(prompts)} {what}; "
@@ -202,33 +204,31 @@ class LLM:
         ):
             states = [self._outputs.add(request) for request in requests]
             core.send(Add([sequence for request in requests for sequence in request.core_requests]))
+            step_failed = False
             try:
                 while self._outputs.num_requests:
-                    self._step(core, progress)
-                    try:
-                        deliver_interrupt()
-                    except BaseException:
-                        self._abort_all(core)
-                        _drain(core)
-                        raise
-            except BaseException:
-                self._abort_all(core)
-                raise
-            _drain(core)
+                    step_failed = True
+                    step = core.step()
+                    step_failed = False
+                    self._take(step, core, progress)
+                    deliver_interrupt()
+            finally:
+                # Only when something was raised is there a request left to abort.
+                if core_ids := self._outputs.abort(self._outputs.request_ids()):
+                    core.send(Abort(core_ids))
+                while core.has_work() and not step_failed:  # steps under way still hold pages
+                    core.step()
         return [state.take() for state in states]
 
-    def _step(self, core: InProcessCore, progress: "Progress") -> None:
-        processed = self._outputs.process(core.step().outputs)
+    def _take(self, step: StepOutputs, core: InProcessCore, progress: "Progress") -> None:
+        """Pass a step's tokens on, stop strings back to the core, and what has finished to the progress bar."""
+        processed = self._outputs.process(step.outputs)
         if processed.stopped:
             core.send(Abort(processed.stopped))
         for state in processed.changed:
             if state.error is not None:
                 raise RequestFailedError(f"request {state.request.request_id} failed: {state.error}")
             progress.finish(state)
-
-    def _abort_all(self, core: InProcessCore) -> None:
-        if core_ids := self._outputs.abort(self._outputs.request_ids()):
-            core.send(Abort(core_ids))
 
 
 def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
@@ -317,12 +317,6 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.close()
-
-
-def _drain(core: InProcessCore) -> None:
-    """Run the steps that are still under way, so that every page is free afterwards."""
-    while core.has_work():
-        core.step()
 
 
 def _prompt_list(prompts: Any) -> list[Prompt]:

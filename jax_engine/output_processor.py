@@ -120,6 +120,7 @@ class RequestState:
         self.request = request
         self.error: str | None = None  # why the core gave it up
         self.changed = False  # has an output that was not taken
+        self.finished = False  # every completion has ended
         self.completions = [
             Completion(
                 index,
@@ -136,10 +137,6 @@ class RequestState:
         self._first_token_time: float | None = None
         self._last_token_time: float | None = None
         self._num_preemptions: dict[str, int] = {}
-
-    @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason is not None for completion in self.completions)
 
     @property
     def num_tokens(self) -> int:
@@ -235,6 +232,7 @@ class OutputProcessor:
                 stopped += self.abort([state.request.request_id])
             elif completion.finish_reason is not None:
                 del self._sequences[output.request_id]
+                state.finished = all(sibling.finish_reason is not None for sibling in state.completions)
                 if state.finished:
                     del self._requests[state.request.request_id]
             streamed = state.request.params.output_kind is not RequestOutputKind.FINAL_ONLY
@@ -258,4 +256,5 @@ class OutputProcessor:
                     core_ids.append(core_request.request_id)
                 if completion.finish_reason is None:
                     completion.finish("abort")
+            state.finished = True
         return core_ids

@@ -247,6 +247,8 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
                 "generation_config.json asks for %s=%s, which is not supported: it is not applied", name, value
             )
     given = {name: generation_config.get(name) for name in GENERATION_CONFIG_PARAMETERS}
+    if generation_config.get("do_sample") is False and given["temperature"] is None:
+        given["temperature"] = 0.0  # the model's makers say: greedy
     try:
         return SamplingParams.from_mapping({name: value for name, value in given.items() if value is not None})
     except ValueError as error:

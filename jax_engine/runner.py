@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,7 @@ class Runner:
             self.memory.reason,
         )
         self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory))
-        with ThreadPoolExecutor(1) as pool:
-            compiling = pool.submit(self.compiled.compile_largest)
-            self._leaves = load_leaves(self.structure, folder, load_format=config.load_format, seed=config.seed)
-            compiling.result()
+        self._leaves = self._load_while_compiling(folder, config)
         self._state = self._zero_state(self.memory)
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
         self.counters = LaunchCounters()
@@ -125,6 +123,17 @@ class Runner:
         for chunk in chunks:
             if chunk.start == 0:
                 self._parameters.set(chunk.slot, chunk.request.asked)
+
+    def _load_while_compiling(self, folder: Path, config: EngineConfig) -> tuple[jax.Array, ...]:
+        """Read the weights while the largest program compiles; an error in them does not wait for the compiler."""
+        pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        compiling = pool.submit(self.compiled.compile_largest)
+        try:
+            leaves = load_leaves(self.structure, folder, load_format=config.load_format, seed=config.seed)
+            compiling.result()
+        finally:
+            pool.shutdown(wait=False)
+        return leaves
 
     def _plan_memory(self, config: EngineConfig, model: ModelConfig, device: jax.Device) -> MemoryPlan:
         """Pages from what the largest step leaves of the device's memory, or from the setting."""

@@ -76,8 +76,8 @@ class StepBatch:
     """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates too."""
 
     tokens: Int[Array, " T"]  # or TAKE_LAST
-    query_starts: Int[Array, "B+1"]
     kv_lengths: Int[Array, " B"]
+    query_starts: Int[Array, "B+1"]
     slots: Int[Array, " B"]
     samples: Int[Array, " B"]  # 1 where the row's token is drawn and kept
     num_decodes: Int[Array, ""]

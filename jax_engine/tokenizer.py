@@ -63,8 +63,9 @@ class Tokenizer:
             ) from error
         if self.hugging_face.is_fast:
             # The Rust tokenizer itself: the wrapper changes its truncation and padding on every call, which two threads
-            # must not do at once, and warns of lengths that the engine checks anyway.
-            return list(self.hugging_face.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            # must not do at once. A batch of one: only batches are encoded without holding the interpreter's lock.
+            rust = self.hugging_face.backend_tokenizer
+            return list(rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         return list(self.hugging_face.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: list[int]) -> str:
@@ -128,13 +129,17 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     Raises:
         ValueError: there is none, or its files cannot be read.
     """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and str(name).startswith((".", "/", "~")):
+        raise ValueError(f"no tokenizer could be loaded from {str(name)!r}: the folder does not exist; check the path")
     # tokenizer.json is the whole tokenizer and taken as it is. The automatic choice of a class would build a similar
     # one from its vocabulary by that class's own rules, and import PyTorch, where it is installed, to find the class
     # (seconds).
-    whole = (Path(name) / "tokenizer.json").exists()
+    whole = (folder / "tokenizer.json").exists()
     factory = _import_transformers("PreTrainedTokenizerFast" if whole else "AutoTokenizer")
+    source = str(folder) if folder.is_dir() else str(name)
     try:
-        return Tokenizer.wrap(factory.from_pretrained(name, trust_remote_code=False))
+        return Tokenizer.wrap(factory.from_pretrained(source, trust_remote_code=False))
     except Exception as error:  # the Rust tokenizer reports a broken file as a plain Exception
         raise ValueError(
             f"no tokenizer could be loaded from {str(name)!r} ({' '.join(str(error).split())}); it needs "

@@ -3,11 +3,16 @@
 import os
 
 import pytest
+from jaxtyping import install_import_hook
 
 # A child started with `python -c` or `-m` would otherwise find the clone's `jax_engine/` before the installed package.
 os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Shapes are checked where arrays are handled; the hook has to be there before those modules are imported.
+SHAPED = ("models", "pallas_kernels", "cuda_fallback", "sampler", "step_batch", "step_program")
+install_import_hook([f"jax_engine.{name}" for name in SHAPED], "shape_checks.check_arrays")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

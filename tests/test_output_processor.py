@@ -1,4 +1,4 @@
-"""Output: the core's tokens become vLLM's outputs, stop strings end sequences, and nothing is lost between two looks."""
+"""Output: the core's tokens become vLLM's outputs, stop strings end sequences, nothing is lost between two looks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +194,13 @@ def test_a_stop_id_is_output_and_its_text_is_not_unless_asked_for(stop: str | No
     play.send([letter], finish_reason="stop", stop_reason=letter)
     text = "ok!" if include else "ok"
     assert play.completion() == CompletionOutput(0, text, [*ids_of("ok"), letter], "stop", letter)
+
+
+def test_an_end_without_a_token_takes_none_away() -> None:
+    play = Playback()
+    play.send("ok")
+    play.send([], finish_reason="stop")
+    assert play.completion() == CompletionOutput(0, "ok", ids_of("ok"), "stop")
 
 
 @pytest.mark.parametrize(("skip", "text"), [(True, "ok"), (False, "o<s>k")])

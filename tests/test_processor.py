@@ -103,6 +103,14 @@ def test_a_wrong_prompt_is_refused(prompt: Any, message: str) -> None:
         processor().prepare("r", prompt, SamplingParams(max_tokens=1))
 
 
+def test_the_core_gets_plain_numbers() -> None:
+    params = SamplingParams(temperature=1, top_k=-1, top_p=1, min_tokens=2, stop_token_ids=[9], max_tokens=3)
+    (sequence,) = processor().prepare("r", [5], params).core_requests
+    assert (sequence.temperature, sequence.top_k, sequence.top_p, sequence.min_p) == (1.0, 0, 1.0, 0.0)
+    assert (sequence.min_tokens, sequence.max_tokens, sequence.stop_token_ids) == (2, 3, (9,))
+    assert type(sequence.temperature) is float and type(sequence.top_p) is float
+
+
 def test_max_tokens_none_is_the_rest_of_the_context() -> None:
     (sequence,) = processor().prepare("r", [5] * 10, SamplingParams(max_tokens=None)).core_requests
     assert sequence.max_tokens == 22
@@ -148,6 +156,12 @@ def test_end_of_sequence_ids_are_the_models_and_the_tokenizers(
     (sequence,) = model.prepare("r", [5], SamplingParams()).core_requests
     (unending,) = model.prepare("r", [5], SamplingParams(ignore_eos=True)).core_requests
     assert (sequence.eos_token_ids, unending.eos_token_ids) == (expected, ())
+
+
+def test_a_model_that_is_meant_to_be_greedy_is_so_unless_told_otherwise() -> None:
+    assert processor(do_sample=False).default_params.temperature == 0
+    assert processor(do_sample=False, temperature=0.5).default_params.temperature == 0.5
+    assert processor().default_params.temperature == 1
 
 
 def test_generation_config_sets_the_default_parameters(caplog: pytest.LogCaptureFixture) -> None:
