@@ -1,4 +1,4 @@
-"""Checks the shapes that annotations claim, on every call under pytest: jaxtyping with beartype, array annotations only."""
+"""Checks the shapes that annotations claim on every call under pytest: jaxtyping with beartype, arrays only."""
 
 import inspect
 from collections.abc import Callable
