@@ -1,0 +1,67 @@
+"""The HTTP application: routes, errors, and the engine that lives as long as it does."""
+
+import difflib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+import jax_engine
+from jax_engine.server.errors import ApiError
+from jax_engine.server.gate import Gate
+from jax_engine.server.openai_routes import openai_router
+from jax_engine.server.operations_routes import operations_router
+from jax_engine.server.plain_routes import plain_router
+from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
+from jax_engine.server.schemas import add_components
+from jax_engine.server.service import Service
+
+
+def build_app(service: Service) -> FastAPI:
+    """The app around a service, whose engine starts and ends with the app's lifespan."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.begin()
+        yield
+        await service.end()
+
+    app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
+    for router in (openai_router(service), plain_router(service), operations_router(service)):
+        app.include_router(router)
+    app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)
+    app.add_exception_handler(HTTPException, routing_error(app))
+    app.openapi = openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+    return app
+
+
+def routing_error(app: FastAPI) -> Callable[[Request, Any], Awaitable[Response]]:
+    """The handler that turns the router's own 404 and 405 into OpenAI's error object."""
+
+    async def respond(request: Request, error: HTTPException) -> Response:
+        method, path = request.method, request.url.path
+        if error.status_code == 405:
+            message = f"{path} does not take {method}; it takes {(error.headers or {}).get('Allow', 'another method')}"
+            return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
+        near = difflib.get_close_matches(path, app.openapi()["paths"], n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; /docs lists what there is"
+        return ApiError(error.status_code, f"no such route: {method} {path}{hint}", code="route_not_found").response()
+
+    return respond
+
+
+def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """What makes `/openapi.json`: FastAPI's document with the schemas of the bodies that it does not decode itself."""
+
+    def document() -> dict[str, Any]:
+        if not app.openapi_schema:
+            app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            add_components(app.openapi_schema, (CompletionRequest, ChatCompletionRequest, PlainRequest))
+        return app.openapi_schema
+
+    return document

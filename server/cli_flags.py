@@ -1,0 +1,143 @@
+"""Flags of the commands: vLLM's names, each for one field of `EngineConfig` or `ServerSettings`."""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jax_engine.config import DTYPES, LOAD_FORMATS, EngineConfig
+
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def count(text: str) -> int:
+    """A whole number, or one with a unit: k, m, g, t are powers of 1000, and K, M, G, T (also KiB, ...) of 1024."""
+    match = _COUNT.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4096, 32K, 512M or 2G")
+    digits, unit, suffix = match.groups()
+    binary = unit.isupper() and (suffix or "").lower() != "b"
+    value = float(digits) * (1024 if binary else 1000) ** _POWERS[unit.lower()]
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option of the command line; its name is that of the field, with dashes."""
+
+    field: str
+    help: str
+    type: Callable[[str], Any] = str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+
+    @property
+    def option(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+
+MODEL_FLAGS = (
+    Flag("tokenizer", "folder or Hugging Face name of the tokenizer; the model's own if left out", metavar="PATH"),
+    Flag("revision", "branch, tag or commit of a Hugging Face model", metavar="REV"),
+    Flag("dtype", "type of weights and activations; auto: float32 on CPU, else the checkpoint's", choices=DTYPES),
+    Flag("load_format", "where weights come from; dummy: random ones, for measuring", choices=LOAD_FORMATS),
+    Flag("seed", "makes requests without a seed of their own repeatable", type=int, metavar="N"),
+)
+MEMORY_FLAGS = (
+    Flag("max_model_len", "longest prompt and answer together, in tokens: 8192 or 32K", type=count, metavar="TOKENS"),
+    Flag("gpu_memory_utilization", "share of the device's memory to use", type=float, metavar="SHARE"),
+    Flag("kv_cache_memory_bytes", "size of the KV cache instead: 512M, 2G", type=count, metavar="BYTES"),
+    Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
+)
+STEP_FLAGS = (
+    Flag("max_num_seqs", "sequences that run at once", type=count, metavar="N"),
+    Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
+    Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
+    Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
+)
+COMPILE_FIRST = Flag(
+    "compile_before_ready", "compile every step program before the first request, not only the largest"
+)
+ENGINE_GROUPS = {"model": MODEL_FLAGS, "memory": MEMORY_FLAGS, "speed": STEP_FLAGS}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with exact names only, underscores as good as dashes, and a suggestion for a misspelled one."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def suggest(self, unknown: str) -> NoReturn:
+        """End with an error that names the nearest option."""
+        name = unknown.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists all"
+        what = "option" if unknown.startswith("-") else "argument"
+        self.error(f"unknown {what} {name}{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """One line on standard error, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def dashed(arguments: Iterable[str]) -> list[str]:
+    """`--max_model_len=8` as `--max-model-len=8`; what follows `--` is left alone."""
+    result: list[str] = []
+    options = True
+    for argument in arguments:
+        options = options and argument != "--"
+        if options and argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            argument = name.replace("_", "-") + equals + value
+        result.append(argument)
+    return result
+
+
+def add_flag(group: argparse._ArgumentGroup, flag: Flag, default: object) -> None:
+    """Add an option whose absence leaves the field's own default in force, which the help names."""
+    shown = "" if default in (None, "") else f" (default: {default})"
+    group.add_argument(
+        flag.option,
+        dest=flag.field,
+        type=flag.type,
+        metavar=flag.metavar,
+        choices=flag.choices,
+        default=argparse.SUPPRESS,
+        help=(flag.help + shown).replace("%", "%%"),
+    )
+
+
+def add_engine_flags(parser: Parser) -> None:
+    """All settings of the engine, besides the model's name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
+    for title, flags in ENGINE_GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, flag, defaults[flag.field])
+    group.add_argument(
+        COMPILE_FIRST.option,
+        dest=COMPILE_FIRST.field,
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help=COMPILE_FIRST.help,
+    )
+
+
+def engine_config(options: argparse.Namespace) -> EngineConfig:
+    """The engine's settings from parsed options; ValueError for a value out of range."""
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    return EngineConfig(**{name: value for name, value in vars(options).items() if name in names})
+
+
+def as_flags(message: str, fields: Sequence[str]) -> str:
+    """A message about fields, in the words of the command line: `max_num_seqs=0` becomes `--max-num-seqs 0`."""
+    for name in fields:
+        message = re.sub(rf"\b{name}=", f"--{name.replace('_', '-')} ", message)
+    return message

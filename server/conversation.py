@@ -1,0 +1,47 @@
+"""Chat messages and tools as OpenAI's clients send them -> as `AsyncLLM.render_chat` takes them."""
+
+from typing import Any
+
+from jax_engine.server.errors import ApiError
+
+
+def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without nulls, which clients send back from earlier answers, and with `developer` as `system`.
+
+    Raises:
+        ApiError: 400, naming a message with neither content nor tool calls.
+    """
+    plain = []
+    for index, message in enumerate(messages):
+        kept = {name: value for name, value in message.items() if value is not None}
+        if kept.get("role") == "developer":
+            kept["role"] = "system"
+        if "content" not in kept:
+            if not kept.get("tool_calls"):
+                raise _invalid(f"messages[{index}].content", "is missing; send a string or a list of text parts")
+            kept["content"] = ""
+        plain.append(kept)
+    return plain
+
+
+def checked_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools as given, once each is known to describe a function.
+
+    Raises:
+        ApiError: 400, naming the tool; another kind of tool, no name, or `strict`, which needs guided decoding.
+    """
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if tool.get("type") != "function":
+            raise _invalid(f"{where}.type", "must be 'function'; no other kind of tool is supported")
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _invalid(f"{where}.function", "must be an object with a name")
+        if function.get("strict"):
+            message = f"{where}.function.strict=true is not supported yet; leave it out"
+            raise ApiError(400, message, param=f"{where}.function.strict", code="unsupported_parameter")
+    return tools
+
+
+def _invalid(where: str, complaint: str) -> ApiError:
+    return ApiError(400, f"{where} {complaint}", param=where, code="invalid_value")

@@ -1,0 +1,174 @@
+"""Prometheus metrics: vLLM's names, labels and bucket bounds for what exists here, and our own under `jax_engine:`."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jax_engine.outputs import RequestMetrics
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.histogram import Histogram, one_two_five
+from jax_engine.stats import EngineStats
+
+FIRST_TOKEN_BOUNDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+TOKEN_GAP_BOUNDS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BOUNDS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
+    *(960.0, 1920.0, 7680.0),
+)
+COMPLETIONS_BOUNDS = (1, 2, 5, 10, 20)
+FINISH_REASONS = ("stop", "length", "abort", "error")
+# vLLM ends its token-count bounds at the model's context, which is unknown until the engine is up; this holds any.
+TOKEN_COUNT_LIMIT = 2 * 10**6
+LABELS = ("model_name", "engine")
+
+
+class Metrics(Collector):
+    """Everything that `/metrics` shows. Mutable; owned by the `Service`, touched by its event loop alone."""
+
+    def __init__(self, model_name: str) -> None:
+        self.time_to_first_token = Histogram(FIRST_TOKEN_BOUNDS)
+        self.inter_token_latency = Histogram(TOKEN_GAP_BOUNDS)
+        self.request_time_per_output_token = Histogram(TOKEN_GAP_BOUNDS)
+        self.e2e_request_latency = Histogram(REQUEST_BOUNDS)
+        self.request_queue_time = Histogram(REQUEST_BOUNDS)
+        self.request_inference_time = Histogram(REQUEST_BOUNDS)
+        self.request_prefill_time = Histogram(REQUEST_BOUNDS)
+        self.request_decode_time = Histogram(REQUEST_BOUNDS)
+        self.request_prompt_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
+        self.request_generation_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
+        self.request_params_max_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
+        self.request_params_n = Histogram(COMPLETIONS_BOUNDS)
+        self.stats = EngineStats()  # replaced by the latest snapshot before each rendering
+        self._finished = Counter(dict.fromkeys(FINISH_REASONS, 0))
+        self._labels = (model_name, "0")
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def count_finished(self, finish_reason: str) -> None:
+        """One completion has ended."""
+        self._finished[finish_reason] += 1
+
+    def observe_finished(
+        self, params: SamplingParams, times: RequestMetrics, now: float, *, prompt_tokens: int, output_tokens: int
+    ) -> None:
+        """One prompt and all its completions have ended."""
+        self.e2e_request_latency.observe(now - times.arrival_time)
+        self.request_prompt_tokens.observe(prompt_tokens)
+        self.request_generation_tokens.observe(output_tokens)
+        self.request_params_n.observe(params.n)
+        if params.max_tokens is not None:
+            self.request_params_max_tokens.observe(params.max_tokens)
+        scheduled, first, last = times.first_scheduled_time, times.first_token_time, times.last_token_time
+        if scheduled is None or first is None or last is None:  # aborted before its first token
+            return
+        self.request_queue_time.observe(scheduled - times.arrival_time)
+        self.request_inference_time.observe(last - scheduled)
+        self.request_prefill_time.observe(first - scheduled)
+        self.request_decode_time.observe(last - first)
+        tokens_each = output_tokens / params.n
+        if tokens_each > 1:
+            self.request_time_per_output_token.observe((last - first) / (tokens_each - 1))
+
+    def render(self, stats: EngineStats) -> bytes:
+        """Prometheus' text format, with the engine's counters as of `stats`."""
+        self.stats = stats
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry need not collect at registration to find clashing names."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._engine_gauges()
+        yield from self._engine_counters()
+        yield from self._histograms()
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Completions that ended, by reason.", labels=(*LABELS, "finished_reason")
+        )
+        for reason, count in self._finished.items():
+            finished.add_metric((*self._labels, reason), count)
+        yield finished
+        host = CounterMetricFamily("jax_engine:host_seconds", "Host time of steps.", labels=(*LABELS, "part"))
+        times = self.stats.host_time
+        parts = {"schedule": times.schedule, "pack": times.pack, "launch": times.launch, "wait": times.wait}
+        for part, microseconds in {**parts, "collect": times.collect}.items():
+            host.add_metric((*self._labels, part), microseconds / 1e6)
+        yield host
+
+    def _engine_gauges(self) -> Iterator[Metric]:
+        stats = self.stats
+        in_pages = stats.num_pages_in_use * stats.page_size
+        gauges = {
+            "vllm:num_requests_running": ("Sequences in the running batch.", stats.num_running),
+            "vllm:num_requests_waiting": ("Sequences waiting for pages or a slot.", stats.num_waiting),
+            "vllm:kv_cache_usage_perc": ("Share of KV pages in use; 1 is all.", stats.kv_cache_usage),
+            "jax_engine:kv_pages": ("KV pages.", stats.num_pages),
+            "jax_engine:kv_pages_in_use": ("KV pages that sequences hold.", stats.num_pages_in_use),
+            "jax_engine:kv_page_waste": (
+                "Share of the pages in use that holds no token.",
+                1 - stats.num_tokens_in_pages / in_pages if in_pages else 0.0,
+            ),
+            "jax_engine:programs_compiled": ("Step programs ready.", stats.programs_compiled),
+            "jax_engine:programs_planned": ("Step programs there will be.", stats.programs_planned),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(name, text, labels=LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        cache = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache.", labels=(*LABELS, "block_size", "num_gpu_blocks")
+        )
+        cache.add_metric((*self._labels, str(stats.page_size), str(stats.num_pages)), 1)
+        yield cache
+
+    def _engine_counters(self) -> Iterator[Metric]:
+        stats = self.stats
+        counters = {
+            "vllm:prompt_tokens": ("Prompt tokens processed, recomputed ones included.", stats.prompt_tokens_total),
+            "vllm:generation_tokens": ("Tokens generated.", stats.generation_tokens_total),
+            "vllm:num_preemptions": ("Times a sequence lost its pages to another.", stats.preemptions_total),
+            "jax_engine:steps": ("Engine steps.", stats.steps_total),
+            "jax_engine:padding_tokens": ("Token rows of steps that held no token.", stats.padding_tokens_total),
+            "jax_engine:token_rows": ("Token rows of steps, padding included.", stats.token_rows_total),
+            "jax_engine:compile_seconds": ("Time spent compiling.", stats.compile_seconds_total),
+            "jax_engine:compiles_in_request_path": (
+                "Compiles that a request waited for; stays 0.",
+                stats.compiles_in_request_path_total,
+            ),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+
+    def _histograms(self) -> Iterator[Metric]:
+        histograms = {
+            "vllm:time_to_first_token_seconds": ("Arrival to first token.", self.time_to_first_token),
+            "vllm:inter_token_latency_seconds": ("Time between tokens of a completion.", self.inter_token_latency),
+            "vllm:request_time_per_output_token_seconds": (
+                "Mean time per token after the first, one observation a request.",
+                self.request_time_per_output_token,
+            ),
+            "vllm:e2e_request_latency_seconds": ("Arrival to last token sent.", self.e2e_request_latency),
+            "vllm:request_queue_time_seconds": ("Arrival to first step.", self.request_queue_time),
+            "vllm:request_inference_time_seconds": ("First step to last token.", self.request_inference_time),
+            "vllm:request_prefill_time_seconds": ("First step to first token.", self.request_prefill_time),
+            "vllm:request_decode_time_seconds": ("First token to last token.", self.request_decode_time),
+            "vllm:request_prompt_tokens": ("Tokens of a prompt.", self.request_prompt_tokens),
+            "vllm:request_generation_tokens": ("Tokens generated for a prompt.", self.request_generation_tokens),
+            "vllm:request_params_max_tokens": ("max_tokens of requests.", self.request_params_max_tokens),
+            "vllm:request_params_n": ("n of requests.", self.request_params_n),
+        }
+        for name, (text, histogram) in histograms.items():
+            family = HistogramMetricFamily(name, text, labels=LABELS)
+            family.add_metric(self._labels, histogram.cumulative(), histogram.total)
+            yield family

@@ -1,0 +1,146 @@
+"""POST /v1/completions and /v1/chat/completions, GET /v1/models."""
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from jax_engine.outputs import CompletionOutput
+from jax_engine.server.body import read_body
+from jax_engine.server.errors import bad_request
+from jax_engine.server.frames import ChatFrames, CompletionFrames, encode_json
+from jax_engine.server.generation import GenerationStream, generation
+from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest
+from jax_engine.server.schemas import body_schema
+from jax_engine.server.service import Service
+from jax_engine.server.tracking import RequestRecord
+
+
+def json_response(content: Any) -> Response:
+    """`content` as JSON, status 200."""
+    return Response(encode_json(content), media_type="application/json")
+
+
+def openai_router(service: Service) -> APIRouter:
+    """The routes that OpenAI's clients call."""
+    router = APIRouter(tags=["OpenAI"])
+    limit = service.settings.max_request_body_bytes
+
+    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        """Continue one prompt or several."""
+        asked = CompletionRequest.from_body(await read_body(request, limit=limit))
+        return await answer_completion(service, request, asked)
+
+    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        asked = ChatCompletionRequest.from_body(await read_body(request, limit=limit))
+        return await answer_chat(service, request, asked)
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        """The names that this server's model goes by."""
+        cards = [model_card(service, name) for name in service.settings.served_model_names]
+        return json_response({"object": "list", "data": cards})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One of those names."""
+        service.check_model(name)
+        return json_response(model_card(service, name))
+
+    return router
+
+
+async def answer_completion(service: Service, request: Request, asked: CompletionRequest) -> Response:
+    """The response to a checked body of /v1/completions."""
+    record: RequestRecord = request.state.record
+    service.check_model(asked.model)
+    params = asked.sampling_params(service.engine().get_default_sampling_params())
+    prompts = asked.prompts()
+    response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
+    if asked.stream:
+        frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
+        return GenerationStream(service, record, prompts, params, frames)
+    async with generation(service, record, prompts, params, request.receive) as running:
+        outputs = await running.results()
+    choices = [
+        {
+            "index": number * params.n + completion.index,
+            "text": completion.text,
+            "logprobs": None,
+            **ending(completion),
+        }
+        for number, output in enumerate(outputs)
+        for completion in output.outputs
+    ]
+    return json_response(
+        {
+            "id": response_id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": choices,
+            "usage": record.usage(),
+        }
+    )
+
+
+async def answer_chat(service: Service, request: Request, asked: ChatCompletionRequest) -> Response:
+    """The response to a checked body of /v1/chat/completions."""
+    record: RequestRecord = request.state.record
+    service.check_model(asked.model)
+    engine = service.engine()
+    params = asked.sampling_params(engine.get_default_sampling_params())
+    template = service.settings.chat_template
+    try:
+        prompt = engine.render_chat(asked.conversation(), chat_template=template, **asked.template_arguments())
+    except ValueError as error:
+        raise bad_request(error) from None
+    if asked.add_special_tokens is not None:
+        prompt["add_special_tokens"] = asked.add_special_tokens
+    response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
+    if asked.stream:
+        frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
+        return GenerationStream(service, record, [prompt], params, frames)
+    async with generation(service, record, [prompt], params, request.receive) as running:
+        (output,) = await running.results()
+    choices = [
+        {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": None,
+            **ending(completion),
+        }
+        for completion in output.outputs
+    ]
+    return json_response(
+        {
+            "id": response_id,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": choices,
+            "usage": record.usage(),
+        }
+    )
+
+
+def ending(completion: CompletionOutput) -> dict[str, Any]:
+    """Why a completion ended; vLLM's `stop_reason` is the stop string or stop id, null for end of sequence."""
+    return {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+
+
+def model_card(service: Service, name: str) -> dict[str, Any]:
+    """OpenAI's model object, with vLLM's `root` and `max_model_len`; ApiError 503 before the engine is ready."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "jax-engine",
+        "root": service.settings.model_name,
+        "parent": None,
+        "max_model_len": service.engine().info.max_model_len,
+    }

@@ -1,0 +1,53 @@
+"""POST /generate and /generate_stream: a prompt and sampling parameters, without OpenAI's envelope."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from jax_engine.server.body import read_body
+from jax_engine.server.frames import LineFrames
+from jax_engine.server.generation import GenerationStream, generation
+from jax_engine.server.openai_routes import json_response
+from jax_engine.server.protocol import PlainRequest
+from jax_engine.server.schemas import body_schema
+from jax_engine.server.service import Service
+from jax_engine.server.tracking import RequestRecord
+
+
+def plain_router(service: Service) -> APIRouter:
+    """The routes for plain use."""
+    router = APIRouter(tags=["plain"])
+    limit = service.settings.max_request_body_bytes
+
+    @router.post("/generate", openapi_extra=body_schema(PlainRequest))
+    async def generate(request: Request) -> Response:
+        """The completions of one prompt or several: `{"text": [...], "finish_reason": [...], "usage": {...}}`."""
+        asked = PlainRequest.from_body(await read_body(request, limit=limit))
+        return await answer_plain(service, request, asked, stream=asked.stream)
+
+    @router.post("/generate_stream", openapi_extra=body_schema(PlainRequest))
+    async def generate_stream(request: Request) -> Response:
+        """JSON lines as text comes, `{"index": 0, "text": "...", "finish_reason": null}`; the usage is the last."""
+        asked = PlainRequest.from_body(await read_body(request, limit=limit))
+        return await answer_plain(service, request, asked, stream=True)
+
+    return router
+
+
+async def answer_plain(service: Service, request: Request, asked: PlainRequest, *, stream: bool) -> Response:
+    """The response to a checked body; completions stand in the order of their prompts, `n` for each."""
+    record: RequestRecord = request.state.record
+    service.check_model(asked.model)
+    params = asked.params(service.engine().get_default_sampling_params(), stream=stream)
+    prompts = asked.prompts()
+    if stream:
+        return GenerationStream(service, record, prompts, params, LineFrames())
+    async with generation(service, record, prompts, params, request.receive) as running:
+        outputs = await running.results()
+    completions = [completion for output in outputs for completion in output.outputs]
+    return json_response(
+        {
+            "text": [completion.text for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+            "usage": record.usage(),
+        }
+    )

@@ -1,0 +1,300 @@
+"""The requests that the OpenAI routes understand, decoded and checked in one pass.
+
+Every field of OpenAI's reference and of vLLM's extension stands here. One whose feature does not exist yet is accepted
+only at the value that means "off" (`NEUTRAL`) and is otherwise refused by name: nothing that would change an answer is
+ignored. What is ignored changes no answer and is listed in `WITHOUT_EFFECT`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Annotated, Any, Self
+
+import msgspec
+
+from jax_engine.processor import Prompt
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.server.conversation import checked_tools, plain_messages
+from jax_engine.server.errors import ApiError, bad_request
+from jax_engine.server.validation import check_neutral, checked_prompts, decode, not_supported
+
+# Field -> the values, besides null, at which it asks for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+    "echo": (False,),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "parallel_tool_calls": (True,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
+    "chat_template": (),
+    "suffix": ("",),
+}
+# Bookkeeping of OpenAI's service: accepted, and without effect on the answer.
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+)
+
+
+PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
+PromptField = Annotated[
+    Any,
+    msgspec.Meta(
+        description="A string, a list of strings, a list of token ids, or a list of such lists.",
+        extra_json_schema=PROMPT_SCHEMA,
+    ),
+]
+
+
+class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields that `SamplingParams` has under the same names; null asks for the model's default."""
+
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """What is not null."""
+        values = msgspec.structs.asdict(self)
+        return {name: values[name] for name in SamplingFields.__struct_fields__ if values[name] is not None}
+
+
+def sampling_params(base: SamplingParams, given: Mapping[str, Any], *, stream: bool) -> SamplingParams:
+    """`base` with what is given; ApiError 400 for a value out of range."""
+    kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    try:
+        return replace(base, **{**given, "output_kind": kind})
+    except ValueError as error:
+        raise bad_request(error) from None
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+    def check(self) -> None:
+        check_neutral("stream_options.include_obfuscation", self.include_obfuscation, (False,))
+        check_neutral("stream_options.continuous_usage_stats", self.continuous_usage_stats, (False,))
+
+
+class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """What completions and chat completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None  # null: as the tokenizer does for a prompt, none for a rendered chat
+
+    user: Any = None
+    metadata: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    repetition_penalty: Any = None
+    length_penalty: Any = None
+    logit_bias: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    prompt_logprobs: Any = None
+    truncate_prompt_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    use_beam_search: Any = None
+    structured_outputs: Any = None
+    response_format: Any = None
+    echo: Any = None
+    priority: Any = None
+    return_token_ids: Any = None
+    service_tier: Any = None
+    store: Any = None
+
+    @classmethod
+    def from_body(cls, body: bytes) -> Self:
+        """Decode and check a body; ApiError 400 for anything wrong with it."""
+        asked = decode(cls, body, NESTED)
+        asked.check()
+        return asked
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self) -> None:
+        """Raise an ApiError for what contradicts itself or asks for a feature that is not there yet."""
+        for name, value in msgspec.structs.asdict(self).items():
+            if name in NEUTRAL:
+                check_neutral(name, value, NEUTRAL[name])
+        if self.stream_options is not None:
+            if not self.stream:
+                raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
+            self.stream_options.check()
+
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        """The sampling parameters given; null takes that of `base`, the model's own defaults."""
+        return sampling_params(base, self.given(), stream=bool(self.stream))
+
+
+class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /v1/completions."""
+
+    prompt: PromptField
+    best_of: int | None = None
+    logprobs: Any = None
+    suffix: Any = None
+
+    def check(self) -> None:
+        GenerationRequest.check(self)
+        if self.logprobs is False:  # here a number; 0 already asks for the sampled token's own
+            raise not_supported("logprobs", False, ())
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise not_supported("best_of", self.best_of, (self.n or 1,))
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts in order; each text or token ids."""
+        prompts = checked_prompts(self.prompt)
+        if self.add_special_tokens is None:
+            return prompts
+        special = self.add_special_tokens
+        return [{"prompt": p, "add_special_tokens": special} if isinstance(p, str) else p for p in prompts]
+
+
+class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    logprobs: Any = None
+    top_logprobs: Any = None
+    parallel_tool_calls: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+    moderation: Any = None
+    chat_template: Any = None
+
+    def check(self) -> None:
+        GenerationRequest.check(self)
+        if self.tool_choice not in (None, "auto", "none"):
+            raise not_supported("tool_choice", self.tool_choice, ("auto", "none"))
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message cannot both be true; drop one"
+            raise ApiError(400, message, param="continue_final_message", code="invalid_value")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            message = f"max_tokens={both[0]} and max_completion_tokens={both[1]} differ; give only the second"
+            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        """As for completions, but an answer without a limit goes on to the end of the context."""
+        given = {"max_tokens": self.max_completion_tokens, **self.given()}
+        return sampling_params(base, given, stream=bool(self.stream))
+
+    def template_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `AsyncLLM.render_chat`, besides the messages."""
+        generation_prompt = self.add_generation_prompt
+        return {
+            "tools": checked_tools(self.tools) if self.tools and self.tool_choice != "none" else None,
+            "add_generation_prompt": not self.continue_final_message
+            if generation_prompt is None
+            else generation_prompt,
+            "continue_final_message": bool(self.continue_final_message),
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as `AsyncLLM.render_chat` takes them."""
+        return plain_messages(self.messages)
+
+
+class PlainRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """Body of POST /generate and /generate_stream; the sampling fields may also stand inside `sampling_params`."""
+
+    prompt: PromptField
+    model: str | None = None
+    stream: bool = False
+    sampling_params: SamplingFields | None = None
+
+    @classmethod
+    def from_body(cls, body: bytes) -> Self:
+        """Decode a body; ApiError 400 for anything wrong with it."""
+        return decode(cls, body, NESTED)
+
+    def params(self, base: SamplingParams, *, stream: bool) -> SamplingParams:
+        """The sampling parameters of both places; ApiError 400 for one that stands in both."""
+        outer, inner = self.given(), self.sampling_params.given() if self.sampling_params else {}
+        for name in outer.keys() & inner.keys():
+            message = f"{name} stands both beside and inside sampling_params; drop one"
+            raise ApiError(400, message, param=name, code="invalid_value")
+        return sampling_params(base, {**outer, **inner}, stream=stream)
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts in order; each text or token ids."""
+        return checked_prompts(self.prompt)
+
+
+NESTED: Mapping[str, type[msgspec.Struct]] = MappingProxyType(
+    {"stream_options": StreamOptions, "sampling_params": SamplingFields}
+)

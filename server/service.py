@@ -1,0 +1,108 @@
+"""What the routes share: the engine and its state, the settings, the metrics, the requests in flight."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from jax_engine.async_llm import AsyncLLM
+from jax_engine.config import EngineConfig
+from jax_engine.core_client import EngineDeadError
+from jax_engine.server.errors import ApiError, unavailable
+from jax_engine.server.in_flight import InFlight
+from jax_engine.server.metrics import Metrics
+from jax_engine.server.settings import ServerSettings
+from jax_engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_ENGINE_DEAD, EXIT_USER_ERROR = 0, 1, 2
+
+
+class State(Enum):
+    """Where a server is in its life; requests are served in READY alone."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DEAD = "dead"
+
+
+class Service:
+    """One server's engine and what goes with it. Mutable; owned by the app, in one event loop."""
+
+    def __init__(
+        self, engine_config: EngineConfig, settings: ServerSettings, *, on_failure: Callable[[], None]
+    ) -> None:
+        """`on_failure` is called once when the engine cannot start or has died; the process should then end."""
+        self.engine_config = engine_config
+        self.settings = settings
+        self.metrics = Metrics(settings.model_name)
+        self.in_flight = InFlight()
+        self.created = int(time.time())
+        self.state = State.STARTING
+        self.exit_code = EXIT_OK
+        self.reason = "the engine is starting: the model loads and its step programs compile"
+        self._on_failure = on_failure
+        self._engine: AsyncLLM | None = None
+        self._starting: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Start the engine; the server answers meanwhile that it is not ready."""
+        self._starting = asyncio.create_task(self._start(), name="engine start")
+
+    async def end(self) -> None:
+        """Stop the engine, also one that is still starting."""
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
+        if self._engine is not None:
+            await self._engine.shutdown()
+
+    def engine(self) -> AsyncLLM:
+        """The engine, ready to serve; ApiError 503 when it is not."""
+        if self._engine is None or self.state is not State.READY:
+            retry_after = 1 if self.state is State.STARTING else None
+            raise unavailable(self.reason, code=f"engine_{self.state.value}", retry_after=retry_after)
+        return self._engine
+
+    def stats(self) -> EngineStats:
+        """The engine's latest counters; zeros before it is up."""
+        return self._engine.stats() if self._engine is not None else EngineStats()
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 unless `name` is a name that this server's model goes by, or None."""
+        names = self.settings.served_model_names
+        if name is not None and name not in names:
+            served = ", ".join(names)
+            message = f"the model {name!r} does not exist; this server has: {served}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def fail(self, reason: str, exit_code: int) -> None:
+        """The engine is gone for good; only the first reason counts."""
+        if self.state is State.DEAD:
+            return
+        self.state, self.reason, self.exit_code = State.DEAD, reason, exit_code
+        self._on_failure()
+
+    async def _start(self) -> None:
+        try:
+            engine = await AsyncLLM.start(self.engine_config)
+        except ValueError as error:
+            self.fail(str(error), EXIT_USER_ERROR)
+        except EngineDeadError as error:
+            self.fail(str(error), EXIT_ENGINE_DEAD)
+        except Exception as error:  # nothing waits for this task: say what went wrong, and end
+            logger.exception("the engine cannot start")
+            self.fail(f"the engine cannot start: {type(error).__name__}", EXIT_ENGINE_DEAD)
+        else:
+            self._engine, self.state = engine, State.READY
+            info = engine.info
+            logger.info(
+                "ready: model %s, context %d tokens, %d KV pages of %d tokens",
+                ", ".join(self.settings.served_model_names),
+                info.max_model_len,
+                info.num_pages,
+                info.page_size,
+            )
+            engine.on_dead(lambda reason: self.fail(f"the engine has died: {reason}", EXIT_ENGINE_DEAD))

@@ -1,0 +1,104 @@
+"""What happens to one HTTP request and to each of its prompts, kept for its log line, its usage and the metrics."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.metrics import Metrics
+
+
+class PromptTracker:
+    """Counts one prompt's outputs on their way to the client. Mutable; owned by the handler of its request."""
+
+    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self.first_token_time: float | None = None
+        self.finish_reasons: dict[int, str] = {}
+        self._metrics = metrics
+        self._params = params
+        self._token_times: dict[int, float] = {}  # of each completion's latest token
+        self._closed = False
+
+    def take(self, output: RequestOutput) -> None:
+        """Count an output that is about to be sent."""
+        self.num_prompt_tokens = len(output.prompt_token_ids)
+        self.num_cached_tokens = output.num_cached_tokens
+        times = output.metrics
+        assert times is not None
+        if self.first_token_time is None and times.first_token_time is not None:
+            self.first_token_time = times.first_token_time
+            self._metrics.time_to_first_token.observe(times.first_token_time - times.arrival_time)
+        now = time.monotonic()
+        for completion in output.outputs:
+            self.num_output_tokens += len(completion.token_ids)
+            self._observe_gaps(completion, times, now)
+            if completion.finish_reason is not None and completion.index not in self.finish_reasons:
+                self.finish_reasons[completion.index] = completion.finish_reason
+                self._metrics.count_finished(completion.finish_reason)
+        if output.finished:
+            self._closed = True
+            self._metrics.observe_finished(
+                self._params, times, now, prompt_tokens=self.num_prompt_tokens, output_tokens=self.num_output_tokens
+            )
+
+    def close(self) -> None:
+        """Count what was dropped: completions that never ended, because the client left or the engine failed."""
+        if not self._closed:
+            self._closed = True
+            for _ in range(self._params.n - len(self.finish_reasons)):
+                self._metrics.count_finished("abort")
+
+    def _observe_gaps(self, completion: CompletionOutput, times: RequestMetrics, now: float) -> None:
+        """Time between tokens. Those that come together, or all at the end of an unstreamed answer, share it evenly."""
+        num_new = len(completion.token_ids)
+        if not num_new:
+            return
+        previous = self._token_times.get(completion.index)
+        if previous is not None:
+            self._metrics.inter_token_latency.observe((now - previous) / num_new, num_new)
+        elif num_new > 1 and times.first_token_time is not None and times.last_token_time is not None:
+            gap = (times.last_token_time - times.first_token_time) / (num_new - 1)
+            self._metrics.inter_token_latency.observe(gap, num_new - 1)
+        self._token_times[completion.index] = now
+
+
+@dataclass
+class RequestRecord:
+    """One HTTP request, for its log line. Mutable; owned by the `Gate`, filled in by the handlers."""
+
+    request_id: str
+    started: float = field(default_factory=time.monotonic)
+    trackers: list[PromptTracker] = field(default_factory=list)
+    note: str | None = None  # why it did not end as it should
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's token counts, all prompts together; a prompt counts once however many completions it has."""
+        prompt_tokens = sum(tracker.num_prompt_tokens for tracker in self.trackers)
+        output_tokens = sum(tracker.num_output_tokens for tracker in self.trackers)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(tracker.num_cached_tokens for tracker in self.trackers)},
+        }
+
+    def line(self, method: str, path: str, status: int | None) -> str:
+        """The log line."""
+        now = time.monotonic()
+        parts = [f"{method} {path} {status or '-'} id={self.request_id} time={now - self.started:.3f}s"]
+        if self.trackers:
+            usage = self.usage()
+            parts.append(f"prompt_tokens={usage['prompt_tokens']} output_tokens={usage['completion_tokens']}")
+            firsts = [tracker.first_token_time for tracker in self.trackers if tracker.first_token_time is not None]
+            if firsts:
+                parts.append(f"first_token={min(firsts) - self.started:.3f}s")
+            reasons = {reason for tracker in self.trackers for reason in tracker.finish_reasons.values()}
+            if reasons:
+                parts.append(f"finish={','.join(sorted(reasons))}")
+        if self.note:
+            parts.append(f"({self.note})")
+        return " ".join(parts)

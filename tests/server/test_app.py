@@ -1,0 +1,156 @@
+"""The app without an engine: what it answers before one is there, and what needs none."""
+
+import httpx
+import pytest
+
+from jax_engine.config import EngineConfig
+from jax_engine.server.app import build_app
+from jax_engine.server.service import EXIT_ENGINE_DEAD, EXIT_OK, Service
+from jax_engine.server.settings import ServerSettings
+
+
+def service(**settings):
+    return Service(EngineConfig(), ServerSettings(**settings), on_failure=lambda: None)
+
+
+def client(of, **options):
+    transport = httpx.ASGITransport(build_app(of), raise_app_exceptions=True)
+    return httpx.AsyncClient(transport=transport, base_url="http://test", **options)
+
+
+def error_of(response):
+    (name,) = response.json()
+    assert name == "error"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+async def test_not_ready_is_a_503_that_says_why():
+    async with client(service()) as http:
+        for route in ("/health", "/ping", "/v1/models"):
+            response = await http.get(route)
+            assert response.status_code == 503
+            assert error_of(response)["code"] == "engine_starting"
+            assert response.headers["retry-after"] == "1"
+        assert (await http.get("/metrics")).status_code == 200
+        assert (await http.get("/version")).json()["version"]
+
+
+async def test_a_dead_engine_is_a_503_with_its_reason():
+    dead = service()
+    dead.fail("the engine has died: out of memory", EXIT_ENGINE_DEAD)
+    async with client(dead) as http:
+        response = await http.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 503
+    assert error_of(response)["message"] == "the engine has died: out of memory"
+    assert error_of(response)["code"] == "engine_dead"
+    assert dead.exit_code != EXIT_OK
+
+
+async def test_only_the_first_reason_of_a_failure_counts():
+    reasons = []
+    failing = Service(EngineConfig(), ServerSettings(), on_failure=lambda: reasons.append(1))
+    failing.fail("first", EXIT_ENGINE_DEAD)
+    failing.fail("second", EXIT_OK)
+    assert (failing.reason, failing.exit_code, reasons) == ("first", EXIT_ENGINE_DEAD, [1])
+
+
+async def test_api_key_guards_all_but_probes_and_metrics():
+    guarded = service(api_keys=("first-key", "second-key"))
+    async with client(guarded) as http:
+        assert (await http.get("/version")).status_code == 200
+        assert (await http.get("/metrics")).status_code == 200
+        assert (await http.get("/health")).status_code == 503
+        for path in ("/v1/models", "/generate", "/no-such-route", "/openapi.json"):
+            refused = await http.get(path)
+            assert refused.status_code == 401
+            assert error_of(refused)["code"] == "invalid_api_key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for key in ("first-key", "second-key"):
+            assert (await http.get("/openapi.json", headers={"authorization": f"Bearer {key}"})).status_code == 200
+        for header in ("Bearer wrong", "Bearer ", "Basic first-key", "first-key", "Bearer first-key second-key"):
+            assert (await http.get("/v1/models", headers={"authorization": header})).status_code == 401
+
+
+async def test_a_key_never_appears_in_the_log(caplog):
+    caplog.set_level("DEBUG")
+    async with client(service(api_keys=("s3cret",))) as http:
+        await http.get("/v1/models", headers={"authorization": "Bearer s3cret"})
+        await http.get("/v1/models", headers={"authorization": "Bearer s3cret-but-wrong"})
+    assert "s3cret" not in caplog.text
+
+
+async def test_unknown_route_names_the_nearest():
+    async with client(service()) as http:
+        response = await http.post("/v1/chat/completion", json={})
+    assert response.status_code == 404
+    assert error_of(response)["message"].endswith("did you mean /v1/chat/completions?")
+
+
+async def test_wrong_method_names_the_right_one():
+    async with client(service()) as http:
+        response = await http.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert error_of(response)["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("", False), ("a b", False), ("x" * 129, False)])
+async def test_request_id_is_kept_only_if_it_is_harmless(given, taken):
+    async with client(service()) as http:
+        response = await http.get("/version", headers={"x-request-id": given})
+    assert (response.headers["x-request-id"] == given) is taken
+    assert response.headers["x-request-id"]
+
+
+async def test_a_bug_is_a_500_that_shows_only_the_request_id(caplog):
+    broken = service()
+    broken.stats = None  # calling it fails
+    async with client(broken) as http:
+        response = await http.get("/metrics", headers={"x-request-id": "find-me"})
+    assert response.status_code == 500
+    assert "find-me" in error_of(response)["message"]
+    assert "NoneType" not in response.text
+    assert "request find-me failed" in caplog.text
+    assert "TypeError" in caplog.text
+
+
+async def test_a_compressed_body_is_refused():
+    async with client(service()) as http:
+        response = await http.post("/v1/completions", content=b"x", headers={"content-encoding": "gzip"})
+    assert response.status_code == 415
+
+
+async def test_one_line_in_the_log_for_each_request(caplog):
+    caplog.set_level("INFO")
+    async with client(service()) as http:
+        await http.get("/v1/models?key=value", headers={"x-request-id": "one"})
+        await http.get("/version")  # probes and scrapes are not worth a line
+    (line,) = [record.message for record in caplog.records if record.name == "jax_engine.server.gate"]
+    assert line.startswith("GET /v1/models 503 id=one time=")
+    assert line.endswith("(engine_starting)")
+
+
+async def test_a_path_cannot_forge_a_line_of_the_log(caplog):
+    caplog.set_level("INFO")
+    async with client(service()) as http:
+        await http.get("/%0AGET%20/forged")
+    (line,) = [record.message for record in caplog.records if record.name == "jax_engine.server.gate"]
+    assert "\n" not in line
+
+
+async def test_requests_need_not_be_logged(caplog):
+    caplog.set_level("INFO")
+    async with client(service(log_requests=False)) as http:
+        await http.get("/v1/models")
+    assert not [record for record in caplog.records if record.name == "jax_engine.server.gate"]
+
+
+async def test_openapi_document_has_the_schema_of_every_body():
+    async with client(service()) as http:
+        document = (await http.get("/openapi.json")).json()
+    for route in ("/v1/completions", "/v1/chat/completions", "/generate"):
+        reference = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+        assert "temperature" in schema["properties"]

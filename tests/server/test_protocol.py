@@ -1,0 +1,235 @@
+"""What a body may say, without an engine."""
+
+import json
+
+import pytest
+
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.server.errors import ApiError, bad_request
+from jax_engine.server.protocol import (
+    NEUTRAL,
+    WITHOUT_EFFECT,
+    ChatCompletionRequest,
+    CompletionRequest,
+    PlainRequest,
+    SamplingFields,
+)
+
+DEFAULTS = SamplingParams()
+USER = {"role": "user", "content": "hi"}
+
+
+def completion(**fields):
+    return CompletionRequest.from_body(json.dumps({"prompt": "a", **fields}).encode())
+
+
+def chat(**fields):
+    return ChatCompletionRequest.from_body(json.dumps({"messages": [USER], **fields}).encode())
+
+
+def refusal(make, **fields):
+    with pytest.raises(ApiError) as caught:
+        make(**fields)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
+    """A field in none of these groups would be accepted and ignored."""
+    used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens"}
+    used |= {"tools", "tool_choice", "max_completion_tokens"}
+    used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+    groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
+    fields = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
+    assert fields == groups
+
+
+def test_sampling_fields_are_those_of_sampling_params():
+    own = {*SamplingParams.__dataclass_fields__} - {"output_kind"}
+    assert set(SamplingFields.__struct_fields__) == own
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL))
+def test_a_feature_that_is_not_there_is_refused_unless_it_is_off(name):
+    make = completion if name in CompletionRequest.__struct_fields__ else chat
+    for value in (None, *NEUTRAL[name]):
+        if (make, name, value) != (completion, "logprobs", False):
+            make(**{name: value})
+    error = refusal(make, **{name: {"something": "else"}})
+    assert error.param == name
+    assert error.code == "unsupported_parameter"
+    assert f"{name}=" in error.message
+
+
+def test_true_is_not_one_and_zero_is_not_false():
+    assert refusal(completion, repetition_penalty=True).param == "repetition_penalty"
+    assert refusal(chat, logprobs=0).param == "logprobs"
+    assert refusal(completion, logprobs=0).param == "logprobs"
+    assert refusal(completion, logprobs=False).param == "logprobs"
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_bookkeeping_is_accepted(name):
+    assert chat(**{name: "anything"}).sampling_params(DEFAULTS) == chat().sampling_params(DEFAULTS)
+
+
+def test_null_takes_the_models_default():
+    base = SamplingParams(temperature=0.6, top_k=20)
+    params = completion(temperature=None, top_k=5, stop=None).sampling_params(base)
+    assert (params.temperature, params.top_k, params.max_tokens) == (0.6, 5, 16)
+
+
+def test_chat_goes_on_to_the_end_of_the_context_unless_limited():
+    assert chat().sampling_params(DEFAULTS).max_tokens is None
+    assert chat(max_tokens=5).sampling_params(DEFAULTS).max_tokens == 5
+    assert chat(max_completion_tokens=6).sampling_params(DEFAULTS).max_tokens == 6
+    assert chat(max_completion_tokens=6, max_tokens=6).sampling_params(DEFAULTS).max_tokens == 6
+    assert "differ" in refusal(chat, max_completion_tokens=6, max_tokens=5).message
+    with pytest.raises(ApiError, match="max_tokens=0"):
+        chat(max_completion_tokens=0).sampling_params(DEFAULTS)
+
+
+def test_output_kind_follows_stream():
+    assert completion(stream=True).sampling_params(DEFAULTS).output_kind is RequestOutputKind.DELTA
+    assert completion().sampling_params(DEFAULTS).output_kind is RequestOutputKind.FINAL_ONLY
+
+
+def test_best_of_is_accepted_where_nothing_is_chosen():
+    completion(best_of=1)
+    completion(best_of=3, n=3)
+    assert refusal(completion, best_of=3, n=2).param == "best_of"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"max_token": 1}, "max_token", "did you mean 'max_tokens'?"),
+        ({"zzzz": 1}, "zzzz", "unknown parameter 'zzzz'"),
+        ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "'include_usage'"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "expected `int`, got `str`"),
+        ({"n": 1.5}, "n", "got `float`"),
+        ({"n": True}, "n", "got `bool`"),
+    ],
+)
+def test_wrong_fields_are_named(fields, param, words):
+    error = refusal(completion, **fields)
+    assert error.param == param
+    assert words in error.message
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ApiError, match="prompt is required"):
+        CompletionRequest.from_body(b"{}")
+    with pytest.raises(ApiError, match="messages is required"):
+        ChatCompletionRequest.from_body(b"{}")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"prompt": "a"', "not valid JSON"),
+        (b'{"prompt": "a"} x', "not valid JSON"),
+        (b'"prompt"', "must be a JSON object"),
+        (b'{"prompt": "\xff"}', "not valid UTF-8"),
+        (b'{"prompt": "\\ud800"}', "not valid JSON"),
+        (b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deeply"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature: number out of range"),
+        (b'{"prompt": NaN', "not valid JSON"),
+        (b'{"prompt": "a", "bad_words": NaN, "temprature": 1}', "did you mean 'temperature'?"),
+    ],
+)
+def test_broken_bodies(body, words):
+    with pytest.raises(ApiError) as caught:
+        CompletionRequest.from_body(body)
+    assert words in caught.value.message
+
+
+def test_nan_and_infinity_are_named():
+    for text in ("NaN", "Infinity", "-Infinity"):
+        asked = CompletionRequest.from_body(f'{{"prompt": "a", "temperature": {text}}}'.encode())
+        with pytest.raises(ApiError) as caught:
+            asked.sampling_params(DEFAULTS)
+        assert caught.value.param == "temperature"
+
+
+def test_prompt_forms():
+    assert completion(prompt="a").prompts() == ["a"]
+    assert completion(prompt=["a", "b"]).prompts() == ["a", "b"]
+    assert completion(prompt=[1, 2]).prompts() == [[1, 2]]
+    assert completion(prompt=[[1], [2, 3]]).prompts() == [[1], [2, 3]]
+    assert completion(prompt=["a", [1]]).prompts() == ["a", [1]]
+    bare = completion(prompt=["a", [1]], add_special_tokens=False).prompts()
+    assert bare == [{"prompt": "a", "add_special_tokens": False}, [1]]
+
+
+@pytest.mark.parametrize("prompt", [None, [], 5, {}, [True], [1, "a"], [[1], [None]], [1.5]])
+def test_anything_else_is_no_prompt(prompt):
+    with pytest.raises(ApiError) as caught:
+        completion(prompt=prompt).prompts()
+    assert caught.value.param == "prompt"
+
+
+def test_tools_are_rendered_or_left_out():
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert chat(tools=[tool]).template_arguments()["tools"] == [tool]
+    assert chat(tools=[tool], tool_choice="auto").template_arguments()["tools"] == [tool]
+    assert chat(tools=[tool], tool_choice="none").template_arguments()["tools"] is None
+    assert chat(tools=[]).template_arguments()["tools"] is None
+    named = {"type": "function", "function": {"name": "f"}}
+    for choice in ("required", named):
+        assert refusal(chat, tools=[tool], tool_choice=choice).param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    ("tool", "param"),
+    [
+        ({}, "tools[0].type"),
+        ({"type": "custom"}, "tools[0].type"),
+        ({"type": "function", "function": {}}, "tools[0].function"),
+        ({"type": "function", "function": {"name": "f", "strict": True}}, "tools[0].function.strict"),
+    ],
+)
+def test_bad_tools_are_named(tool, param):
+    with pytest.raises(ApiError) as caught:
+        chat(tools=[tool]).template_arguments()
+    assert caught.value.param == param
+
+
+def test_generation_prompt_gives_way_to_a_message_to_continue():
+    assert chat().template_arguments()["add_generation_prompt"] is True
+    assert chat(continue_final_message=True).template_arguments()["add_generation_prompt"] is False
+    assert chat(add_generation_prompt=False).template_arguments()["add_generation_prompt"] is False
+    assert refusal(chat, continue_final_message=True, add_generation_prompt=True).param == "continue_final_message"
+
+
+def test_a_message_needs_content_or_tool_calls():
+    with pytest.raises(ApiError) as caught:
+        chat(messages=[USER, {"role": "user", "content": None}]).conversation()
+    assert caught.value.param == "messages[1].content"
+
+
+def test_plain_request_takes_sampling_parameters_in_either_place_but_not_both():
+    def plain(**fields):
+        asked = PlainRequest.from_body(json.dumps({"prompt": "a", **fields}).encode())
+        return asked.params(DEFAULTS, stream=False)
+
+    assert plain(top_k=3, sampling_params={"min_p": 0.1, "max_tokens": None}) == plain(top_k=3, min_p=0.1)
+    assert refusal(plain, top_k=3, sampling_params={"top_k": 4}).param == "top_k"
+    assert "did you mean 'top_k'" in refusal(plain, sampling_params={"top_kk": 4}).message
+    assert refusal(plain, logit_bias={}).param == "logit_bias"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ("temperature=-1 must be positive", "temperature"),
+        ("messages[2].content has a part of type 'image_url'", "messages[2].content"),
+        ("prompt is empty; give one", "prompt"),
+        ("the chat template failed", None),
+    ],
+)
+def test_param_is_the_field_that_a_message_begins_with(message, param):
+    assert bad_request(ValueError(message)).param == param
