@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 DECODE_ROWS = 16  # sequences that share one loop over chunks
-PREFILL_ROWS = 64  # queries of one sequence that share one loop over chunks
-CHUNK_TOKENS = 128  # cached tokens read per iteration
+PREFILL_ROWS = 32  # queries of one sequence that share one loop over chunks
+CHUNK_TOKENS = 64  # cached tokens read per iteration
 
 
 def ragged_paged_attention(
@@ -141,9 +141,9 @@ class _Groups:
         def step(index: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, out = carry
             table = lax.dynamic_slice_in_dim(tables, index * self.chunk_pages, self.chunk_pages, axis=1)
-            context = self.pages[self.layer, table]  # [R, C, 2, K, S, H]
-            context = context.transpose(0, 2, 3, 1, 4, 5).reshape(num_tiles, 2, num_kv_heads, chunk, head_dim)
-            scores = jnp.einsum("rkqgh,rksh->rkqgs", queries, context[:, 0], preferred_element_type=jnp.float32)
+            # Gathered apart: one gather of both would be copied again when it is split.
+            keys, values = self.pages[self.layer, table, 0], self.pages[self.layer, table, 1]  # [R, C, K, S, H] each
+            scores = _scores(queries, keys)
             distance = positions[:, :, None] - (index * chunk + jnp.arange(chunk))[None, None, :]
             visible = distance >= 0
             if self.window is not None:
@@ -155,10 +155,7 @@ class _Groups:
             weights = jnp.exp(scores - new_maximum[..., None])
             shrink = jnp.exp(maximum - new_maximum)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            added = jnp.einsum(
-                "rkqgs,rksh->rkqgh", weights.astype(context.dtype), context[:, 1], preferred_element_type=jnp.float32
-            )
-            return new_maximum, total, out * shrink[..., None] + added
+            return new_maximum, total, out * shrink[..., None] + _weighted_sum(weights, values)
 
         shape = queries.shape[:-1]
         start = (
@@ -169,3 +166,32 @@ class _Groups:
         _, total, out = lax.fori_loop(first, last // chunk + 1, step, start)
         out = out / jnp.maximum(total, 1e-30)[..., None]
         return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)
+
+
+# With one query a tile (decode), a handful of heads makes no matrix product worth the name. Multiplied and summed in
+# one loop that reads the pages where they are, decode is a third faster on a CPU than with pages gathered for a dot.
+
+
+def _scores(queries: Float[Array, "R K Q G H"], keys: Float[Array, "R C K S H"]) -> Float[Array, "R K Q G CS"]:
+    """Products of each query with each key of its tile's chunk, in float32."""
+    if queries.shape[2] > 1:
+        return jnp.einsum("rkqgh,rksh->rkqgs", queries, _side_by_side(keys), preferred_element_type=jnp.float32)
+    num_tiles, _, num_kv_heads, _, head_dim = keys.shape
+    keys = keys.transpose(0, 2, 4, 1, 3).reshape(num_tiles, num_kv_heads, 1, head_dim, -1).astype(jnp.float32)
+    return jnp.sum(queries[:, :, 0, :, :, None].astype(jnp.float32) * keys, axis=3)[:, :, None]
+
+
+def _weighted_sum(weights: Float[Array, "R K Q G CS"], values: Float[Array, "R C K S H"]) -> Float[Array, "R K Q G H"]:
+    """The chunk's values, weighted and summed, in float32."""
+    values = _side_by_side(values)
+    if weights.shape[2] > 1:
+        weights = weights.astype(values.dtype)
+        return jnp.einsum("rkqgs,rksh->rkqgh", weights, values, preferred_element_type=jnp.float32)
+    values = values[:, :, None].astype(jnp.float32)
+    return jnp.sum(weights[:, :, 0, :, :, None] * values, axis=3)[:, :, None]
+
+
+def _side_by_side(pages: Float[Array, "R C K S H"]) -> Float[Array, "R K CS H"]:
+    """The tokens of a chunk's pages in one dimension."""
+    num_tiles, _, num_kv_heads, _, head_dim = pages.shape
+    return pages.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_kv_heads, -1, head_dim)

@@ -59,17 +59,20 @@ class MemoryPlan:
 
 
 def bucket_lattice(max_num_seqs: int, token_budget: int) -> tuple[Bucket, ...]:
-    """The step shapes: token counts in powers of two up to the budget, each with all the sequences it can hold.
+    """The step shapes: token counts up to the budget, each with all the sequences it can hold.
 
-    One and `SMALLEST_STEP` serve the few-sequence decode; a step's cost follows its token rows, and padding sequences
-    cost next to nothing in attention, whose loops run over real lengths.
+    One and `SMALLEST_STEP` serve the few-sequence decode, powers of two the rest, with a step between two of them
+    where decode is at home (up to `max_num_seqs`). A step's cost follows its token rows; padding sequences cost next to
+    nothing in attention, whose loops run over real lengths.
     """
     sizes = {1, min(SMALLEST_STEP, token_budget), max_num_seqs, token_budget}
     size = SMALLEST_STEP
     while size < token_budget:
         sizes.add(size)
+        if 2 * SMALLEST_STEP <= size < max_num_seqs:
+            sizes.add(size * 3 // 2)
         size *= 2
-    return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes))
+    return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes) if tokens <= token_budget)
 
 
 def longest_context(config: EngineConfig, model: ModelConfig) -> int:

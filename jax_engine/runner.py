@@ -64,6 +64,7 @@ class Runner:
         self.structure = ModelStructure.of(model_class, model_config, ops=ops, dtype=dtype)
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
+        self._is_remote = device.platform != "cpu"  # tokens must travel to the host
         page_size = config.block_size or (16 if device.platform == "cpu" else 64)
         self._geometry = CacheGeometry.of(model_config, page_size=page_size, dtype=dtype)
         buckets = bucket_lattice(config.max_num_seqs, config.token_budget)
@@ -98,7 +99,8 @@ class Runner:
         buffer = pack_batch(chunks, self._layouts[program.bucket], self._parameters)
         packed = time.perf_counter()
         self._state, tokens = executable(self._leaves, self._state, buffer)
-        tokens.copy_to_host_async()
+        if self._is_remote:
+            tokens.copy_to_host_async()
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1

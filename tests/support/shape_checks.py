@@ -13,9 +13,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def check_arrays(function: Function) -> Function:
     """Check the arguments and results of `function` that are annotated as arrays.
 
-    The rest is left to mypy: beartype does not know `Self`, and asks more of protocols than they say.
+    The rest is left to mypy: beartype does not know `Self`, and asks more of protocols than they say. The fields of a
+    dataclass are not checked: JAX itself rebuilds pytrees with placeholders in them.
     """
-    if not inspect.isfunction(function):
+    if not inspect.isfunction(function) or function.__name__ == "__init__":
         return function
     arrays = {name: kind for name, kind in function.__annotations__.items() if _is_array(kind)}
     if not arrays:
