@@ -91,9 +91,9 @@ class CoreProcess:
         """
         folder = tempfile.mkdtemp(prefix="jax_engine_")
         # The child's standard input carries the settings, and its end tells the child that this process is gone.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "jax_engine.core_process", folder, stdin=PIPE
-        )
+        # -P: a folder named jax_engine where the user happens to stand is not the package.
+        command = (sys.executable, "-P", "-m", "jax_engine.core_process", folder)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
         core = cls(process, folder, zmq.asyncio.Context())
         level = logging.getLogger("jax_engine").getEffectiveLevel()
         assert process.stdin is not None
