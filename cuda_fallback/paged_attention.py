@@ -168,8 +168,8 @@ class _Groups:
         return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)
 
 
-# With one query a tile (decode), a handful of heads makes no matrix product worth the name. Multiplied and summed in
-# one loop that reads the pages where they are, decode is a third faster on a CPU than with pages gathered for a dot.
+# With one query a tile (decode), a handful of heads makes no matrix product worth the name. With scores multiplied and
+# summed, and keys and values gathered apart, a step of 64 rows took 7.0 ms on 2 cores, where dots took 8.8.
 
 
 def _scores(queries: Float[Array, "R K Q G H"], keys: Float[Array, "R C K S H"]) -> Float[Array, "R K Q G CS"]:

@@ -5,7 +5,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from jax_engine.models.layers import RMSNorm
-from jax_engine.sampler import SamplingMode, keep_top_k
+from jax_engine.sampler import keep_top_k
 from jax_engine.step_batch import BatchLayout, Bucket, StepBatch
 
 
@@ -22,4 +22,3 @@ def test_a_wrong_type_is_caught():
 def test_right_ones_pass():
     assert keep_top_k(jnp.ones((3, 8)), jnp.ones(3, jnp.int32)).shape == (3, 8)
     assert RMSNorm(4, "embed", eps=1e-6, dtype=jnp.dtype("float32"), rngs=None)(jnp.ones((2, 4))).shape == (2, 4)
-    assert SamplingMode("greedy") is SamplingMode.GREEDY
