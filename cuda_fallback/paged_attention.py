@@ -9,7 +9,7 @@ rows beside it: chunks past its end contribute exact zeros.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 DECODE_ROWS = 16  # sequences that share one loop over chunks
 PREFILL_ROWS = 32  # queries of one sequence that share one loop over chunks
@@ -20,7 +20,7 @@ def ragged_paged_attention(
     queries: Float[Array, "T N H"],
     keys: Float[Array, "T K H"],
     values: Float[Array, "T K H"],
-    pages: Float[Array, "L P 2 K S H"],
+    pages: Num[Array, "L P 2 K S H"],
     block_tables: Int[Array, "B M"],
     query_starts: Int[Array, "B+1"],
     kv_lengths: Int[Array, " B"],
@@ -28,13 +28,31 @@ def ragged_paged_attention(
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
     *,
-    layer: int,
+    layer: int | Int[Array, ""],
     scale: float,
     window: int | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L P 2 K S H"]]:
-    """Specified by `pallas_kernels.reference`; products in the storage types, accumulated in float32."""
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "L 2 K"] | None = None,
+) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
+    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32."""
+    heads_a_group = queries.shape[1] // keys.shape[1]
+    if kv_scales is not None:
+        keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
+        queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer)
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window)
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks)
+    out = _attend_all(groups, query_starts, num_decodes)
+    if kv_scales is not None:
+        out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
+    return out, pages
+
+
+def _attend_all(
+    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""]
+) -> Float[Array, "T N H"]:
+    """Decode rows first, a group of sequences at a time, then longer ranges, a tile of one sequence at a time."""
+    queries, block_tables = groups.queries, groups.block_tables
     num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
     out = jnp.zeros_like(queries)
 
@@ -54,7 +72,7 @@ def ragged_paged_attention(
 
     out = lax.fori_loop(0, num_groups, decode, out)
     if num_tokens == 1:
-        return out, pages
+        return out
 
     rows = min(PREFILL_ROWS, num_tokens)
     tile_sequences, tile_starts, num_tiles = _prefill_tiles(query_starts, num_decodes, rows, num_tokens)
@@ -68,24 +86,30 @@ def ragged_paged_attention(
         kept = lax.dynamic_slice_in_dim(out, first, rows)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None], fresh, kept), first, axis=0)
 
-    return lax.fori_loop(0, num_tiles, prefill, out), pages
+    return lax.fori_loop(0, num_tiles, prefill, out)
 
 
 def _write(
     keys: Float[Array, "T K H"],
     values: Float[Array, "T K H"],
-    pages: Float[Array, "L P 2 K S H"],
+    pages: Num[Array, "L P 2 K S H"],
     block_tables: Int[Array, "B M"],
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
-    layer: int,
-) -> Float[Array, "L P 2 K S H"]:
+    layer: int | Int[Array, ""],
+) -> Num[Array, "L P 2 K S H"]:
     """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows."""
     num_sequences = block_tables.shape[0]
     num_pages, page_size = pages.shape[1], pages.shape[4]
     owner = jnp.minimum(token_sequences, num_sequences - 1)
     page = jnp.where(token_sequences < num_sequences, block_tables[owner, positions // page_size], num_pages)
-    new = jnp.stack([keys, values], axis=1).astype(pages.dtype)
+    new = jnp.stack([keys, values], axis=1)
+    if jnp.issubdtype(pages.dtype, jnp.integer):
+        new = jnp.round(new)
+    if pages.dtype.itemsize == 1:
+        limits = jnp.iinfo(pages.dtype) if jnp.issubdtype(pages.dtype, jnp.integer) else jnp.finfo(pages.dtype)
+        new = jnp.clip(new.astype(jnp.float32), float(limits.min), float(limits.max))
+    new = new.astype(pages.dtype)
     return pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
 
@@ -109,15 +133,17 @@ class _Groups:
     def __init__(
         self,
         queries: Float[Array, "T N H"],
-        pages: Float[Array, "L P 2 K S H"],
+        pages: Num[Array, "L P 2 K S H"],
         block_tables: Int[Array, "B M"],
         positions: Int[Array, " T"],
-        layer: int,
+        layer: int | Int[Array, ""],
         scale: float,
         window: int | None,
+        soft_cap: float | None,
+        sinks: Float[Array, " N"] | None,
     ) -> None:
         self.queries, self.pages, self.positions = queries, pages, positions
-        self.layer, self.scale, self.window = layer, scale, window
+        self.layer, self.scale, self.window, self.soft_cap, self.sinks = layer, scale, window, soft_cap, sinks
         self.chunk_pages = max(1, CHUNK_TOKENS // pages.shape[4])
         # Whole chunks, so that a chunk's slice of the table never has to be clamped.
         self.block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % self.chunk_pages)))
@@ -143,7 +169,11 @@ class _Groups:
             table = lax.dynamic_slice_in_dim(tables, index * self.chunk_pages, self.chunk_pages, axis=1)
             # Gathered apart: one gather of both would be copied again when it is split.
             keys, values = self.pages[self.layer, table, 0], self.pages[self.layer, table, 1]  # [R, C, K, S, H] each
+            if keys.dtype.itemsize == 1:
+                keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
             scores = _scores(queries, keys)
+            if self.soft_cap is not None:
+                scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
             distance = positions[:, :, None] - (index * chunk + jnp.arange(chunk))[None, None, :]
             visible = distance >= 0
             if self.window is not None:
@@ -158,14 +188,17 @@ class _Groups:
             return new_maximum, total, out * shrink[..., None] + _weighted_sum(weights, values)
 
         shape = queries.shape[:-1]
-        start = (
-            jnp.full(shape, -1e30, jnp.float32),
-            jnp.zeros(shape, jnp.float32),
-            jnp.zeros(queries.shape, jnp.float32),
-        )
+        start = (*self._seen_first(shape), jnp.zeros(queries.shape, jnp.float32))
         _, total, out = lax.fori_loop(first, last // chunk + 1, step, start)
         out = out / jnp.maximum(total, 1e-30)[..., None]
         return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)
+
+    def _seen_first(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Maximum and sum of the running softmax before the first token: nothing, or each head's sink."""
+        if self.sinks is None:
+            return jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32)
+        sinks = self.sinks.astype(jnp.float32).reshape(1, shape[1], 1, shape[3])
+        return jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
 
 
 # With one query a tile (decode), a handful of heads makes no matrix product worth the name. With scores multiplied and

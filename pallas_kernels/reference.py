@@ -3,7 +3,8 @@
 Arrays (the calling convention that all implementations share; T token rows, B sequences, M pages a sequence at most):
 
     queries          [T, N, H]             keys, values  [T, K, H], the step's own tokens, not yet in the cache
-    pages            [L, P, 2, K, S, H]    K at index 0, V at index 1; all layers
+    pages            [L, P, 2, K, S, H]    K at index 0, V at index 1; all layers. An implementation may arrange a page
+                                           of its own accord; its module's `page_shape` says how
     block_tables     [B, M] int32          page of each S-token part of a sequence; entries past its length are ignored
     query_starts     [B + 1] int32         first token row of each sequence; the last entry is the number of real tokens
     kv_lengths       [B] int32             cached tokens of the sequence, this step's included; 0 for padding
@@ -11,19 +12,43 @@ Arrays (the calling convention that all implementations share; T token rows, B s
     token_sequences  [T] int32             sequence of each token row, B for padding rows
     positions        [T] int32             position of each token in its sequence
 
+Options, by keyword; `layer` and `scale` must be given:
+
+    layer            int or [] int32       whose pages; may be traced
+    scale            float                 of the products of queries and keys
+    window           int or None           tokens that a query sees, its own included
+    soft_cap         float or None         scores become `soft_cap * tanh(scores / soft_cap)` (arXiv 2408.00118)
+    sinks            [N] or None           a score per head that takes part in the softmax and has no value
+                                           (arXiv 2309.17453, in the form of gpt-oss)
+    kv_scales        [L, 2, K] or None     what stored keys and values are to be multiplied by (8-bit pages)
+
 Returned: the attention output [T, N, H], zero in padding rows, and the pages with the step's keys and values written.
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
+
+
+def to_storage(rows: Float[Array, "T K H"], dtype: jnp.dtype, scales: Float[Array, " K"] | None) -> Num[Array, "T K H"]:
+    """Keys or values as pages hold them: divided by their heads' scales; 8-bit types are clipped to their range, and
+    integers rounded to the nearest.
+    """
+    if scales is not None:
+        rows = rows.astype(jnp.float32) / scales[:, None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        return jnp.clip(jnp.round(rows), limits.min, limits.max).astype(dtype)
+    if jnp.dtype(dtype).itemsize == 1:
+        rows = jnp.clip(rows, float(jnp.finfo(dtype).min), float(jnp.finfo(dtype).max))
+    return rows.astype(dtype)
 
 
 def ragged_paged_attention(
     queries: Float[Array, "T N H"],
     keys: Float[Array, "T K H"],
     values: Float[Array, "T K H"],
-    pages: Float[Array, "L P 2 K S H"],
+    pages: Num[Array, "L P 2 K S H"],
     block_tables: Int[Array, "B M"],
     query_starts: Int[Array, "B+1"],
     kv_lengths: Int[Array, " B"],
@@ -31,10 +56,13 @@ def ragged_paged_attention(
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
     *,
-    layer: int,
+    layer: int | Int[Array, ""],
     scale: float,
     window: int | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "L P 2 K S H"]]:
+    soft_cap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    kv_scales: Float[Array, "L 2 K"] | None = None,
+) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
     """Causal grouped-query attention of each new token over its own sequence's pages, after writing the new keys and
     values.
 
@@ -46,21 +74,30 @@ def ragged_paged_attention(
     real = token_sequences < num_sequences
     owner = jnp.minimum(token_sequences, num_sequences - 1)
     page = jnp.where(real, block_tables[owner, positions // page_size], num_pages)  # num_pages is out of range: dropped
-    new = jnp.stack([keys, values], axis=1).astype(pages.dtype)
+    key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
+    new = jnp.stack([to_storage(keys, pages.dtype, key_scales), to_storage(values, pages.dtype, value_scales)], axis=1)
     pages = pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
     context = pages[layer, block_tables].astype(jnp.float32)  # [B, M, 2, K, S, H]
+    if kv_scales is not None:
+        context = context * kv_scales[layer][None, None, :, :, None, None]
     context = context.transpose(0, 2, 1, 4, 3, 5).reshape(
         num_sequences, 2, max_pages * page_size, num_kv_heads, head_dim
     )
     grouped = queries.astype(jnp.float32).reshape(queries.shape[0], num_kv_heads, -1, head_dim)
     scores = jnp.einsum("tkgh,tskh->tkgs", grouped, context[owner, 0], precision="highest") * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
     distance = positions[:, None] - jnp.arange(max_pages * page_size)[None, :]
     visible = (distance >= 0) & real[:, None]
     if window is not None:
         visible &= distance < window
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : visible.shape[1]]
+    weights = jnp.where(visible[:, None, None], weights, 0)
     # Pages past a sequence's end may hold anything, NaN included: a zero weight must not multiply them.
     seen = jnp.where(visible[:, :, None, None], context[owner, 1], 0)
     out = jnp.einsum("tkgs,tskh->tkgh", weights, seen, precision="highest")
