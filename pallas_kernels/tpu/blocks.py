@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from math import gcd
 from typing import Any
 
 from jax_engine.pallas_kernels.tpu.geometry import LANES, SUBLANES, Geometry, round_up
@@ -12,6 +13,7 @@ MOST_BLOCK_TOKENS = 4096
 MOST_BLOCK_BYTES = 16 * 2**20
 MOST_STRIP_BYTES = 2**19
 RING = 4  # decode's results and tiles on their way out
+UNITS_A_TRIP = 2  # of prefill's main loop
 ROWS_AT_ONCE = 256  # rows of a prefill unit; fewer would load keys into the matrix unit more often
 PREFILL_ROWS = 512  # query rows of a prefill block: tokens times query heads of a kv head
 COMPILER_BYTES = 2 * 2**20  # what the compiler keeps for itself beside the buffers
@@ -37,6 +39,10 @@ class Blocks:
     prefill_chunk: int  # cached tokens of one pass of prefill
     strip: int  # tokens of one cache write of a longer range; divides the page size
 
+    def rows_at_once(self, geometry: Geometry) -> int:
+        """Query rows of a unit of prefill's work, which is one head's and one `prefill_chunk`."""
+        return gcd(ROWS_AT_ONCE, self.query * geometry.queries_per_head)
+
     def vmem_bytes(self, geometry: Geometry) -> int:
         """What the kernel takes: its page buffers, and the buffers of the phase that needs most."""
         phases = self._write_bytes(geometry), self._decode_bytes(geometry), self._prefill_bytes(geometry)
@@ -58,7 +64,11 @@ class Blocks:
         rows, itemsize = self.query * geometry.queries_per_head, geometry.compute_dtype.itemsize
         per_row = 4 * geometry.width * itemsize + (geometry.width + 3 * LANES) * 4
         per_unit_row = self.prefill_chunk * (4 + itemsize) + LANES * 4
-        return geometry.num_kv_heads * rows * per_row + 2 * ROWS_AT_ONCE * per_unit_row + 3 * rows * LANES * 4
+        return (
+            geometry.num_kv_heads * rows * per_row
+            + 2 * self.rows_at_once(geometry) * per_unit_row
+            + 3 * rows * LANES * 4
+        )
 
 
 @cache
@@ -122,7 +132,7 @@ def block_sizes(geometry: Geometry, device_kind: str) -> Blocks:
 
 
 def candidate_blocks(geometry: Geometry) -> list[Blocks]:
-    """Sizes to choose from, the preferred ones first. Page blocks give way before query blocks down to 1024 tokens,
+    """Sizes to choose from, the preferred ones first. Page blocks give way before query blocks down to 512 tokens,
     which still hide the latency of memory, and query blocks before them from there on.
     """
     page, wide = geometry.page_size, geometry.compute_dtype.itemsize == 4
@@ -147,7 +157,7 @@ def candidate_blocks(geometry: Geometry) -> list[Blocks]:
                 strip=min(64, strip, page),
             )
         )
-        if block > 1024 or (query <= fewest and block > smallest):
+        if block > 512 or (query <= fewest and block > smallest):
             block //= 2
         elif query > fewest:
             query //= 2

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_engine.pallas_kernels.tpu.geometry import LANES, SUBLANES, Geometry
-from jax_engine.pallas_kernels.tpu.page_stream import Copy, Scalar
+from jax_engine.pallas_kernels.tpu.page_stream import Copy, Scalar, View
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class CacheWrite:
     geometry: Geometry
     strip: int
     layer: Scalar
-    rows: jax.Ref  # [U] SMEM
-    counts: jax.Ref  # [U] SMEM
-    offsets: jax.Ref  # [U] SMEM: the first new token's place in its page
-    page_numbers: jax.Ref  # [U] SMEM
+    rows: View  # [U] SMEM
+    counts: View  # [U] SMEM
+    offsets: View  # [U] SMEM: the first new token's place in its page
+    page_numbers: View  # [U] SMEM
     new: jax.Ref  # [planes * W / 128, K, strip + T + strip, 128] HBM, float32
     pages: jax.Ref  # [L, P, planes, K, S, W] HBM
     new_buffer: jax.Ref  # [2, planes * W / 128, K, strip + 8, 128] float32
@@ -43,7 +43,7 @@ class CacheWrite:
         def _() -> None:
             self._start(jnp.int32(0))
 
-        def step(index: Scalar, _: None) -> None:
+        def step(index: Scalar, carry: None) -> None:
             @pl.when(index >= 1)
             def _() -> None:
                 self._out_copy(index - 1).wait()

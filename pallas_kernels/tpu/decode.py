@@ -3,7 +3,7 @@
 The new token's row is merged into its page while that page lies in VMEM, and only the merged tile of rows goes back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +17,6 @@ from jax_engine.pallas_kernels.tpu.blocks import RING
 from jax_engine.pallas_kernels.tpu.geometry import Geometry
 from jax_engine.pallas_kernels.tpu.online_softmax import HIDDEN, SoftmaxState, product, score_transform
 from jax_engine.pallas_kernels.tpu.page_stream import Copy, Item, PageStream, Scalar
-
-MOST_HEADS_AT_ONCE = 8  # kv heads unrolled side by side; more would only make the program longer
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,7 @@ class DecodePhase:
     ) -> None:
         """All heads' attention over `tokens` tokens from `start`; scores outside `visible` do not count."""
         geometry = self.geometry
-        most = max(1, MOST_HEADS_AT_ONCE // geometry.heads_per_group)
-        at_once = max(count for count in range(1, most + 1) if geometry.num_groups % count == 0)
+        at_once = geometry.groups_at_once
         load = partial(self._load, slot, start, tokens)
         hide = self._hide(start, tokens, visible)
         if at_once == geometry.num_groups:
@@ -177,7 +174,13 @@ class DecodePhase:
 
         lax.fori_loop(0, geometry.num_groups // at_once, batch, None)
 
-    def _groups(self, groups, parity: Scalar, load: Callable, hide: Callable) -> None:
+    def _groups(
+        self,
+        groups: Sequence[Scalar | int],
+        parity: Scalar,
+        load: Callable[[int, Scalar | int], jax.Array],
+        hide: Callable[[jax.Array], jax.Array],
+    ) -> None:
         """The products of one group are issued before the values of the group before it, to keep the matrix unit busy
         while its scores are weighed.
         """
@@ -215,7 +218,9 @@ class DecodePhase:
         pages = pl.ds(start // geometry.page_size, tokens // geometry.page_size)
         return self.stream.buffer[slot, pages, plane, head].reshape(tokens, geometry.width)
 
-    def _hide(self, start: Scalar, tokens: int, visible: tuple[Scalar, Scalar] | None) -> Callable:
+    def _hide(
+        self, start: Scalar, tokens: int, visible: tuple[Scalar, Scalar] | None
+    ) -> Callable[[jax.Array], jax.Array]:
         if visible is None:
             return lambda scores: scores
         token = start + lax.broadcasted_iota(jnp.int32, (self.geometry.group_rows, tokens), 1)

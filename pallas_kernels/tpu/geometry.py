@@ -7,6 +7,7 @@ import numpy as np
 LANES = 128
 SUBLANES = 8  # of 32-bit values in a register
 HALF_LANES = LANES // 2
+MOST_HEADS_AT_ONCE = 8  # kv heads that decode unrolls side by side; more would only make the program longer
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -61,6 +62,12 @@ class Geometry:
     @property
     def num_groups(self) -> int:
         return self.num_kv_heads // self.heads_per_group
+
+    @property
+    def groups_at_once(self) -> int:
+        """Groups that one trip of decode's loop over a chunk takes; divides `num_groups`."""
+        most = max(1, MOST_HEADS_AT_ONCE // self.heads_per_group)
+        return max(count for count in range(1, most + 1) if self.num_groups % count == 0)
 
     @property
     def group_rows(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from jax_engine.pallas_kernels.tpu.geometry import LANES
 
@@ -15,7 +16,9 @@ LOWEST = -1e30  # the maximum of a row that has seen nothing
 HIDDEN = -2e30  # the score of what a query must not see: below LOWEST, so that its weight is 0, and finite
 
 
-Index = int | jax.Array | tuple[jax.Array | int, ...]  # of rows in the state: a group, or a head and a slice of rows
+Index = (
+    int | jax.Array | tuple[jax.Array, pl.Slice | slice]
+)  # of rows in the state: a group, or a head and a slice of rows
 
 
 @dataclass(frozen=True)

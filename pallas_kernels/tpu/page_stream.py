@@ -13,6 +13,22 @@ from jax.experimental.pallas import tpu as pltpu
 Scalar = jax.Array  # int32, shape ()
 
 
+@dataclass(frozen=True)
+class View:
+    """A part of a one-dimensional ref, indexed from 0."""
+
+    ref: jax.Ref
+    offset: int
+    size: int
+
+    @property
+    def shape(self) -> tuple[int]:
+        return (self.size,)
+
+    def __getitem__(self, index: jax.Array | int) -> jax.Array:
+        return self.ref[self.offset + index]
+
+
 class Copy(Protocol):
     """An asynchronous copy; JAX's own type for it has no public name."""
 
@@ -54,9 +70,9 @@ class PageStream:
 
     page_size: int
     layer: Scalar
-    sequences: jax.Ref  # [X] SMEM: the sequence of each segment
-    firsts: jax.Ref  # [X] SMEM: the first token that a segment reads
-    lasts: jax.Ref  # [X] SMEM: the last one
+    sequences: View  # [X] SMEM: the sequence of each segment
+    firsts: View  # [X] SMEM: the first token that a segment reads
+    lasts: View  # [X] SMEM: the last one
     tables: jax.Ref  # [B, blocks, 1, block_pages] HBM
     pages: jax.Ref  # [L, P, planes, K, S, W] HBM
     table_buffer: jax.Ref  # [TABLE_SLOTS, 1, block_pages] SMEM

@@ -15,10 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_engine.pallas_kernels.tpu.blocks import ROWS_AT_ONCE
+from jax_engine.pallas_kernels.tpu.blocks import UNITS_A_TRIP
 from jax_engine.pallas_kernels.tpu.geometry import LANES, Geometry
 from jax_engine.pallas_kernels.tpu.online_softmax import HIDDEN, SoftmaxState, product, repeat_lanes, score_transform
-from jax_engine.pallas_kernels.tpu.page_stream import Copy, Item, PageStream, Scalar
+from jax_engine.pallas_kernels.tpu.page_stream import Copy, Item, PageStream, Scalar, View
 
 NOWHERE = -(2**30)  # the place of a row that belongs to another sequence
 ROWS_WEIGHED = 32  # of a unit, side by side in registers
@@ -39,13 +39,14 @@ class PrefillPhase:
 
     geometry: Geometry
     block_tokens: int  # query tokens of a block
-    chunk: int  # cached tokens of one pass
+    rows_at_once: int  # rows of a unit
+    chunk: int  # cached tokens of a unit
     window: int | None
     soft_cap: float | None
     stream: PageStream
-    blocks: jax.Ref  # [X] SMEM: the query block of each segment
-    starts: jax.Ref  # [X] SMEM: a segment's first token row
-    stops: jax.Ref  # [X] SMEM: one past its last
+    blocks: View  # [X] SMEM: the query block of each segment
+    starts: View  # [X] SMEM: a segment's first token row
+    stops: View  # [X] SMEM: one past its last
     queries: jax.Ref  # [K, T * G, W] HBM, scaled
     row_tokens: jax.Ref  # [block rows, 128] int32 VMEM: the token of a block that each row belongs to
     sinks: jax.Ref | None  # [K, block rows, 128] VMEM
@@ -162,7 +163,7 @@ class PrefillPhase:
     def _chunks(self, item: Item, count: Scalar, chunk_of: Callable[[Scalar], Scalar], *, masked: bool) -> None:
         """All rows' attention over `count` chunks of the block; masked by the places of the rows, or not.
 
-        The work is cut into units of `ROWS_AT_ONCE` rows of one head and chunk, which go through three stages: products
+        The work is cut into units of `rows_at_once` rows of one head and chunk, which go through three stages: products
         with keys, weights, products with values. Three units are under way at a time, one in each stage, so that the
         matrix unit works on two of them while the third is weighed.
         """
@@ -192,7 +193,7 @@ class PrefillPhase:
             self._score(item, third, 0, masked=masked)
             self._weigh(second, 1)
 
-        lax.fori_loop(0, units // 2, pair, None)
+        lax.fori_loop(0, units // UNITS_A_TRIP, pair, None)
 
         @pl.when(units > 1)
         def _() -> None:
@@ -204,11 +205,6 @@ class PrefillPhase:
             def _() -> None:
                 self._weigh(unit_at(units - 1), 0)
                 self._add(item, unit_at(units - 1), 0)
-
-    @property
-    def rows_at_once(self) -> int:
-        """Rows of a unit."""
-        return math.gcd(ROWS_AT_ONCE, self.block_rows)
 
     def _load(self, item: Item, unit: _Unit, plane: int) -> jax.Array:
         """Keys or values [chunk, W] of the unit's head and chunk."""

@@ -1,6 +1,5 @@
 """Ragged paged attention on a TPU (Mosaic): one kernel for decode, prefill and mixed steps, the cache written in it."""
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -10,12 +9,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from jax_engine.pallas_kernels.reference import to_storage
-from jax_engine.pallas_kernels.tpu.blocks import RING, ROWS_AT_ONCE, Blocks, block_sizes
+from jax_engine.pallas_kernels.tpu.blocks import RING, Blocks, block_sizes
 from jax_engine.pallas_kernels.tpu.cache_write import CacheWrite
 from jax_engine.pallas_kernels.tpu.decode import DecodePhase
 from jax_engine.pallas_kernels.tpu.geometry import HALF_LANES, LANES, SUBLANES, Geometry, round_up
 from jax_engine.pallas_kernels.tpu.online_softmax import LOG2_E, SoftmaxState, query_factor
-from jax_engine.pallas_kernels.tpu.page_stream import TABLE_SLOTS, PageStream
+from jax_engine.pallas_kernels.tpu.page_stream import TABLE_SLOTS, PageStream, View
 from jax_engine.pallas_kernels.tpu.prefill import PrefillPhase
 from jax_engine.pallas_kernels.tpu.work_list import (
     DECODE_ITEMS,
@@ -23,7 +22,6 @@ from jax_engine.pallas_kernels.tpu.work_list import (
     NUM_SEGMENTS,
     NUM_STRIPS,
     PREFILL_ITEMS,
-    View,
     WorkLayout,
     build_work,
 )
@@ -40,7 +38,6 @@ class _Call:
     layout: WorkLayout
     window: int | None
     soft_cap: float | None
-    has_sinks: bool
 
     @property
     def has_prefill(self) -> bool:
@@ -78,59 +75,48 @@ def ragged_paged_attention(
     Raises:
         ValueError: a number type that TPUs do not compute in, a chip without an entry, or no block sizes that fit it.
     """
-    num_tokens, num_heads, head_dim = queries.shape
-    num_kv_heads, page_size = keys.shape[1], pages.shape[4]
-    for name, array in (("queries", queries), ("pages", pages)):
-        if array.dtype == jnp.float16:
-            raise ValueError(f"{name} are float16, which TPUs do not compute in; use dtype bfloat16 or float32")
-    wide = jnp.float32 in (queries.dtype, pages.dtype)
-    geometry = Geometry(
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        head_dim,
-        page_size,
-        jnp.dtype(pages.dtype),
-        jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
-    )
+    geometry = _geometry(queries, keys, pages)
     if device_kind is None:
         device_kind = INTERPRETED_CHIP if interpret else jax.devices()[0].device_kind
     blocks = blocks or block_sizes(geometry, device_kind)
     layout = WorkLayout.of(
-        num_tokens=num_tokens, num_sequences=kv_lengths.shape[0], query_block=blocks.query, strip=blocks.strip
+        num_tokens=queries.shape[0], num_sequences=kv_lengths.shape[0], query_block=blocks.query, strip=blocks.strip
     )
-    call = _Call(geometry, blocks, layout, window, soft_cap, sinks is not None)
-    work = build_work(
-        layout,
-        block_tables,
-        query_starts,
-        kv_lengths,
-        num_decodes,
-        token_sequences,
-        positions,
-        window=window,
-        page_size=page_size,
-        block=blocks.block,
-        query_block=blocks.query,
-        strip=blocks.strip,
-    )
+    call = _Call(geometry, blocks, layout, window, soft_cap)
+    tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
     key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
     scaled = queries.astype(jnp.float32) * query_factor(scale, soft_cap)
     if key_scales is not None:
         scaled = scaled * jnp.repeat(key_scales, geometry.queries_per_head)[:, None]
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
-        "work": work,
-        "tables": _blocked_tables(block_tables, blocks.block // page_size),
+        "work": build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window),
+        "tables": _blocked_tables(block_tables, blocks.block // geometry.page_size),
         **_query_inputs(call, scaled.astype(geometry.compute_dtype)),
         **_new_inputs(call, keys, values, key_scales, value_scales),
         **_sink_inputs(call, sinks),
         "pages": pages,
     }
     outputs = _pallas_call(call, inputs, queries.dtype, interpret)
-    out = _combine(call, outputs, num_decodes, token_sequences, num_tokens)
+    out = _combine(call, outputs, num_decodes, token_sequences)
     if value_scales is not None:
         out = out * jnp.repeat(value_scales, geometry.queries_per_head)[:, None].astype(out.dtype)
     return out, outputs["pages"]
+
+
+def _geometry(queries: Float[Array, "T N H"], keys: Float[Array, "T K H"], pages: Array) -> Geometry:
+    for name, array in (("queries", queries), ("pages", pages)):
+        if array.dtype == jnp.float16:
+            raise ValueError(f"{name} are float16, which TPUs do not compute in; use dtype bfloat16 or float32")
+    wide = jnp.float32 in (queries.dtype, pages.dtype)
+    return Geometry(
+        num_kv_heads=keys.shape[1],
+        queries_per_head=queries.shape[1] // keys.shape[1],
+        head_dim=queries.shape[2],
+        page_size=pages.shape[4],
+        cache_dtype=jnp.dtype(pages.dtype),
+        compute_dtype=jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
+    )
 
 
 def _blocked_tables(block_tables: Int[Array, "B M"], block_pages: int) -> Int[Array, "B blocks 1 block_pages"]:
@@ -208,10 +194,9 @@ def _combine(
     outputs: dict[str, Array],
     num_decodes: Int[Array, ""],
     token_sequences: Int[Array, " T"],
-    num_tokens: int,
 ) -> Float[Array, "T N H"]:
     """Each token row's attention from the phase that computed it, zero in padding rows."""
-    geometry = call.geometry
+    geometry, num_tokens = call.geometry, token_sequences.shape[0]
     lanes = slice(geometry.value_lane, geometry.value_lane + geometry.head_dim)
     num_heads = geometry.num_kv_heads * geometry.queries_per_head
     rows = geometry.heads_per_group * geometry.queries_per_head
@@ -299,10 +284,22 @@ def _kernel(call: _Call, refs: dict[str, jax.Ref]) -> None:
 def _write_longer_ranges(call: _Call, refs: dict[str, jax.Ref], lists: dict[str, View], layer: jax.Array) -> None:
     geometry, strip = call.geometry, call.blocks.strip
 
-    def body(new: jax.Ref, strips: jax.Ref, *semaphores: jax.Ref) -> None:
-        per_strip = (lists[name] for name in ("rows", "counts", "offsets", "page_numbers"))
+    def body(new: jax.Ref, strips: jax.Ref, news: jax.Ref, olds: jax.Ref, outs: jax.Ref) -> None:
         CacheWrite(
-            geometry, strip, layer, *per_strip, refs["prefill_new"], refs["result_pages"], new, strips, *semaphores
+            geometry=geometry,
+            strip=strip,
+            layer=layer,
+            rows=lists["rows"],
+            counts=lists["counts"],
+            offsets=lists["offsets"],
+            page_numbers=lists["page_numbers"],
+            new=refs["prefill_new"],
+            pages=refs["result_pages"],
+            new_buffer=new,
+            strip_buffer=strips,
+            new_semaphores=news,
+            old_semaphores=olds,
+            out_semaphores=outs,
         ).run(lists["counters"][NUM_STRIPS])
 
     pl.run_scoped(
@@ -363,13 +360,14 @@ def _prefill(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, lists: d
     geometry, counters = call.geometry, lists["counters"]
     rows = call.blocks.query * geometry.queries_per_head
 
-    at_once = math.gcd(ROWS_AT_ONCE, rows)
+    at_once = call.blocks.rows_at_once(geometry)
     unit = (at_once, call.blocks.prefill_chunk)
 
     def body(query: jax.Ref, out: jax.Ref, query_semaphores: jax.Ref, out_semaphores: jax.Ref, *rest: jax.Ref) -> None:
         PrefillPhase(
             geometry=geometry,
             block_tokens=call.blocks.query,
+            rows_at_once=at_once,
             chunk=call.blocks.prefill_chunk,
             window=call.window,
             soft_cap=call.soft_cap,

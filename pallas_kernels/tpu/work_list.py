@@ -6,21 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-
-@dataclass(frozen=True)
-class View:
-    """A part of a one-dimensional ref, indexed from 0."""
-
-    ref: jax.Ref
-    offset: int
-    size: int
-
-    @property
-    def shape(self) -> tuple[int]:
-        return (self.size,)
-
-    def __getitem__(self, index: jax.Array) -> jax.Array:
-        return self.ref[self.offset + index]
+from jax_engine.pallas_kernels.tpu.blocks import Blocks
+from jax_engine.pallas_kernels.tpu.page_stream import View
 
 
 @dataclass(frozen=True)
@@ -72,78 +59,86 @@ def build_work(
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
     *,
-    window: int | None,
+    blocks: Blocks,
     page_size: int,
-    block: int,
-    query_block: int,
-    strip: int,
+    window: int | None,
 ) -> Int[Array, " work"]:
     """Pack the work of one step.
 
     Decoding sequences are segments `0..num_decodes - 1`. The segments of longer ranges follow, in the order of their
-    token rows: one begins at every row that begins a sequence or a query block. A strip begins at every row that begins
-    a sequence or a multiple of `strip` positions.
+    token rows.
     """
-    num_tokens, num_sequences = token_sequences.shape[0], kv_lengths.shape[0]
-    decodes = jnp.arange(layout.num_segments)
-    is_decode = decodes < num_decodes
-    own = jnp.minimum(decodes, num_sequences - 1)
-    segments = {
-        "sequences": own,
-        "lasts": jnp.maximum(kv_lengths[own] - 1, 0),
-        "blocks": jnp.zeros_like(own),
-        "starts": own,
-        "stops": own + 1,
-    }
-    segments["firsts"] = segments["lasts"]
+    index = jnp.arange(layout.num_segments)
+    is_decode = index < num_decodes
+    own = jnp.minimum(index, kv_lengths.shape[0] - 1)
+    last = jnp.maximum(kv_lengths[own] - 1, 0)
+    segments = {"sequences": own, "firsts": last, "lasts": last, "blocks": 0 * own, "starts": own, "stops": own + 1}
     num_segments = num_decodes
     strips: dict[str, Array] = {}
     num_strips = jnp.zeros((), jnp.int32)
     if layout.num_strips:
-        rows = jnp.arange(num_tokens)
-        longer = (token_sequences >= num_decodes) & (token_sequences < num_sequences)
-        begins = jnp.concatenate([jnp.ones(1, bool), token_sequences[1:] != token_sequences[:-1]])
-        ends = query_starts[1:]
-
-        marks = longer & (begins | (rows % query_block == 0))
-        starts, count = _marked(marks, layout.num_segments)
-        # Placed behind the decodes.
-        starts = starts[jnp.maximum(decodes - num_decodes, 0)]
-        sequence = jnp.minimum(token_sequences[starts], num_sequences - 1)
-        stops = jnp.minimum((starts // query_block + 1) * query_block, ends[sequence])
-        longer_segments = {
-            "sequences": sequence,
-            "firsts": positions[starts],
-            "lasts": positions[jnp.maximum(stops - 1, 0)],
-            "blocks": starts // query_block,
-            "starts": starts,
-            "stops": stops,
-        }
-        segments = {name: jnp.where(is_decode, segments[name], longer_segments[name]) for name in segments}
+        longer = (token_sequences >= num_decodes) & (token_sequences < kv_lengths.shape[0])
+        begins = longer & jnp.concatenate([jnp.ones(1, bool), token_sequences[1:] != token_sequences[:-1]])
+        rows = _Rows(longer, begins, token_sequences, positions, query_starts[1:])
+        others, count = rows.segments(layout.num_segments, blocks.query)
+        place = jnp.maximum(index - num_decodes, 0)  # behind the decodes
+        segments = {name: jnp.where(is_decode, segments[name], others[name][place]) for name in segments}
         num_segments = num_decodes + count
-
-        starts, num_strips = _marked(longer & (begins | (positions % strip == 0)), layout.num_strips)
-        sequence = jnp.minimum(token_sequences[starts], num_sequences - 1)
-        place = positions[starts]
-        strips = {
-            "rows": starts,
-            "counts": jnp.minimum(strip - place % strip, ends[sequence] - starts),
-            "offsets": place % page_size,
-            "page_numbers": block_tables[sequence, place // page_size],
-        }
+        strips, num_strips = rows.strips(layout.num_strips, blocks.strip, page_size, block_tables)
     # A window is counted from a segment's first row, which sees furthest back.
-    firsts = jnp.zeros_like(own) if window is None else jnp.maximum(segments["firsts"] - window + 1, 0)
+    firsts = 0 * own if window is None else jnp.maximum(segments["firsts"] - window + 1, 0)
     segments["firsts"] = firsts
-    items = segments["lasts"] // block - firsts // block + 1
+    items = segments["lasts"] // blocks.block - firsts // blocks.block + 1
     counters = [
         num_decodes,
         jnp.sum(jnp.where(is_decode, items, 0)),
         num_segments,
-        jnp.sum(jnp.where(~is_decode & (decodes < num_segments), items, 0)),
+        jnp.sum(jnp.where(~is_decode & (index < num_segments), items, 0)),
         num_strips,
     ]
     lists = {"counters": jnp.stack(counters), **segments, **strips}
     return jnp.concatenate([lists[name].astype(jnp.int32) for name, (_, size) in layout.fields.items() if size])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The token rows of a step, to be cut where sequences begin and at fixed intervals."""
+
+    longer: Bool[Array, " T"]  # rows of ranges longer than one token
+    begins: Bool[Array, " T"]  # those of them that begin their sequence's range
+    sequences: Int[Array, " T"]
+    positions: Int[Array, " T"]
+    ends: Int[Array, " B"]  # one past each sequence's last row
+
+    def segments(self, size: int, query_block: int) -> tuple[dict[str, Int[Array, " X"]], Int[Array, ""]]:
+        """One begins at every row that begins a sequence or a query block; `firsts` is its first row's position."""
+        marks = self.begins | (self.longer & (jnp.arange(self.longer.shape[0]) % query_block == 0))
+        starts, count = _marked(marks, size)
+        sequences = jnp.minimum(self.sequences[starts], self.ends.shape[0] - 1)
+        stops = jnp.minimum((starts // query_block + 1) * query_block, self.ends[sequences])
+        return {
+            "sequences": sequences,
+            "firsts": self.positions[starts],
+            "lasts": self.positions[jnp.maximum(stops - 1, 0)],
+            "blocks": starts // query_block,
+            "starts": starts,
+            "stops": stops,
+        }, count
+
+    def strips(
+        self, size: int, strip: int, page_size: int, block_tables: Int[Array, "B M"]
+    ) -> tuple[dict[str, Int[Array, " U"]], Int[Array, ""]]:
+        """One begins at every row that begins a sequence or a multiple of `strip` positions."""
+        marks = self.begins | (self.longer & (self.positions % strip == 0))
+        starts, count = _marked(marks, size)
+        sequences = jnp.minimum(self.sequences[starts], self.ends.shape[0] - 1)
+        place = self.positions[starts]
+        return {
+            "rows": starts,
+            "counts": jnp.minimum(strip - place % strip, self.ends[sequences] - starts),
+            "offsets": place % page_size,
+            "page_numbers": block_tables[sequences, place // page_size],
+        }, count
 
 
 def _marked(marks: Bool[Array, " T"], size: int) -> tuple[Int[Array, " size"], Int[Array, ""]]:
