@@ -37,10 +37,11 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # None: max(512, max_num_seqs)
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = (
-        None  # None: from the compiled step's own memory analysis (a fixed default on CPU)
-    )
+    # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
+    kv_cache_memory_bytes: int | None = None
     attention_backend: str = "auto"
+    scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
+    tensor_parallel_size: int = 1  # devices that share each layer
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
 
@@ -65,6 +66,13 @@ class EngineConfig:
                 )
         if self.block_size is not None:
             choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
+        integer(
+            "tensor_parallel_size",
+            self.tensor_parallel_size,
+            low=1,
+            high=1024,
+            remedy="it is how many devices share the model",
+        )
         number(
             "gpu_memory_utilization",
             self.gpu_memory_utilization,

@@ -57,7 +57,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "speculative_config": (None,),
         "swap_space": (0, 4),
         "task": ("auto", "generate", None),
-        "tensor_parallel_size": (1,),
         "tokenizer_mode": ("auto",),
         "tokenizer_revision": (None,),
         "trust_remote_code": (False,),

@@ -12,10 +12,10 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
@@ -49,20 +50,41 @@ _NUM_LISTED = 5
 
 @dataclass(frozen=True)
 class Parameter:
-    """One leaf of a model: its name (the checkpoint's), its array, and the distribution of a random value."""
+    """One leaf of a model: its name (the checkpoint's), its array, and the distribution of a random value.
+
+    The leaf of stacked layers (first axis `layers`) is made of as many tensors as it has layers, its `parts`.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     logical_axes: tuple[str, ...]
-    layout: Layout
+    layout: Layout  # of each tensor
+    copies: tuple[int, ...]  # how often each entry of a dimension is held, side by side, where a checkpoint has one
     mean: float
     std: float
+    part_names: tuple[str, ...] = ()  # of stacked layers: the tensor of each
 
     @property
     def num_bytes(self) -> int:
         """Size of the array."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def parts(self) -> tuple["Parameter", ...]:
+        """The parameters that are a tensor each; itself, unless layers are stacked."""
+        if not self.part_names:
+            return (self,)
+        shape, axes, copies = self.shape[1:], self.logical_axes[1:], self.copies[1:]
+        return tuple(
+            replace(self, name=name, shape=shape, logical_axes=axes, copies=copies, part_names=())
+            for name in self.part_names
+        )
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        """The shape without the copies."""
+        return tuple(size // copies for size, copies in zip(self.shape, self.copies, strict=True))
 
 
 @dataclass(frozen=True)
@@ -75,24 +97,42 @@ class ModelStructure:
 
     @classmethod
     def of(
-        cls, model_class: type[LlamaForCausalLM], config: ModelConfig, *, ops: Ops, dtype: DTypeLike
+        cls,
+        model_class: type[LlamaForCausalLM],
+        config: ModelConfig,
+        *,
+        ops: Ops,
+        dtype: DTypeLike,
+        scan_layers: bool = False,
+        kv_head_copies: int = 1,
     ) -> "ModelStructure":
-        """The structure of `model_class` for `config`, every parameter in `dtype`."""
-        model = nnx.eval_shape(lambda: model_class(config, ops=ops, dtype=dtype, rngs=None))
+        """The structure of `model_class` for `config`, every parameter in `dtype`.
+
+        `scan_layers` stacks the parameters of like layers and runs them as a loop. With `kv_head_copies`, each key and
+        value head is there that many times, side by side, so that more devices than it has heads hold one each.
+        """
+        heads = config.num_key_value_heads * kv_head_copies
+        config = replace(config, num_key_value_heads=heads)
+        model = nnx.eval_shape(lambda: model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers))
         graphdef, state = nnx.split(model)
         parameters = []
         for path, variable in nnx.to_flat_state(state):
-            name, metadata = ".".join(map(str, path)), variable.get_metadata()
-            leaf = variable.get_value()
+            metadata, leaf = variable.get_metadata(), variable.get_value()
+            axes: tuple[str, ...] = metadata["logical_axes"]
+            layers: tuple[int, ...] = metadata["layers"] or ()
+            is_stack = axes[:1] == ("layers",)
+            tensors = [_tensor_name(path, layer) for layer in layers] or [_tensor_name(path, None)]
             parameters.append(
                 Parameter(
-                    name=name,
+                    name=_tensor_name(path, f"{layers[0]}..{layers[-1]}") if is_stack else tensors[0],
                     shape=leaf.shape,
                     dtype=leaf.dtype,
-                    logical_axes=metadata["logical_axes"],
-                    layout=layout_of(name, len(leaf.shape), model_class.HF_WEIGHTS),
+                    logical_axes=axes,
+                    layout=layout_of(tensors[0], len(axes) - is_stack, model_class.HF_WEIGHTS),
+                    copies=tuple(kv_head_copies if axis == "kv_heads" else 1 for axis in axes),
                     mean=metadata["init_mean"],
                     std=metadata["init_std"],
+                    part_names=tuple(tensors) if is_stack else (),
                 )
             )
         return cls(graphdef, jax.tree.structure(state), tuple(parameters))
@@ -105,6 +145,12 @@ class ModelStructure:
     def num_bytes(self) -> int:
         """Memory of all parameters."""
         return sum(parameter.num_bytes for parameter in self.parameters)
+
+
+def _tensor_name(path: Sequence[object], layer: int | str | None) -> str:
+    """A checkpoint's name for the parameter at `path`, whose first number is the place of a layer among the modules."""
+    place = next((index for index, key in enumerate(path) if isinstance(key, int)), None)
+    return ".".join(str(layer if index == place else key) for index, key in enumerate(path))
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, type[LlamaForCausalLM]]:
@@ -126,12 +172,13 @@ def load_model(
     ops: Ops,
     dtype: DTypeLike,
     load_format: str = "auto",
+    scan_layers: bool = False,
     sharding_of: Callable[[Parameter], Sharding] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> tuple[ModelStructure, tuple[jax.Array, ...]]:
     """A model's structure, and its arrays as `load_leaves` gives them."""
-    structure = ModelStructure.of(model_class, config, ops=ops, dtype=dtype)
+    structure = ModelStructure.of(model_class, config, ops=ops, dtype=dtype, scan_layers=scan_layers)
     leaves = load_leaves(
         structure, path_or_name, load_format=load_format, sharding_of=sharding_of, seed=seed, progress=progress
     )
@@ -158,8 +205,7 @@ def load_leaves(
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
-    parameters = structure.parameters
-    shardings = [_first_device() if sharding_of is None else sharding_of(parameter) for parameter in parameters]
+    sharding_of = _on_first_device if sharding_of is None else sharding_of
     start = time.monotonic()
     if load_format == "dummy":
         load: Callable[[Parameter, Sharding], jax.Array] = _Draw(seed)
@@ -169,24 +215,42 @@ def load_leaves(
         load, source, num_threads = _Read(_checked_files(folder, structure)), str(folder), _NUM_READERS
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
-    leaves = []
-    with ThreadPoolExecutor(num_threads) as pool, bar:
-        for leaf in pool.map(load, parameters, shardings):
-            leaves.append(leaf)
+
+    def load_leaf(parameter: Parameter) -> jax.Array:
+        parts = (load(part, sharding_of(part)) for part in parameter.parts)
+        leaf = _stack(parts, parameter, sharding_of(parameter)) if parameter.part_names else next(parts)
+        with bar.get_lock():
             bar.update(leaf.nbytes)
+        return leaf
+
+    with ThreadPoolExecutor(num_threads) as pool, bar:
+        leaves = tuple(pool.map(load_leaf, structure.parameters))
     seconds = time.monotonic() - start
     logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, seconds, source)
-    return tuple(leaves)
+    return leaves
 
 
-def _first_device() -> Sharding:
+def _on_first_device(_: Parameter) -> Sharding:
     return SingleDeviceSharding(jax.devices()[0])
+
+
+def _stack(parts: Iterator[jax.Array], parameter: Parameter, sharding: Sharding) -> jax.Array:
+    """The leaf of stacked layers, filled in place layer by layer: beside it there is only ever one part."""
+    stack: jax.Array = jax.jit(partial(jnp.zeros, parameter.shape, parameter.dtype), out_shardings=sharding)()
+    set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)
+    for index, part in enumerate(parts):
+        stack = set_layer(stack, part, index).block_until_ready()
+    return stack
+
+
+def _set_layer(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(stack, part, index, axis=0)
 
 
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
-    expected = {parameter.name: parameter for parameter in structure.parameters}
+    expected = {part.name: part for parameter in structure.parameters for part in parameter.parts}
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(
@@ -201,7 +265,7 @@ def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
         )
     for name, parameter in expected.items():
         tensor = files.tensor(name)
-        shape, stored = list(parameter.layout.stored_shape(parameter.shape)), tensor.get_shape()
+        shape, stored = list(parameter.layout.stored_shape(parameter.base_shape)), tensor.get_shape()
         if stored != shape:
             raise ModelLoadError(
                 f"tensor {name} in {folder / files.file_of(name)} has shape {stored}, config.json makes it {shape}; "
@@ -231,8 +295,14 @@ class _Read:
 
         @cache  # devices that hold the same part share one read
         def part(ranges: Ranges) -> np.ndarray[Any, Any]:
-            block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(shape, ranges))]
-            return layout.arrange(block, shape, ranges).astype(parameter.dtype, copy=False)
+            pairs = list(zip(ranges, parameter.copies, strict=True))
+            once = tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs)
+            block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(parameter.base_shape, once))]
+            values = layout.arrange(block, parameter.base_shape, once)
+            for axis, ((start, stop), copies) in enumerate(pairs):
+                if copies > 1:
+                    values = values.take([place // copies - start // copies for place in range(start, stop)], axis)
+            return values.astype(parameter.dtype, copy=False)
 
         def callback(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
             whole = tuple(slice(None) for _ in shape) if index is None else index
@@ -252,17 +322,20 @@ class _Draw:
         if not parameter.std:  # norms and biases
             return jax.device_put(np.full(parameter.shape, parameter.mean, parameter.dtype), sharding)
         key = jax.random.fold_in(self._key, zlib.crc32(parameter.name.encode()))
-        program = _normal_program(parameter.shape, parameter.dtype, sharding)
+        program = _normal_program(parameter.base_shape, parameter.copies, parameter.dtype, sharding)
         return program(key, parameter.mean, parameter.std).block_until_ready()
 
 
 @cache  # layers share their shapes, so a model of any depth compiles a handful
 def _normal_program(
-    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding
+    shape: tuple[int, ...], copies: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding
 ) -> Callable[[jax.Array, float, float], jax.Array]:
     """A program that draws an array of normally distributed values, from a key, their mean and their deviation."""
 
     def draw(key: jax.Array, mean: float, std: float) -> jax.Array:
-        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        values = (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        for axis, count in enumerate(copies):
+            values = jnp.repeat(values, count, axis) if count > 1 else values
+        return values
 
     return jax.jit(draw, out_shardings=sharding)

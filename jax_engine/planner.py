@@ -1,6 +1,7 @@
 """Sizes derived before anything large is allocated: step shapes, pages, context."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.kv_pages import KVPages
+from jax_engine.models.kv_pages import PageShape, split_page_shape
+from jax_engine.sharding import Placement
 from jax_engine.step_batch import Bucket
 
 logger = logging.getLogger(__name__)
@@ -23,27 +25,39 @@ class CacheGeometry:
     """One page of the cache, all layers."""
 
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
+    page_shape: PageShape  # of one layer
     dtype: np.dtype
+    num_parts: int = 1  # devices that the key and value heads are split over
 
     @classmethod
-    def of(cls, model: ModelConfig, *, page_size: int, dtype: jnp.dtype) -> "CacheGeometry":
-        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, page_size, np.dtype(dtype))
+    def of(
+        cls,
+        model: ModelConfig,
+        *,
+        page_size: int,
+        dtype: jnp.dtype,
+        page_shape: Callable[[int, int, int], PageShape] = split_page_shape,
+        placement: Placement | None = None,
+    ) -> "CacheGeometry":
+        """Pages of `page_size` tokens, shaped as the attention implementation wants them (`Ops.page_shape`)."""
+        placement = placement or Placement()
+        heads = model.num_key_value_heads * placement.kv_head_copies
+        shape = page_shape(heads, page_size, model.head_dim)
+        return cls(model.num_hidden_layers, shape, np.dtype(dtype), placement.num_parts("kv_heads"))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.page_shape[2]
 
     def shape(self, num_pages: int) -> tuple[int, ...]:
-        return KVPages.shape(
-            num_layers=self.num_layers,
-            num_pages=num_pages,
-            num_kv_heads=self.num_kv_heads,
-            page_size=self.page_size,
-            head_dim=self.head_dim,
-        )
+        """Of the whole cache, over all devices."""
+        return (self.num_layers, num_pages, *self.page_shape)
 
     @property
     def page_bytes(self) -> int:
-        return int(np.prod(self.shape(1))) * self.dtype.itemsize
+        """Memory of a page on each device."""
+        return int(np.prod(self.shape(1))) * self.dtype.itemsize // self.num_parts
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -100,7 +114,9 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     if config.kv_cache_memory_bytes is not None:
         budget, reason = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif available is None:
-        budget, reason = DEFAULT_CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
+        # Devices that a CPU pretends to be share its memory.
+        budget = DEFAULT_CPU_CACHE_BYTES // geometry.num_parts
+        reason = "the default on a CPU; kv_cache_memory_bytes sets it"
     else:
         budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
     fits = max(0, budget) // geometry.page_bytes

@@ -13,14 +13,15 @@ import numpy as np
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, default_compilation_cache_dir
-from jax_engine.loader import ModelStructure, load_config, load_leaves
+from jax_engine.loader import load_config, load_leaves
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.ops import select_ops
-from jax_engine.planner import CacheGeometry, MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
+from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.planner import MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
+from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch
-from jax_engine.step_program import DeviceState, Program, step_function
+from jax_engine.step_program import Program
 
 logger = logging.getLogger(__name__)
 
@@ -58,20 +59,27 @@ class Runner:
         folder = resolve_model_path(config.model, revision=config.revision)
         model_config, model_class = load_config(folder)
         model_config = model_config.with_max_model_len(longest_context(config, model_config))
-        ops, reason = select_ops(config.attention_backend, platform=device.platform)
-        logger.info("attention: %s (%s)", ops.attention_name, reason)
-        dtype = resolve_dtype(config.dtype, model_config.dtype, device.platform)
-        self.structure = ModelStructure.of(model_class, model_config, ops=ops, dtype=dtype)
+        self._is_remote = device.platform != "cpu"  # tokens must travel to the host
+        page_size = config.block_size or (64 if self._is_remote else 16)
+        devices = config.tensor_parallel_size
+        self.placed = PlacedModel.of(
+            model_class,
+            model_config,
+            platform=device.platform,
+            mesh=tensor_mesh(devices, jax.devices()) if devices > 1 else None,
+            attention_backend=config.attention_backend,
+            dtype=resolve_dtype(config.dtype, model_config.dtype, device.platform),
+            page_size=page_size,
+            scan_layers=self._is_remote if config.scan_layers is None else config.scan_layers,
+        )
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
-        self._is_remote = device.platform != "cpu"  # tokens must travel to the host
-        page_size = config.block_size or (16 if device.platform == "cpu" else 64)
-        self._geometry = CacheGeometry.of(model_config, page_size=page_size, dtype=dtype)
+        self._geometry = self.placed.geometry
         buckets = bucket_lattice(config.max_num_seqs, config.token_budget)
         self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
         self.memory = self._plan_memory(config, model_config, device)
         logger.info(
-            "KV cache: %d pages of %d tokens, %.1f MiB (%s)",
+            "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
             self.memory.num_pages,
             page_size,
             self.memory.num_pages * self._geometry.page_bytes / 2**20,
@@ -79,7 +87,7 @@ class Runner:
         )
         self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory))
         self._leaves = self._load_while_compiling(folder, config)
-        self._state = self._zero_state(self.memory)
+        self._state = self.placed.zero_state(self._state_size(self.memory))
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
@@ -131,7 +139,13 @@ class Runner:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
         try:
-            leaves = load_leaves(self.structure, folder, load_format=config.load_format, seed=config.seed)
+            leaves = load_leaves(
+                self.placed.structure,
+                folder,
+                load_format=config.load_format,
+                sharding_of=self.placed.sharding_of,
+                seed=config.seed,
+            )
             compiling.result()
         finally:
             pool.shutdown(wait=False)
@@ -155,22 +169,10 @@ class Runner:
         return plan_memory(config, model, self._geometry, available)
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
-        layout = self._layouts[program.bucket]
-        leaves = tuple(
-            jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) for parameter in self.structure.parameters
-        )
-        state = jax.eval_shape(lambda: self._zero_state(memory))
-        buffer = jax.ShapeDtypeStruct((layout.size,), jnp.int32)
-        step = jax.jit(step_function(self.structure, layout, program.mode), donate_argnums=1)
-        return step.lower(leaves, state, buffer)
+        return self.placed.lower(self._layouts[program.bucket], program.mode, self._state_size(memory))
 
-    def _zero_state(self, memory: MemoryPlan) -> DeviceState:
-        return DeviceState.zeros(
-            self._geometry.shape(memory.num_pages),
-            jnp.dtype(self._geometry.dtype),
-            num_slots=self._num_slots,
-            max_pages=self._geometry.pages_for(memory.max_model_len),
-        )
+    def _state_size(self, memory: MemoryPlan) -> StateSize:
+        return StateSize(memory.num_pages, self._num_slots, self._geometry.pages_for(memory.max_model_len))
 
 
 def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:

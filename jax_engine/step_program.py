@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from jax_engine.loader import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.sampler import SamplingMode, sample
+from jax_engine.sharding import Placement
 from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch
 
 
@@ -45,7 +46,9 @@ class Program:
 StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, " B"]]]
 
 
-def step_function(structure: ModelStructure, layout: BatchLayout, mode: SamplingMode) -> StepFunction:
+def step_function(
+    structure: ModelStructure, layout: BatchLayout, mode: SamplingMode, placement: Placement
+) -> StepFunction:
     """The function that a step program compiles, for one layout and one sampling mode.
 
     It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and
@@ -72,7 +75,12 @@ def step_function(structure: ModelStructure, layout: BatchLayout, mode: Sampling
         hidden, cache = model(tokens, sequences.positions, state.cache, sequences)
         assert isinstance(cache, KVPages)
         last_rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        drawn = sample(model.compute_logits(hidden[last_rows]), batch.sampling, mode)
+        logits, rows = model.compute_logits(hidden[last_rows]), batch.sampling
+        if mode is not SamplingMode.GREEDY:
+            # A row's draw sums over the vocabulary dozens of times: on one device, and in the same order on any mesh.
+            logits = placement.by_rows(logits, (None, "vocab"))
+            rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
+        drawn = placement.constrain(sample(logits, rows, mode), ())
         kept = jnp.where(batch.samples == 1, batch.slots, layout.num_slots)
         last_tokens = state.last_tokens.at[kept].set(drawn, mode="drop")
         return DeviceState(cache, block_tables, last_tokens), drawn

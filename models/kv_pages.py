@@ -1,7 +1,9 @@
 """The paged KV cache and the table that says which pages a step's tokens use: the one place that knows the layout.
 
-Layout: `[layers, pages, 2 (K, V), kv_heads, page_size, head_dim]`. One block table serves every layer. A page of one
-layer is contiguous, which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA.
+Layout: `[layers, pages, planes, kv_heads, page_size, width]`. One block table serves every layer. A page of one layer
+is contiguous, which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA. What
+lies in planes and width is the attention implementation's business: K and V in planes of their own
+(`split_page_shape`), or padded to a TPU's lanes, or side by side in them.
 """
 
 from dataclasses import dataclass
@@ -10,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVPages:
     """The cache of all layers; updated functionally, in place once XLA has donated it."""
 
-    data: Float[Array, "L P 2 K S H"]
+    data: Float[Array, "L P C K S W"]
 
     @property
     def num_pages(self) -> int:
@@ -30,20 +34,14 @@ class KVPages:
     def page_size(self) -> int:
         return self.data.shape[4]
 
-    @property
-    def head_dim(self) -> int:
-        return self.data.shape[5]
-
-    @classmethod
-    def shape(
-        cls, *, num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int
-    ) -> tuple[int, int, int, int, int, int]:
-        """The array shape of a cache of these sizes."""
-        return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
-
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "KVPages":
         return cls(jnp.zeros(shape, dtype))
+
+
+def split_page_shape(num_kv_heads: int, page_size: int, head_dim: int) -> PageShape:
+    """A page of one layer with keys in plane 0 and values in plane 1, each head as wide as it is."""
+    return 2, num_kv_heads, page_size, head_dim
 
 
 @jax.tree_util.register_dataclass

@@ -1,18 +1,21 @@
 """Layers that every family is built from.
 
-Each parameter is an `nnx.Param` with metadata: `logical_axes`, one name a dimension (`vocab embed heads kv_heads
-head_dim mlp`), which a sharding strategy maps to mesh axes; and `init_mean`, `init_std`, the distribution of a fresh
-value. Parameters and activations have the model's dtype; products accumulate in float32, norms are computed in float32.
+Each parameter is an `nnx.Param` with metadata: `logical_axes`, one name a dimension (`layers vocab embed heads kv_heads
+head_dim mlp`), which a sharding strategy maps to mesh axes; `init_mean`, `init_std`, the distribution of a fresh value;
+and `layers`, the decoder layers that it belongs to (None: to none), one an entry of its axis `layers` if it has that.
+Parameters and activations have the model's dtype; products accumulate in float32, norms are computed in float32.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -45,7 +48,7 @@ def parameter(
         value = (mean + std * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)
     else:
         value = jnp.full(shape, mean, dtype)
-    return nnx.Param(value, logical_axes=axes, init_mean=mean, init_std=std)
+    return nnx.Param(value, logical_axes=axes, init_mean=mean, init_std=std, layers=None)
 
 
 class Linear(nnx.Module):
@@ -69,12 +72,18 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, out_shape, axes[self.num_in :], dtype) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self.project(x).astype(x.dtype)
+        if self.bias is not None:
+            return self.project(x).astype(x.dtype)
+        # Asked for in x's dtype, so that partial products which devices add up travel in it too, not in float32.
+        return self._product(x, x.dtype)
 
     def project(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """The product in float32, for callers that keep that precision (logits)."""
-        out = jnp.tensordot(x, self.weight[...], axes=self.num_in, preferred_element_type=jnp.float32)
+        out = self._product(x, jnp.dtype(jnp.float32))
         return out if self.bias is None else out + self.bias[...]
+
+    def _product(self, x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+        return jnp.tensordot(x, self.weight[...], axes=self.num_in, preferred_element_type=dtype)
 
 
 class Embed(nnx.Module):
@@ -107,21 +116,113 @@ class RMSNorm(nnx.Module):
 
 @runtime_checkable
 class DecoderLayer(Protocol):
-    """What `run_layers` runs; it reads and writes the cache at `layer` only."""
+    """What `run_layers` runs; it reads and writes the cache at `layer` only, an int or a traced int32 scalar."""
 
     def __call__(
-        self, hidden: Float[Array, "T D"], cache: Cache, rotate: Rotation, sequences: Sequences, *, layer: int
+        self,
+        hidden: Float[Array, "T D"],
+        cache: Cache,
+        rotate: Rotation,
+        sequences: Sequences,
+        *,
+        layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Cache]: ...
 
 
+LayerModule = TypeVar("LayerModule", bound=nnx.Module)
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Layers `first .. first + period * repeats - 1`, of which each is like the one `period` before it."""
+
+    first: int
+    period: int
+    repeats: int
+
+    def layers_of(self, phase: int) -> tuple[int, ...]:
+        """The layers at one place of the period."""
+        return tuple(range(self.first + phase, self.first + self.period * self.repeats, self.period))
+
+
+def layer_runs(kinds: Sequence[Hashable], *, scan: bool) -> tuple[LayerRun, ...]:
+    """Cut a decoder into runs that can each be one loop, by what each layer is; layers of equal kind share a program.
+
+    From the front, each run is the repeating pattern that covers the most layers, the shortest such: 80 equal layers
+    are one run of period 1; sliding and full attention in turn, one of period 2; five sliding and one full, of period
+    6 with what is left over after it. Without `scan`, and where nothing repeats, a layer is a run of its own.
+    """
+    runs: list[LayerRun] = []
+    first = 0
+    while first < len(kinds):
+        best = LayerRun(first, 1, 1)
+        for period in range(1, (len(kinds) - first) // 2 + 1 if scan else 1):
+            repeats, pattern = 1, kinds[first : first + period]
+            while kinds[(start := first + repeats * period) : start + period] == pattern:
+                repeats += 1
+            if repeats > 1 and period * repeats > best.period * best.repeats:
+                best = LayerRun(first, period, repeats)
+        runs.append(best)
+        first += best.period * best.repeats
+    return tuple(runs)
+
+
+def stack_layers(layer: LayerModule, layers: tuple[int, ...]) -> LayerModule:
+    """`layer`, marked as that of all `layers`; if they are several, its parameters get a first axis `layers`.
+
+    Every layer starts with the values of the given one: this is the shape that weights are loaded into.
+    """
+    for _, parameter in nnx.iter_graph(layer):
+        if isinstance(parameter, nnx.Param):
+            parameter.set_metadata(layers=layers)
+            if len(layers) > 1:
+                value = parameter[...]
+                parameter.set_value(jnp.broadcast_to(value, (len(layers), *value.shape)))
+                parameter.set_metadata(logical_axes=("layers", *parameter.logical_axes))
+    return layer
+
+
 def run_layers(
-    layers: Iterable[DecoderLayer],
+    runs: Sequence[tuple[LayerRun, Sequence[DecoderLayer]]],
     hidden: Float[Array, "T D"],
     cache: Cache,
     rotate: Rotation,
     sequences: Sequences,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    """Run the decoder's layers in order; the only place that does. Hidden states and cache pass through all of them."""
-    for index, layer in enumerate(layers):
-        hidden, cache = layer(hidden, cache, rotate, sequences, layer=index)
+    """Run the decoder's layers in order; the only place that does. Hidden states and cache pass through all of them.
+
+    Each run comes with the layers of one period. A run that repeats is a `lax.scan` over their stacked parameters
+    (`stack_layers`), whose body is one period: the program's size, and so the time it takes to compile, does not follow
+    the depth. The cache is carried, never scanned over, which would hold it twice.
+    """
+    for run, period in runs:
+        if run.repeats == 1:
+            for phase, layer in enumerate(period):
+                hidden, cache = layer(hidden, cache, rotate, sequences, layer=run.first + phase)
+        else:
+            hidden, cache = _scan_layers(run, period, hidden, cache, rotate, sequences)
+    return hidden, cache
+
+
+def _scan_layers(
+    run: LayerRun,
+    period: Sequence[DecoderLayer],
+    hidden: Float[Array, "T D"],
+    cache: Cache,
+    rotate: Rotation,
+    sequences: Sequences,
+) -> tuple[Float[Array, "T D"], Cache]:
+    graphs, weights = zip(*(nnx.split(layer) for layer in period), strict=True)
+
+    def body(
+        carry: tuple[Float[Array, "T D"], Cache], step: tuple[Int[Array, ""], tuple[nnx.State, ...]]
+    ) -> tuple[tuple[Float[Array, "T D"], Cache], None]:
+        (hidden, cache), (first, slices) = carry, step
+        for phase, (graph, state) in enumerate(zip(graphs, slices, strict=True)):
+            layer: DecoderLayer = nnx.merge(graph, state)
+            hidden, cache = layer(hidden, cache, rotate, sequences, layer=first + phase)
+        return (hidden, cache), None
+
+    firsts = jnp.asarray(run.layers_of(0), jnp.int32)
+    (hidden, cache), _ = lax.scan(body, (hidden, cache), (firsts, weights))
     return hidden, cache

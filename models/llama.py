@@ -4,6 +4,7 @@ A family that differs by a bias, a norm on queries and keys, or a window says so
 """
 
 import dataclasses
+import itertools
 from functools import partial
 from typing import ClassVar
 
@@ -12,7 +13,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.layers import ACTIVATION_FUNCTIONS, Cache, Embed, Linear, RMSNorm, Sequences, run_layers
+from jax_engine.models.layers import (
+    ACTIVATION_FUNCTIONS,
+    Cache,
+    Embed,
+    Linear,
+    RMSNorm,
+    Sequences,
+    layer_runs,
+    run_layers,
+    stack_layers,
+)
 from jax_engine.models.ops import Ops
 from jax_engine.models.rope import Rotation, inverse_frequencies, rotation
 from jax_engine.models.weights import Rule
@@ -48,7 +59,13 @@ class Attention(nnx.Module):
         self.ops = ops
 
     def __call__(
-        self, x: Float[Array, "T D"], cache: Cache, rotate: Rotation, sequences: Sequences, *, layer: int
+        self,
+        x: Float[Array, "T D"],
+        cache: Cache,
+        rotate: Rotation,
+        sequences: Sequences,
+        *,
+        layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Cache]:
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.q_norm is not None and self.k_norm is not None:
@@ -84,7 +101,13 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, hidden: Float[Array, "T D"], cache: Cache, rotate: Rotation, sequences: Sequences, *, layer: int
+        self,
+        hidden: Float[Array, "T D"],
+        cache: Cache,
+        rotate: Rotation,
+        sequences: Sequences,
+        *,
+        layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Cache]:
         attended, cache = self.self_attn(self.input_layernorm(hidden), cache, rotate, sequences, layer=layer)
         hidden = hidden + attended
@@ -92,14 +115,32 @@ class Layer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to final hidden states: what checkpoints store under `model.`."""
+    """Token ids to final hidden states: what checkpoints store under `model.`.
+
+    `layers` has one entry for every layer that is not like an earlier one of its run, with the parameters of all that
+    are; unrolled, one a layer.
+    """
 
     def __init__(
-        self, config: ModelConfig, specs: list[AttentionSpec], *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None
+        self,
+        config: ModelConfig,
+        specs: list[AttentionSpec],
+        *,
+        ops: Ops,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+        scan_layers: bool,
     ):
         self.config = config
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, spec, ops=ops, dtype=dtype, rngs=rngs) for spec in specs])
+        self.runs = layer_runs(specs, scan=scan_layers)
+        self.layers = nnx.List(
+            [
+                stack_layers(Layer(config, specs[indices[0]], ops=ops, dtype=dtype, rngs=rngs), indices)
+                for run in self.runs
+                for indices in map(run.layers_of, range(run.period))
+            ]
+        )
         self.norm = RMSNorm(config.hidden_size, "embed", eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -110,7 +151,9 @@ class Decoder(nnx.Module):
             config.rope, max_position_embeddings=config.max_position_embeddings, max_model_len=config.max_model_len
         )
         rotate = rotation(positions, frequencies, attention_factor)
-        hidden, cache = run_layers(self.layers, self.embed_tokens(token_ids), cache, rotate, sequences)
+        layers = iter(self.layers)
+        runs = [(run, list(itertools.islice(layers, run.period))) for run in self.runs]
+        hidden, cache = run_layers(runs, self.embed_tokens(token_ids), cache, rotate, sequences)
         return self.norm(hidden), cache
 
 
@@ -118,6 +161,7 @@ class LlamaForCausalLM(nnx.Module):
     """A decoder over flat tokens; subclasses state how their attention differs.
 
     With `rngs=None` nothing is drawn: build it so inside `nnx.eval_shape` for its shapes and axes without its memory.
+    With `scan_layers`, the parameters of like layers are stacked and the layers run as a loop (see `layer_runs`).
     """
 
     # Checkpoint layout -> ours; parameter names are the same. Anything else is stored as it is used.
@@ -129,9 +173,11 @@ class LlamaForCausalLM(nnx.Module):
         Rule(r"lm_head\.weight", "vocab embed -> embed vocab"),
     )
 
-    def __init__(self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None, scan_layers: bool = False
+    ):
         specs = [self.attention_spec(config, layer) for layer in range(config.num_hidden_layers)]
-        self.model = Decoder(config, specs, ops=ops, dtype=dtype, rngs=rngs)
+        self.model = Decoder(config, specs, ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers)
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()

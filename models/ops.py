@@ -1,7 +1,7 @@
 """The operations a model is built from, and the choice of their implementations.
 
-A model receives an immutable `Ops` and never asks what platform it runs on. An engine picks one `Ops` at start, logs
-the choice with its reason, and keeps it.
+A model receives an immutable `Ops` and never asks what platform it runs on, nor over how many devices. An engine picks
+one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,19 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
-from jax_engine.models.kv_pages import KVPages, SequenceTable
+from jax_engine.models.kv_pages import KVPages, PageShape, SequenceTable, split_page_shape
 from jax_engine.pallas_kernels import reference
 
-ATTENTION_BACKENDS = ("auto", "xla", "reference")
+ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
+HEADS_AXIS = "tensor"  # the mesh axis that attention's heads are split over
+
+# An attention kernel, by the calling convention of `pallas_kernels.reference`.
+Kernel = Callable[..., tuple[Array, Array]]
 
 
 class AttentionOp(Protocol):
@@ -31,7 +37,7 @@ class AttentionOp(Protocol):
         cache: KVPages | None,
         sequences: SequenceTable | Int[Array, " T"],
         *,
-        layer: int,
+        layer: int | Int[Array, ""],
         scale: float,
         window: int | None,
     ) -> tuple[Float[Array, "T N H"], KVPages | None]: ...
@@ -43,23 +49,37 @@ class Ops:
 
     attention: AttentionOp
     attention_name: str
+    page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
 
 
-def select_ops(backend: str, *, platform: str) -> tuple[Ops, str]:
+def select_ops(
+    backend: str, *, platform: str, device_kind: str | None = None, mesh: Mesh | None = None
+) -> tuple[Ops, str]:
     """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
     in one sentence.
+
+    `device_kind` is JAX's name of the chip, where that is not the first one here. On a `mesh`, heads are split over its
+    axis `tensor`, which must divide both their numbers.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
             f"attention_backend={backend!r} is unknown; allowed are {', '.join(ATTENTION_BACKENDS)} "
             "(auto chooses by platform)"
         )
+    reason = "asked for"
+    if backend == "auto":
+        backend, reason = ("pallas_tpu" if platform == "tpu" else "xla"), f"the best for platform {platform!r}"
+    if backend == "pallas_tpu" and platform != "tpu":
+        raise ValueError(
+            f"attention_backend='pallas_tpu' needs a TPU and this machine's platform is {platform!r}; use auto or xla "
+            "(for tests of the kernel itself, pallas_tpu_interpret)"
+        )
+    if backend == "pallas_tpu_interpret":
+        reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "reference":
-        return Ops(
-            partial(_paged_attention, reference.ragged_paged_attention), "reference"
-        ), "asked for: the float32 specification, slow"
-    reason = "asked for" if backend == "xla" else f"the only implementation for platform {platform!r} so far"
-    return Ops(partial(_paged_attention, xla.ragged_paged_attention), "xla"), reason
+        reason += ": the float32 specification, slow"
+    kernel, page_shape = _kernel(backend, device_kind)
+    return Ops(_PagedAttention(kernel, mesh), backend, page_shape), reason
 
 
 def dense_ops() -> Ops:
@@ -67,38 +87,66 @@ def dense_ops() -> Ops:
     return Ops(_dense_attention, "dense")
 
 
-def _paged_attention(
-    implementation: Callable[..., tuple[Array, Array]],
-    queries: Float[Array, "T N H"],
-    keys: Float[Array, "T K H"],
-    values: Float[Array, "T K H"],
-    cache: KVPages | None,
-    sequences: SequenceTable | Int[Array, " T"],
-    *,
-    layer: int,
-    scale: float,
-    window: int | None,
-) -> tuple[Float[Array, "T N H"], KVPages | None]:
-    """Unwrap the typed tables into the kernels' plain arrays (see `pallas_kernels.reference` for their meaning)."""
-    assert isinstance(cache, KVPages) and isinstance(sequences, SequenceTable)
-    if queries.shape[1] % cache.num_heads:
-        raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of kv heads ({cache.num_heads})")
-    out, pages = implementation(
-        queries,
-        keys,
-        values,
-        cache.data,
-        sequences.block_tables,
-        sequences.query_starts,
-        sequences.kv_lengths,
-        sequences.num_decodes,
-        sequences.token_sequences,
-        sequences.positions,
-        layer=layer,
-        scale=scale,
-        window=window,
-    )
-    return out, KVPages(pages)
+def _kernel(backend: str, device_kind: str | None) -> tuple[Kernel, Callable[[int, int, int], PageShape]]:
+    if backend == "xla":
+        return xla.ragged_paged_attention, split_page_shape
+    if backend == "reference":
+        return reference.ragged_paged_attention, split_page_shape
+    # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
+    from jax_engine.pallas_kernels import tpu
+
+    if backend == "pallas_tpu_interpret":
+        return partial(tpu.ragged_paged_attention, interpret=True), tpu.page_shape
+    return partial(tpu.ragged_paged_attention, device_kind=device_kind), tpu.page_shape
+
+
+@dataclass(frozen=True)
+class _PagedAttention:
+    """An attention kernel behind the typed tables, on one device or on a mesh."""
+
+    kernel: Kernel
+    mesh: Mesh | None
+
+    def __call__(
+        self,
+        queries: Float[Array, "T N H"],
+        keys: Float[Array, "T K H"],
+        values: Float[Array, "T K H"],
+        cache: KVPages | None,
+        sequences: SequenceTable | Int[Array, " T"],
+        *,
+        layer: int | Int[Array, ""],
+        scale: float,
+        window: int | None,
+    ) -> tuple[Float[Array, "T N H"], KVPages | None]:
+        """Unwrap the typed tables into the kernels' plain arrays (see `pallas_kernels.reference` for their meaning)."""
+        assert isinstance(cache, KVPages) and isinstance(sequences, SequenceTable)
+        if queries.shape[1] % cache.num_heads:
+            raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of kv heads ({cache.num_heads})")
+
+        def attend(layer: int | Int[Array, ""], *arrays: Array) -> tuple[Array, Array]:
+            return self.kernel(*arrays, layer=layer, scale=scale, window=window)
+
+        tables = (
+            sequences.block_tables,
+            sequences.query_starts,
+            sequences.kv_lengths,
+            sequences.num_decodes,
+            sequences.token_sequences,
+            sequences.positions,
+        )
+        if self.mesh is not None:
+            heads, pages = P(None, HEADS_AXIS), P(None, None, None, HEADS_AXIS)
+            attend = jax.shard_map(
+                attend,
+                mesh=self.mesh,
+                in_specs=(P(), heads, heads, heads, pages, *(P() for _ in tables)),
+                out_specs=(heads, pages),
+                check_vma=False,  # kernels do not say which of their values differ between devices
+            )
+            layer = jnp.asarray(layer, jnp.int32)
+        out, data = attend(layer, queries, keys, values, cache.data, *tables)
+        return out, KVPages(data)
 
 
 def _dense_attention(
@@ -108,7 +156,7 @@ def _dense_attention(
     cache: KVPages | None,
     sequences: SequenceTable | Int[Array, " T"],
     *,
-    layer: int,
+    layer: int | Int[Array, ""],
     scale: float,
     window: int | None,
 ) -> tuple[Float[Array, "T N H"], KVPages | None]:

@@ -29,7 +29,9 @@ def count(text: str) -> int:
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of the command line; its name is that of the field, with dashes."""
+    """One option of the command line; its name is that of the field, with dashes. Of type bool, it has a `--no-` form
+    and takes no value.
+    """
 
     field: str
     help: str
@@ -59,10 +61,12 @@ STEP_FLAGS = (
     Flag("max_num_seqs", "sequences that run at once", type=count, metavar="N"),
     Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
+    Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
+    Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
 )
 COMPILE_FIRST = Flag(
-    "compile_before_ready", "compile every step program before the first request, not only the largest"
+    "compile_before_ready", "compile every step program before the first request, not only the largest", type=bool
 )
 ENGINE_GROUPS = {"model": MODEL_FLAGS, "memory": MEMORY_FLAGS, "speed": STEP_FLAGS}
 
@@ -102,6 +106,10 @@ def dashed(arguments: Iterable[str]) -> list[str]:
 
 def add_flag(group: argparse._ArgumentGroup, flag: Flag, default: object) -> None:
     """Add an option whose absence leaves the field's own default in force, which the help names."""
+    if flag.type is bool:
+        switch = argparse.BooleanOptionalAction
+        group.add_argument(flag.option, dest=flag.field, action=switch, default=argparse.SUPPRESS, help=flag.help)
+        return
     shown = "" if default in (None, "") else f" (default: {default})"
     group.add_argument(
         flag.option,
@@ -121,13 +129,7 @@ def add_engine_flags(parser: Parser) -> None:
         group = parser.add_argument_group(title)
         for flag in flags:
             add_flag(group, flag, defaults[flag.field])
-    group.add_argument(
-        COMPILE_FIRST.option,
-        dest=COMPILE_FIRST.field,
-        action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
-        help=COMPILE_FIRST.help,
-    )
+    add_flag(group, COMPILE_FIRST, defaults[COMPILE_FIRST.field])
 
 
 def engine_config(options: argparse.Namespace) -> EngineConfig:

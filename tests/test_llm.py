@@ -274,7 +274,7 @@ def test_threads_take_turns(llm: LLM) -> None:
 
 def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
     config = engine_config(
-        {"model": "demo", "max_num_seqs": 3, "tensor_parallel_size": 1, "enable_chunked_prefill": True}
+        {"model": "demo", "max_num_seqs": 3, "pipeline_parallel_size": 1, "enable_chunked_prefill": True}
     )
     assert (config.model, config.max_num_seqs) == ("demo", 3)
 
@@ -284,7 +284,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
     [
         ({"max_num_seq": 3}, "LLM has no setting 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"color": "red"}, "LLM has no setting 'color'; known are model, tokenizer"),
-        ({"tensor_parallel_size": 2}, r"tensor_parallel_size=2 is not supported yet; leave it out \(.* is 1\)"),
+        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 is not supported yet; leave it out \(.* is 1\)"),
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
         ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet"),
         ({"enable_lora": True}, "enable_lora=True is not supported yet"),

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import HF, UP_PROJ, Leaves, dummy, load, random_tensors, structure_of, write
 from safetensors.numpy import load_file, save_file
 
-from jax_engine.loader import ModelStructure, load_config, load_model
 from jax_engine.model_files import (
     ModelLoadError,
     WeightFiles,
@@ -22,47 +22,6 @@ from jax_engine.model_files import (
     read_model_config,
     resolve_model_path,
 )
-from jax_engine.models.config import ModelConfig
-from jax_engine.models.ops import dense_ops
-from jax_engine.models.registry import resolve_model
-
-HF: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-}
-# Few distinct shapes: each is a program to compile.
-SQUARE = HF | {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 8, "head_dim": 6}
-UP_PROJ = "model.layers.1.mlp.up_proj.weight"
-
-Leaves = tuple[jax.Array, ...]
-
-
-def structure_of(hf: dict[str, Any]) -> ModelStructure:
-    config = ModelConfig.from_hf(hf)
-    return ModelStructure.of(resolve_model(config.architecture), config, ops=dense_ops(), dtype=jnp.float32)
-
-
-def random_tensors(hf: dict[str, Any]) -> dict[str, np.ndarray]:
-    """A checkpoint's tensors by name, in the layout of the checkpoint."""
-    generator = np.random.default_rng(0)
-    return {
-        parameter.name: generator.normal(size=parameter.layout.stored_shape(parameter.shape)).astype(np.float32)
-        for parameter in structure_of(hf).parameters
-    }
-
-
-def write(folder: Path, tensors: dict[str, np.ndarray], hf: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf))
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 def write_sharded(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
@@ -73,12 +32,6 @@ def write_sharded(folder: Path, tensors: dict[str, np.ndarray]) -> Path:
         save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return folder
-
-
-def load(folder: Path, **options: Any) -> tuple[ModelStructure, Leaves]:
-    config, model_class = load_config(folder)
-    settings = {"model_class": model_class, "ops": dense_ops(), "dtype": jnp.float32} | options
-    return load_model(folder, config, **settings)
 
 
 @pytest.fixture
@@ -146,7 +99,8 @@ def test_values_are_converted_to_the_asked_dtype(folder: Path) -> None:
         np.testing.assert_array_equal(one.astype(jnp.bfloat16), other)
 
 
-def test_host_memory_holds_few_tensors_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "stacked"])
+def test_host_memory_holds_few_tensors_at_a_time(tmp_path: Path, scan_layers: bool) -> None:
     """Read in float32 and kept in bfloat16, so that what is read cannot become the device's own memory on a CPU."""
     hf = HF | {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 6}
     tensors = random_tensors(hf)
@@ -156,58 +110,13 @@ def test_host_memory_holds_few_tensors_at_a_time(tmp_path: Path) -> None:
     del tensors
     tracemalloc.start()
     try:
-        structure, leaves = load(folder, dtype=jnp.bfloat16)
+        structure, leaves = load(folder, dtype=jnp.bfloat16, scan_layers=scan_layers)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(leaves) == len(structure.parameters)
     # Four readers, each with a tensor as stored and as converted; the rest is the finished bfloat16 copy at most.
     assert peak < structure.num_bytes + 4 * 1.5 * largest + 2**20 < stored
-
-
-SHARDED = """
-import sys
-import jax, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from test_loader import load
-from pathlib import Path
-
-folder, mesh = Path(sys.argv[1]), jax.make_mesh((2, 4), ("data", "tensor"))
-axes = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "embed": "data"}
-place = lambda parameter: NamedSharding(mesh, PartitionSpec(*(axes.get(axis) for axis in parameter.logical_axes)))
-assert len(jax.devices()) == 8
-for name, options in (("stored", {}), ("random", {"load_format": "dummy", "seed": 3})):
-    structure, whole = load(folder / name, **options)
-    _, parts = load(folder / name, sharding_of=place, **options)
-    for parameter, one, other in zip(structure.parameters, whole, parts, strict=True):
-        assert len(one.devices()) == 1 and len(other.devices()) == 8
-        shape = other.addressable_shards[0].data.shape
-        divisors = [{"data": 2, "tensor": 4}.get(axes.get(axis), 1) for axis in parameter.logical_axes]
-        assert shape == tuple(size // by for size, by in zip(parameter.shape, divisors)), parameter
-        np.testing.assert_array_equal(one, other)
-"""
-
-
-def test_a_load_over_eight_devices_equals_that_on_one(
-    tmp_path: Path, tensors: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each device holds its own part; heads, kv heads, mlp and vocabulary over four, embedding over two."""
-    write(tmp_path / "stored", tensors, HF)
-    write(tmp_path / "random", {}, SQUARE)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def dummy(seed: int) -> tuple[ModelStructure, Leaves]:
-    config = ModelConfig.from_hf(SQUARE)
-    model_class = resolve_model(config.architecture)
-    return load_model(
-        None, config, model_class=model_class, ops=dense_ops(), dtype=jnp.float32, load_format="dummy", seed=seed
-    )
 
 
 def test_dummy_weights_depend_on_the_seed_and_the_name_alone() -> None:

@@ -140,9 +140,11 @@ def test_steps_take_the_smallest_program_that_holds_them(core):
     assert after.padding_tokens_total - before.padding_tokens_total == 1
 
 
-def test_a_step_makes_no_copy_of_the_cache(make_core):
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_a_step_makes_no_copy_of_the_cache(make_core, scan_layers):
     """XLA updates the donated pages in place: the largest program's temporaries are far below the cache's size."""
-    core = make_core(kv_cache_memory_bytes=page_bytes() * 4096, max_model_len=256, max_num_seqs=32)
+    sizes = {"kv_cache_memory_bytes": page_bytes() * 4096, "max_model_len": 256, "max_num_seqs": 32}
+    core = make_core(scan_layers=scan_layers, **sizes)
     cache_bytes = core.info.num_pages * page_bytes()
     compiled = core._core.runner.compiled
     _, executable = compiled.find(32, 4, compiled.largest.mode)
@@ -159,7 +161,11 @@ def test_a_step_makes_no_copy_of_the_cache(make_core):
             {"kv_cache_memory_bytes": 4096},
             r"max_model_len=256 needs 0.1 MiB .* room for \d+ tokens; lower max_model_len to \d+",
         ),
-        ({"attention_backend": "pallas"}, r"attention_backend='pallas' is unknown; allowed are auto, xla, reference"),
+        ({"attention_backend": "pallas"}, r"attention_backend='pallas' is unknown; allowed are auto, pallas_tpu, "),
+        (
+            {"attention_backend": "pallas_tpu"},
+            r"attention_backend='pallas_tpu' needs a TPU and this machine's platform is 'cpu'; use auto or xla",
+        ),
     ],
 )
 def test_what_cannot_fit_or_run_is_refused_with_the_numbers(tiny_settings, changes, message):
@@ -169,6 +175,19 @@ def test_what_cannot_fit_or_run_is_refused_with_the_numbers(tiny_settings, chang
 
 def test_the_reference_attention_gives_the_same_tokens(make_core, alone):
     assert run_requests(make_core(attention_backend="reference"), batch()) == alone
+
+
+def test_scanned_layers_give_the_same_tokens(make_core, alone):
+    assert run_requests(make_core(scan_layers=True), batch()) == alone
+
+
+@pytest.mark.slow
+def test_the_interpreted_tpu_kernel_gives_the_same_tokens(core, make_core):
+    """With its own shape of pages, over scanned layers and traced, as on a TPU."""
+    requests = [core_request("a", list(range(1, 20)), 6), core_request("b", [5, 6], 6)]
+    small = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 64, "compile_before_ready": False}
+    kernel = make_core(attention_backend="pallas_tpu_interpret", scan_layers=True, block_size=16, **small)
+    assert run_requests(kernel, requests) == run_requests(core, requests)
 
 
 async def test_a_core_process_serves_reports_and_ends(tiny_settings, alone):

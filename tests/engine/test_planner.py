@@ -21,7 +21,7 @@ def test_every_step_the_scheduler_may_plan_fits_a_bucket(max_num_seqs, extra):
     budget = max_num_seqs + extra
     buckets = bucket_lattice(max_num_seqs, budget)
     assert max(buckets).holds(budget, max_num_seqs)
-    assert len(buckets) <= 16
+    assert len(buckets) <= 17
     for num_tokens in {1, max_num_seqs, budget, (1 + budget) // 2}:
         num_sequences = min(num_tokens, max_num_seqs)
         smallest = min(bucket for bucket in buckets if bucket.holds(num_tokens, num_sequences))

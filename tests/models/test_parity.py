@@ -72,6 +72,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3 in turn": (
+        "qwen3",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": [f"{kind}_attention" for kind in "sliding full sliding full full".split()],
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
     "qwen3 options": (
         "qwen3",
         {
@@ -101,10 +110,11 @@ def random_model(model_type: str, settings: dict[str, Any]) -> transformers.PreT
 class OurModel:
     """A checkpoint run by this package, over one sequence without a cache."""
 
-    def __init__(self, folder: Path, dtype: Any = jnp.float32, max_model_len: int | None = None):
+    def __init__(self, folder: Path, dtype: Any = jnp.float32, max_model_len: int | None = None, **options: Any):
         config, model_class = load_config(folder)
         self.config = config if max_model_len is None else config.with_max_model_len(max_model_len)
-        structure, self.leaves = load_model(folder, self.config, model_class=model_class, ops=dense_ops(), dtype=dtype)
+        settings = {"model_class": model_class, "ops": dense_ops(), "dtype": dtype} | options
+        structure, self.leaves = load_model(folder, self.config, **settings)
 
         @jax.jit
         def forward(leaves: tuple[jax.Array, ...], tokens: jax.Array, positions: jax.Array, segments: jax.Array):
@@ -152,6 +162,8 @@ def test_a_checkpoint_gives_the_logits_and_tokens_of_transformers(case: str, tmp
     ours = OurModel(tmp_path, max_model_len=NUM_TOKENS)
     token_ids = random_token_ids(NUM_TOKENS)
     np.testing.assert_allclose(ours.logits(token_ids), their_logits(theirs, token_ids), rtol=2e-5, atol=2e-5)
+    scanned = OurModel(tmp_path, max_model_len=NUM_TOKENS, scan_layers=True)
+    np.testing.assert_allclose(scanned.logits(token_ids), ours.logits(token_ids), rtol=2e-5, atol=2e-5)
     if case not in LENGTH_DEPENDENT:
         prompt, num_tokens = token_ids[:NUM_PROMPT], NUM_TOKENS - NUM_PROMPT
         assert ours.greedy(prompt, num_tokens) == their_greedy(theirs, prompt, num_tokens)

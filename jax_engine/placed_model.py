@@ -1,0 +1,126 @@
+"""A model laid out on devices: what a step program is lowered from, on devices that are here and on those that are not.
+
+The runner serves with it. Without weights and without the devices, it compiles ahead of time for the devices of a
+`jax.experimental.topologies` description: give `PlacedModel.of` a mesh of them.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from jax_engine.loader import ModelStructure, Parameter
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.models.ops import select_ops
+from jax_engine.planner import CacheGeometry
+from jax_engine.sampler import SamplingMode
+from jax_engine.sharding import Placement, place
+from jax_engine.step_batch import BatchLayout
+from jax_engine.step_program import DeviceState, step_function
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StateSize:
+    """How large the device state is."""
+
+    num_pages: int
+    num_slots: int
+    max_pages: int  # of one sequence
+
+
+@dataclass(frozen=True)
+class PlacedModel:
+    """A model's structure, its pages, and where its arrays lie."""
+
+    structure: ModelStructure
+    geometry: CacheGeometry
+    placement: Placement
+
+    @classmethod
+    def of(
+        cls,
+        model_class: type[LlamaForCausalLM],
+        config: ModelConfig,
+        *,
+        platform: str,
+        mesh: Mesh | None,
+        attention_backend: str,
+        dtype: DTypeLike,
+        page_size: int,
+        scan_layers: bool,
+    ) -> "PlacedModel":
+        """Choose the operations and lay the model out on `mesh`, or on one device without one.
+
+        Raises:
+            ValueError: the attention backend does not run on `platform`, or the mesh does not fit the model.
+        """
+        placement = place(config, mesh)
+        device_kind = None if mesh is None else mesh.devices.flat[0].device_kind
+        ops, reason = select_ops(attention_backend, platform=platform, device_kind=device_kind, mesh=mesh)
+        logger.info("attention: %s (%s)", ops.attention_name, reason)
+        if mesh is not None:
+            logger.info("%s", placement.describe(config))
+        structure = ModelStructure.of(
+            model_class,
+            config,
+            ops=ops,
+            dtype=dtype,
+            scan_layers=scan_layers,
+            kv_head_copies=placement.kv_head_copies,
+        )
+        geometry = CacheGeometry.of(
+            config, page_size=page_size, dtype=jnp.dtype(dtype), page_shape=ops.page_shape, placement=placement
+        )
+        return cls(structure, geometry, placement)
+
+    def sharding_of(self, parameter: Parameter) -> Sharding:
+        """Where a parameter lies."""
+        return self.placement.of(parameter.logical_axes) or SingleDeviceSharding(jax.devices()[0])
+
+    def zero_state(self, size: StateSize) -> DeviceState:
+        """The device state before the first step, on its devices."""
+        if self.placement.mesh is None:
+            return self._zeros(size)
+        return jax.jit(lambda: self._zeros(size), out_shardings=_shardings(self.state_shapes(size)))()
+
+    def state_shapes(self, size: StateSize) -> DeviceState:
+        """The device state as `jax.ShapeDtypeStruct`s."""
+        whole, pages = self.placement.of(), self.placement.of((None, None, None, "kv_heads"))
+        state = jax.eval_shape(lambda: self._zeros(size))
+        cache = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, pages), state.cache)
+        state = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), state)
+        return replace(state, cache=cache)
+
+    def lower(self, layout: BatchLayout, mode: SamplingMode, size: StateSize) -> jax.stages.Lowered:
+        """Trace the step program of a bucket; its arguments are the leaves, the state (donated) and a packed buffer."""
+        leaves = tuple(
+            _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
+            for parameter in self.structure.parameters
+        )
+        state, whole = self.state_shapes(size), self.placement.of()
+        buffer = _shape((layout.size,), jnp.int32, whole)
+        step = step_function(self.structure, layout, mode, self.placement)
+        shardings = None if self.placement.mesh is None else (_shardings(state), whole)
+        return jax.jit(step, donate_argnums=1, out_shardings=shardings).lower(leaves, state, buffer)
+
+    def _zeros(self, size: StateSize) -> DeviceState:
+        return DeviceState.zeros(
+            self.geometry.shape(size.num_pages),
+            jnp.dtype(self.geometry.dtype),
+            num_slots=size.num_slots,
+            max_pages=size.max_pages,
+        )
+
+
+def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _shardings(state: DeviceState) -> DeviceState:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)

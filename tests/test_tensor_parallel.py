@@ -1,0 +1,210 @@
+"""A model over several devices gives the tokens that it gives on one, and talks no more than it must.
+
+What runs on eight devices does so in a child process over eight that the CPU pretends to be.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, Mesh
+from tiny_engine import TINY, core_request, run_requests
+
+from jax_engine.config import EngineConfig
+from jax_engine.core_client import InProcessCore
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.registry import resolve_model
+from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.sampler import SamplingMode
+from jax_engine.sharding import MESH_AXES, place, tensor_mesh
+from jax_engine.step_batch import BatchLayout, Bucket
+
+# Two key and value heads: over four and eight devices, several hold the same one.
+HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 104}
+MODELS = {"even": HF, "uneven": HF | {"vocab_size": 101}, "tied": HF | {"tie_word_embeddings": True}}
+RUNS = [("even", size, scan) for size in (2, 4, 8) for scan in (False, True)] + [
+    ("uneven", 4, True),
+    ("tied", 4, True),
+]
+COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+def tokens_of(folder: Path, **settings: Any) -> dict[str, list[int]]:
+    """What five greedy and five seeded requests, together in the engine, are given."""
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "block_size": 8, "max_model_len": 64}
+    config = EngineConfig(model=str(folder), load_format="dummy", compilation_cache_dir="", **limits, **settings)
+    core = InProcessCore(config)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 100, rng.integers(1, 30)).tolist() for _ in range(10)]
+    greedy = [core_request(f"greedy {i}", prompt, 12) for i, prompt in enumerate(prompts[:5])]
+    drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 20}
+    seeded = [core_request(f"seeded {i}", prompt, 12, prng_key=(i, 3), **drawn) for i, prompt in enumerate(prompts[5:])]
+    tokens = run_requests(core, greedy + seeded)
+    core.shutdown()
+    return tokens
+
+
+def compile_step(
+    hf: dict[str, Any],
+    mesh: Mesh | None,
+    *,
+    scan: bool,
+    mode: SamplingMode,
+    platform: str = "cpu",
+    dtype: Any = "float32",
+) -> jax.stages.Compiled:
+    config = ModelConfig.from_hf(hf)
+    placed = PlacedModel.of(
+        resolve_model(config.architecture),
+        config,
+        platform=platform,
+        mesh=mesh,
+        attention_backend="xla",
+        dtype=jnp.dtype(dtype),
+        page_size=16,
+        scan_layers=scan,
+    )
+    layout = BatchLayout(Bucket(8, 8), page_size=16, num_slots=8)
+    return placed.lower(layout, mode, StateSize(num_pages=64, num_slots=8, max_pages=8)).compile()
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
+    found = COLLECTIVE.findall(compiled.as_text())
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def report(folder: str) -> None:
+    """Everything that needs eight devices, as JSON on standard output."""
+    tokens: dict[str, Any] = {}
+    for name, hf in MODELS.items():
+        (Path(folder) / name).mkdir()
+        (Path(folder) / name / "config.json").write_text(json.dumps(hf))
+        tokens[name] = tokens_of(Path(folder) / name)
+    for name, size, scan in RUNS:
+        tokens[f"{name} {size} {scan}"] = tokens_of(Path(folder) / name, tensor_parallel_size=size, scan_layers=scan)
+    mesh = tensor_mesh(8, jax.devices())
+    counted = {
+        f"{layers} {scan}": collectives(
+            compile_step(HF | {"num_hidden_layers": layers}, mesh, scan=scan, mode=SamplingMode.GREEDY)
+        )
+        for layers, scan in ((1, False), (4, False), (4, True))
+    }
+    sampling = collectives(compile_step(HF, mesh, scan=True, mode=SamplingMode.SAMPLE))
+    print(json.dumps({"tokens": tokens, "collectives": counted, "sampling": sampling}))
+
+
+def run_child(script: str, *arguments: str, **environment: str) -> Any:
+    """What a child process prints, as JSON; it finds this module and the tiny engine's."""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent / "engine")])
+    command = [sys.executable, "-c", f"import test_tensor_parallel as tests; {script}", *arguments]
+    settings = {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"} | environment
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    return run_child("import sys; tests.report(sys.argv[1])", str(tmp_path_factory.mktemp("models")), **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size", "scan"), RUNS)
+def test_tokens_are_those_of_one_device(eight_devices, name, size, scan):
+    """Greedy and seeded, heads whole and shared, vocabulary split or, where it is uneven, whole on each device."""
+    assert eight_devices["tokens"][f"{name} {size} {scan}"] == eight_devices["tokens"][name]
+
+
+@pytest.mark.slow
+def test_a_layer_sums_over_the_devices_twice(eight_devices):
+    """After attention and after the feed-forward; the embedding sums once more, and the likeliest token is gathered."""
+    counted = eight_devices["collectives"]
+    assert counted["1 False"] == {"all-gather": 2, "all-reduce": 2 + 1}
+    assert counted["4 False"] == {"all-gather": 2, "all-reduce": 4 * 2 + 1}
+    assert counted["4 True"] == counted["1 False"]
+
+
+@pytest.mark.slow
+def test_sampling_moves_the_logits_once(eight_devices):
+    """From a share of the vocabulary of all rows to a share of the rows: the draw's many sums then stay at home."""
+    counted = eight_devices["sampling"]
+    assert counted["all-to-all"] == 1
+    assert counted.get("collective-permute", 0) == 0
+    assert counted["all-reduce"] + counted.get("all-gather", 0) <= 2 + 1 + 3
+
+
+def tpu_report() -> None:
+    """One step of a small model over eight v6e chips that are not here, as JSON on standard output."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 128}
+    hf = HF | sizes | {"num_key_value_heads": 8, "num_hidden_layers": 8, "vocab_size": 4096}
+    mesh = tensor_mesh(8, devices)
+    compiled = compile_step(hf, mesh, scan=True, mode=SamplingMode.GREEDY, platform="tpu", dtype="bfloat16")
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    cache = 8 * 64 * 2 * 1 * 16 * 128 * 2
+    weights = analysis.argument_size_in_bytes - cache
+    figures = {"temporaries": analysis.temp_size_in_bytes, "weights": weights, "cache": cache}
+    print(json.dumps({"collectives": collectives(compiled)} | figures))
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_chips_that_are_not_here():
+    """With the real TPU compiler: the same sums, and no copy of the weights to bring them into another layout."""
+    pytest.importorskip("libtpu")
+    found = run_child("tests.tpu_report()", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
+    assert found["collectives"]["all-reduce"] == 2 + 1
+    # Beside the scratch of one layer there may be one copy of the cache, which the XLA form's scatter makes on a TPU.
+    assert found["temporaries"] - found["cache"] < found["weights"] / 4
+
+
+def test_more_devices_than_there_are_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=4096 must be"):
+        EngineConfig(tensor_parallel_size=4096)
+    size = len(jax.devices()) + 1
+    with pytest.raises(
+        ValueError, match=rf"tensor_parallel_size={size} needs {size} devices and there are \d+ .*; use"
+    ):
+        InProcessCore(EngineConfig(model=str(tmp_path), load_format="dummy", tensor_parallel_size=size))
+
+
+def placed(size: int, **changes: Any):
+    return place(ModelConfig.from_hf(HF | changes), AbstractMesh((1, 1, 1, size), MESH_AXES))
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "message"),
+    [
+        (3, {}, r"tensor_parallel_size=3 does not divide the model's heads \(8\); .* are 1, 2, 4, 8$"),
+        (
+            4,
+            {"intermediate_size": 50},
+            r"does not divide the model's mlp \(50\); .*8 heads, 2 kv_heads, 50 mlp are 1, 2$",
+        ),
+        (4, {"num_attention_heads": 12, "num_key_value_heads": 6}, r"does not divide the model's kv_heads \(6\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size, changes, message):
+    with pytest.raises(ValueError, match=message):
+        placed(size, **changes)
+
+
+def test_heads_are_shared_only_by_more_devices_than_there_are_heads():
+    assert [placed(size).kv_head_copies for size in (1, 2, 4, 8)] == [1, 1, 2, 4]
+
+
+def test_an_uneven_vocabulary_stays_whole():
+    assert "vocab" in placed(8).axes
+    assert "vocab" not in placed(8, vocab_size=101).axes
