@@ -123,7 +123,7 @@ def compile_kernel(job: KernelJob, dump: Path) -> CompiledKernel:
     """
     device = topology_devices(CHIPS[job.chip])[0]
     sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
-    subject = our_kernel(job, device.device_kind) if job.subject == "ours" else peer_kernel(job)
+    subject = our_kernel(job, device) if job.subject == "ours" else peer_kernel(job)
     arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in subject.arguments]
     start = Moment.now()
     with traced_for(device):
@@ -150,7 +150,7 @@ def compile_kernel(job: KernelJob, dump: Path) -> CompiledKernel:
     )
 
 
-def our_kernel(job: KernelJob, device_kind: str) -> Subject:
+def our_kernel(job: KernelJob, device: jax.Device) -> Subject:
     """Ours, in a cache of two layers."""
     heads, load = HEADS[job.heads], LOADS[job.load]
     cache, compute = dtypes(job)
@@ -167,7 +167,8 @@ def our_kernel(job: KernelJob, device_kind: str) -> Subject:
 
     def attention(*arguments: Any) -> Any:
         *rest, layer = arguments
-        return tpu.ragged_paged_attention(*rest, layer=layer, scale=heads.head_dim**-0.5, device_kind=device_kind)
+        chip = {"device_kind": device.device_kind, "num_cores": device.num_cores}
+        return tpu.ragged_paged_attention(*rest, layer=layer, scale=heads.head_dim**-0.5, **chip)
 
     return Subject(attention, shapes, 3, (3,), KERNEL)
 

@@ -61,8 +61,7 @@ class PlacedModel:
             ValueError: the attention backend does not run on `platform`, or the mesh does not fit the model.
         """
         placement = place(config, mesh)
-        device_kind = None if mesh is None else mesh.devices.flat[0].device_kind
-        ops, reason = select_ops(attention_backend, platform=platform, device_kind=device_kind, mesh=mesh)
+        ops, reason = select_ops(attention_backend, platform=platform, mesh=mesh)
         logger.info("attention: %s (%s)", ops.attention_name, reason)
         if mesh is not None:
             logger.info("%s", placement.describe(config))

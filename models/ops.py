@@ -52,14 +52,11 @@ class Ops:
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
 
 
-def select_ops(
-    backend: str, *, platform: str, device_kind: str | None = None, mesh: Mesh | None = None
-) -> tuple[Ops, str]:
+def select_ops(backend: str, *, platform: str, mesh: Mesh | None = None) -> tuple[Ops, str]:
     """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
     in one sentence.
 
-    `device_kind` is JAX's name of the chip, where that is not the first one here. On a `mesh`, heads are split over its
-    axis `tensor`, which must divide both their numbers.
+    On a `mesh`, heads are split over its axis `tensor`, which must divide both their numbers.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
@@ -78,7 +75,7 @@ def select_ops(
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "reference":
         reason += ": the float32 specification, slow"
-    kernel, page_shape = _kernel(backend, device_kind)
+    kernel, page_shape = _kernel(backend, mesh)
     return Ops(_PagedAttention(kernel, mesh), backend, page_shape), reason
 
 
@@ -87,7 +84,7 @@ def dense_ops() -> Ops:
     return Ops(_dense_attention, "dense")
 
 
-def _kernel(backend: str, device_kind: str | None) -> tuple[Kernel, Callable[[int, int, int], PageShape]]:
+def _kernel(backend: str, mesh: Mesh | None) -> tuple[Kernel, Callable[[int, int, int], PageShape]]:
     if backend == "xla":
         return xla.ragged_paged_attention, split_page_shape
     if backend == "reference":
@@ -97,7 +94,11 @@ def _kernel(backend: str, device_kind: str | None) -> tuple[Kernel, Callable[[in
 
     if backend == "pallas_tpu_interpret":
         return partial(tpu.ragged_paged_attention, interpret=True), tpu.page_shape
-    return partial(tpu.ragged_paged_attention, device_kind=device_kind), tpu.page_shape
+    if mesh is None:
+        return tpu.ragged_paged_attention, tpu.page_shape
+    device = mesh.devices.flat[0]  # which need not be one of this machine's
+    kernel = partial(tpu.ragged_paged_attention, device_kind=device.device_kind, num_cores=device.num_cores)
+    return kernel, tpu.page_shape
 
 
 @dataclass(frozen=True)

@@ -41,21 +41,21 @@ class DecodePhase:
     out_semaphores: jax.Ref  # [RING]
     tile_semaphores: jax.Ref  # [RING]
 
-    def run(self, num_sequences: Scalar, num_items: Scalar) -> None:
-        """Attend for sequences `0..num_sequences - 1`, which take `num_items` blocks."""
+    def run(self, first: Scalar, stop: Scalar, num_items: Scalar) -> None:
+        """Attend for sequences `first..stop - 1`, which take `num_items` blocks."""
 
-        @pl.when(num_sequences > 0)
+        @pl.when(stop > first)
         def _() -> None:
-            self._start_inputs(jnp.int32(0))
+            self._start_inputs(first)
 
-        self.stream.run(0, num_items, partial(self._work, num_sequences))
+        self.stream.run(first, num_items, partial(self._work, first, stop))
         for ago in range(RING):
 
-            @pl.when(num_sequences > ago)
+            @pl.when(stop - first > ago)
             def _(ago: int = ago) -> None:
-                self._wait_outputs(num_sequences - 1 - ago)
+                self._wait_outputs(stop - 1 - ago)
 
-    def _work(self, num_sequences: Scalar, item: Item) -> None:
+    def _work(self, first: Scalar, stop: Scalar, item: Item) -> None:
         sequence, stream = item.segment, self.stream
         position = stream.lasts[sequence]
         base = item.block * stream.block_tokens
@@ -68,14 +68,14 @@ class DecodePhase:
             for copy in self._input_copies(sequence):
                 copy.wait()
 
-            @pl.when(sequence + 1 < num_sequences)
+            @pl.when(sequence + 1 < stop)
             def _() -> None:
                 self._start_inputs(sequence + 1)
 
         @pl.when(stream.is_last(item))
         def _() -> None:
             # The ring's entry may still be on its way out.
-            @pl.when(sequence >= RING)
+            @pl.when(sequence - first >= RING)
             def _() -> None:
                 self._wait_outputs(sequence - RING)
 

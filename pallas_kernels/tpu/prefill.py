@@ -65,18 +65,18 @@ class PrefillPhase:
     def block_rows(self) -> int:
         return self.block_tokens * self.geometry.queries_per_head
 
-    def run(self, first_segment: Scalar, num_segments: Scalar, num_items: Scalar) -> None:
-        """Attend for segments `first_segment..num_segments - 1`, which take `num_items` page blocks."""
+    def run(self, first_segment: Scalar, stop: Scalar, num_items: Scalar) -> None:
+        """Attend for segments `first_segment..stop - 1`, which take `num_items` page blocks."""
 
         @pl.when(num_items > 0)
         def _() -> None:
             self._query_copy(self.blocks[first_segment]).start()
 
-        self.stream.run(first_segment, num_items, partial(self._work, first_segment, num_segments))
+        self.stream.run(first_segment, num_items, partial(self._work, first_segment, stop))
 
         @pl.when(num_items > 0)
         def _() -> None:
-            first, last = self.blocks[first_segment], self.blocks[num_segments - 1]
+            first, last = self.blocks[first_segment], self.blocks[stop - 1]
             self._out_copy(last).wait()
 
             @pl.when(last > first)
@@ -96,20 +96,20 @@ class PrefillPhase:
         target, source, semaphore = self._copy(self.out, self.out_buffer, self.out_semaphores, block)
         return pltpu.make_async_copy(source, target, semaphore)
 
-    def _work(self, first_segment: Scalar, num_segments: Scalar, item: Item) -> None:
+    def _work(self, first_segment: Scalar, stop: Scalar, item: Item) -> None:
         segment, stream = item.segment, self.stream
         block = self.blocks[segment]
         before = self.blocks[jnp.maximum(segment - 1, 0)]
-        after = self.blocks[jnp.minimum(segment + 1, num_segments - 1)]
+        after = self.blocks[jnp.minimum(segment + 1, stop - 1)]
         opens = stream.is_first(item) & ((segment == first_segment) | (before != block))
-        closes = stream.is_last(item) & ((segment == num_segments - 1) | (after != block))
+        closes = stream.is_last(item) & ((segment == stop - 1) | (after != block))
 
         @pl.when(opens)
         def _() -> None:
             self.state.reset(self.sinks)
             self._query_copy(block).wait()
 
-            @pl.when(block < self.blocks[num_segments - 1])
+            @pl.when(block < self.blocks[stop - 1])
             def _() -> None:
                 self._query_copy(block + 1).start()
 

@@ -18,10 +18,13 @@ from jax_engine.pallas_kernels.tpu.page_stream import TABLE_SLOTS, PageStream, V
 from jax_engine.pallas_kernels.tpu.prefill import PrefillPhase
 from jax_engine.pallas_kernels.tpu.work_list import (
     DECODE_ITEMS,
-    NUM_DECODES,
-    NUM_SEGMENTS,
+    FIRST_DECODE,
+    FIRST_SEGMENT,
+    NUM_COUNTERS,
     NUM_STRIPS,
     PREFILL_ITEMS,
+    STOP_DECODE,
+    STOP_SEGMENT,
     WorkLayout,
     build_work,
 )
@@ -63,13 +66,15 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     kv_scales: Float[Array, "L 2 K"] | None = None,
     device_kind: str | None = None,
+    num_cores: int | None = None,
     blocks: Blocks | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "T N H"], Array]:
     """Specified by `pallas_kernels.reference`, but for the pages, which are `[L, P, *page_shape(K, S, H)]` and are
     updated in place. `layer` may be traced, so that layers can be scanned.
 
-    `device_kind` is JAX's name of the chip that the program is for (None: the first device), `blocks` overrides its
+    `device_kind` is JAX's name of the chip that the program is for, and `num_cores` how many TensorCores JAX makes one
+    device of (None: as the first device has them); sequences are shared between cores. `blocks` overrides the chip's
     block sizes, and `interpret` runs the kernel on a CPU, slowly.
 
     Raises:
@@ -78,16 +83,14 @@ def ragged_paged_attention(
     geometry = _geometry(queries, keys, pages)
     if device_kind is None:
         device_kind = INTERPRETED_CHIP if interpret else jax.devices()[0].device_kind
+    if num_cores is None:
+        num_cores = 1 if interpret else jax.devices()[0].num_cores
     blocks = blocks or block_sizes(geometry, device_kind)
-    layout = WorkLayout.of(
-        num_tokens=queries.shape[0], num_sequences=kv_lengths.shape[0], query_block=blocks.query, strip=blocks.strip
-    )
+    layout = WorkLayout.of(queries.shape[0], kv_lengths.shape[0], blocks, num_cores=num_cores)
     call = _Call(geometry, blocks, layout, window, soft_cap)
     tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
     key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
-    scaled = queries.astype(jnp.float32) * query_factor(scale, soft_cap)
-    if key_scales is not None:
-        scaled = scaled * jnp.repeat(key_scales, geometry.queries_per_head)[:, None]
+    scaled = _scale_heads(queries.astype(jnp.float32) * query_factor(scale, soft_cap), key_scales)
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
         "work": build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window),
@@ -99,9 +102,14 @@ def ragged_paged_attention(
     }
     outputs = _pallas_call(call, inputs, queries.dtype, interpret)
     out = _combine(call, outputs, num_decodes, token_sequences)
-    if value_scales is not None:
-        out = out * jnp.repeat(value_scales, geometry.queries_per_head)[:, None].astype(out.dtype)
-    return out, outputs["pages"]
+    return _scale_heads(out, value_scales), outputs["pages"]
+
+
+def _scale_heads(rows: Float[Array, "T N H"], scales: Float[Array, " K"] | None) -> Float[Array, "T N H"]:
+    """Each query head's rows times the scale of its kv head."""
+    if scales is None:
+        return rows
+    return rows * jnp.repeat(scales, rows.shape[1] // scales.shape[0])[:, None].astype(rows.dtype)
 
 
 def _geometry(queries: Float[Array, "T N H"], keys: Float[Array, "T K H"], pages: Array) -> Geometry:
@@ -240,12 +248,14 @@ def _pallas_call(
 
     results = pl.pallas_call(
         kernel,
+        grid=(call.layout.num_cores,),
         out_shape=tuple(shapes.values()),
         in_specs=[pl.BlockSpec(memory_space=spaces.get(name, pl.ANY)) for name in inputs],
         out_specs=tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in shapes),
         scratch_shapes=tuple(scratch.values()),
         input_output_aliases={list(inputs).index("pages"): list(shapes).index("pages")},
         compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
             vmem_limit_bytes=call.blocks.vmem_bytes(geometry),
             # Checks of every copy's bounds would double what it costs to start one: the interpreter does them.
             disable_bounds_checks=True,
@@ -257,9 +267,13 @@ def _pallas_call(
 
 
 def _kernel(call: _Call, refs: dict[str, jax.Ref]) -> None:
-    """Write longer ranges' keys and values, then attend: decodes first, longer ranges after them."""
+    """Write longer ranges' keys and values, then attend: decodes first, longer ranges after them.
+
+    A core attends to its share of the sequences and query blocks. Each writes all longer ranges, so that what it reads
+    is there without waiting for another: they write the same bytes to the same places.
+    """
     lists = call.layout.views(refs["work"])
-    counters = lists["counters"]
+    counters = [lists["counters"][pl.program_id(0) * NUM_COUNTERS + entry] for entry in range(NUM_COUNTERS)]
     layer = refs["layer"][0]
     stream = PageStream(
         page_size=call.geometry.page_size,
@@ -275,13 +289,15 @@ def _kernel(call: _Call, refs: dict[str, jax.Ref]) -> None:
         semaphores=refs["page_semaphores"],
     )
     if call.has_prefill:
-        _write_longer_ranges(call, refs, lists, layer)
+        _write_longer_ranges(call, refs, lists, layer, counters)
     _decode(call, refs, stream, counters)
     if call.has_prefill:
-        _prefill(call, refs, stream, lists)
+        _prefill(call, refs, stream, lists, counters)
 
 
-def _write_longer_ranges(call: _Call, refs: dict[str, jax.Ref], lists: dict[str, View], layer: jax.Array) -> None:
+def _write_longer_ranges(
+    call: _Call, refs: dict[str, jax.Ref], lists: dict[str, View], layer: jax.Array, counters: list[jax.Array]
+) -> None:
     geometry, strip = call.geometry, call.blocks.strip
 
     def body(new: jax.Ref, strips: jax.Ref, news: jax.Ref, olds: jax.Ref, outs: jax.Ref) -> None:
@@ -300,7 +316,7 @@ def _write_longer_ranges(call: _Call, refs: dict[str, jax.Ref], lists: dict[str,
             new_semaphores=news,
             old_semaphores=olds,
             out_semaphores=outs,
-        ).run(lists["counters"][NUM_STRIPS])
+        ).run(counters[NUM_STRIPS])
 
     pl.run_scoped(
         body,
@@ -314,7 +330,7 @@ def _state_scratch(*rows: int, width: int) -> tuple[object, ...]:
     return tuple(pltpu.VMEM((*rows, lanes), jnp.float32) for lanes in (LANES, LANES, width))
 
 
-def _decode(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, counters: View) -> None:
+def _decode(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, counters: list[jax.Array]) -> None:
     geometry = call.geometry
     group = (geometry.num_groups, geometry.group_rows)
     new = (geometry.planes, geometry.num_kv_heads)
@@ -341,7 +357,7 @@ def _decode(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, counters:
             input_semaphores=inputs,
             out_semaphores=outs,
             tile_semaphores=tiles,
-        ).run(counters[NUM_DECODES], counters[DECODE_ITEMS])
+        ).run(counters[FIRST_DECODE], counters[STOP_DECODE], counters[DECODE_ITEMS])
 
     pl.run_scoped(
         body,
@@ -356,8 +372,10 @@ def _decode(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, counters:
     )
 
 
-def _prefill(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, lists: dict[str, View]) -> None:
-    geometry, counters = call.geometry, lists["counters"]
+def _prefill(
+    call: _Call, refs: dict[str, jax.Ref], stream: PageStream, lists: dict[str, View], counters: list[jax.Array]
+) -> None:
+    geometry = call.geometry
     rows = call.blocks.query * geometry.queries_per_head
 
     at_once = call.blocks.rows_at_once(geometry)
@@ -388,7 +406,7 @@ def _prefill(call: _Call, refs: dict[str, jax.Ref], stream: PageStream, lists: d
             state=SoftmaxState(*rest[7:]),
             query_semaphores=query_semaphores,
             out_semaphores=out_semaphores,
-        ).run(counters[NUM_DECODES], counters[NUM_SEGMENTS], counters[PREFILL_ITEMS])
+        ).run(counters[FIRST_SEGMENT], counters[STOP_SEGMENT], counters[PREFILL_ITEMS])
 
     pl.run_scoped(
         body,

@@ -1,6 +1,7 @@
 """The kernel's work, as flat lists of int32 that are the same for every layer of a step."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +18,24 @@ class WorkLayout:
     num_sequences: int
     num_segments: int
     num_strips: int
+    num_cores: int
 
     @classmethod
-    def of(cls, *, num_tokens: int, num_sequences: int, query_block: int, strip: int) -> "WorkLayout":
+    def of(cls, num_tokens: int, num_sequences: int, blocks: Blocks, *, num_cores: int) -> "WorkLayout":
         """The longest that the lists can be for these shapes."""
-        decodes = min(num_sequences, num_tokens)
-        if num_tokens == 1:
-            return cls(num_sequences, decodes, 0)
         sequences = min(num_sequences, num_tokens)
-        blocks = -(-num_tokens // query_block)
-        return cls(num_sequences, decodes + blocks + sequences, num_tokens // strip + 2 * sequences)
+        if num_tokens == 1:
+            return cls(num_sequences, sequences, 0, num_cores)
+        num_segments = 2 * sequences + -(-num_tokens // blocks.query)
+        return cls(num_sequences, num_segments, num_tokens // blocks.strip + 2 * sequences, num_cores)
 
     @property
     def fields(self) -> dict[str, tuple[int, int]]:
         """Name -> (offset, size). A segment is a decoding sequence, or a query block and a sequence in it."""
         per_segment = ("sequences", "firsts", "lasts", "blocks", "starts", "stops")
         per_strip = ("rows", "counts", "offsets", "page_numbers")
-        fields, offset = {"counters": (0, NUM_COUNTERS)}, NUM_COUNTERS
+        offset = self.num_cores * NUM_COUNTERS
+        fields = {"counters": (0, offset)}
         for names, size in ((per_segment, self.num_segments), (per_strip, self.num_strips)):
             for name in names:
                 fields[name] = (offset, size)
@@ -45,9 +47,10 @@ class WorkLayout:
         return {name: View(ref, *place) for name, place in self.fields.items()}
 
 
-# Entries of `counters`.
-NUM_DECODES, DECODE_ITEMS, NUM_SEGMENTS, PREFILL_ITEMS, NUM_STRIPS = range(5)
-NUM_COUNTERS = 5
+# Entries of `counters`, for each core: its segments of decode and of longer ranges, first and one past the last, and
+# how many page blocks they take; and the strips, all of which each core writes (see `ragged_paged_attention`).
+FIRST_DECODE, STOP_DECODE, DECODE_ITEMS, FIRST_SEGMENT, STOP_SEGMENT, PREFILL_ITEMS, NUM_STRIPS = range(7)
+NUM_COUNTERS = 7
 
 
 def build_work(
@@ -89,14 +92,12 @@ def build_work(
     firsts = 0 * own if window is None else jnp.maximum(segments["firsts"] - window + 1, 0)
     segments["firsts"] = firsts
     items = segments["lasts"] // blocks.block - firsts // blocks.block + 1
-    counters = [
-        num_decodes,
-        jnp.sum(jnp.where(is_decode, items, 0)),
-        num_segments,
-        jnp.sum(jnp.where(~is_decode & (index < num_segments), items, 0)),
-        num_strips,
-    ]
-    lists = {"counters": jnp.stack(counters), **segments, **strips}
+    # A query block's segments stay together.
+    opens = jnp.concatenate([jnp.ones(1, bool), segments["blocks"][1:] != segments["blocks"][:-1]]) | is_decode
+    decode = _share(items, opens, jnp.zeros((), jnp.int32), num_decodes, layout.num_cores)
+    prefill = _share(items, opens | (index == num_decodes), num_decodes, num_segments, layout.num_cores)
+    counters = [jnp.stack([*decode[core], *prefill[core], num_strips]) for core in range(layout.num_cores)]
+    lists = {"counters": jnp.concatenate(counters), **segments, **strips}
     return jnp.concatenate([lists[name].astype(jnp.int32) for name, (_, size) in layout.fields.items() if size])
 
 
@@ -139,6 +140,25 @@ class _Rows:
             "offsets": place % page_size,
             "page_numbers": block_tables[sequences, place // page_size],
         }, count
+
+
+def _share(
+    items: Int[Array, " X"], opens: Bool[Array, " X"], first: Int[Array, ""], stop: Int[Array, ""], num_cores: int
+) -> list[tuple[Array, Array, Array]]:
+    """Segments `first..stop - 1` in about equal shares, cut where `opens` allows: each one's first, stop and number of
+    page blocks.
+    """
+    index = jnp.arange(items.shape[0])
+    ends = jnp.cumsum(jnp.where((index >= first) & (index < stop), items, 0))
+    total = ends[-1]
+
+    def cut(core: int) -> Array:
+        behind = (ends - items >= total * core // num_cores) & opens & (index >= first)
+        return jnp.min(jnp.where(behind, jnp.minimum(index, stop), stop))
+
+    cuts = [first, *(cut(core) for core in range(1, num_cores)), stop]
+    before = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])  # items of the segments before each
+    return [(low, high, before[high] - before[low]) for low, high in pairwise(cuts)]
 
 
 def _marked(marks: Bool[Array, " T"], size: int) -> tuple[Int[Array, " size"], Int[Array, ""]]:
