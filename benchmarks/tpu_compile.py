@@ -88,6 +88,7 @@ class CompiledKernel:
     temporary_bytes: int
     cache_copies: int  # instructions that make another cache, or another of one layer
     decode_bundles: float | None  # see `decode_bundles`; None where the kernel has no loop of its own for it
+    short_bundles: float | None  # see `short_bundles`
     decode_spills: int | None  # vector registers written out in that loop
     decode_spill_share: float | None  # spills for each bundle
     prefill_bundles: float | None
@@ -140,6 +141,7 @@ def compile_kernel(job: KernelJob, dump: Path) -> CompiledKernel:
         temporary_bytes=executable.memory_analysis().temp_size_in_bytes,
         cache_copies=len(cache_copies(text, subject.arguments[subject.cache][0])),
         decode_bundles=decode_bundles(job, schedule, device.device_kind),
+        short_bundles=short_bundles(job, schedule),
         decode_spills=spills.get("decode"),
         decode_spill_share=shares.get("decode"),
         prefill_bundles=prefill_bundles(job, schedule, device.device_kind),
@@ -244,6 +246,17 @@ def decode_bundles(job: KernelJob, schedule: Schedule, device_kind: str) -> floa
             raise ValueError(f"decode's main loop should hold a loop of {batches} batches of heads, and no loop does")
         bundles += around[0].body.main_path.bundles
     return bundles * KILO / blocks.chunk
+
+
+def short_bundles(job: KernelJob, schedule: Schedule) -> float | None:
+    """Bundles of a sequence of 200 tokens in decode: one trip of the outermost loop, all its branches taken, and one of
+    each loop in it; of ours not the main one, which takes whole chunks only.
+    """
+    main = name_loops(job, schedule).get("decode")
+    if main is None:
+        return None
+    outer = next(loop for loop in schedule.loops if main in loop.all_loops())
+    return float(outer.total.bundles - (main.total.bundles if job.subject == "ours" else 0))
 
 
 def prefill_bundles(job: KernelJob, schedule: Schedule, device_kind: str) -> float | None:

@@ -110,6 +110,10 @@ class Loop:
     body: Section
     loops: tuple["Loop", ...]
 
+    def all_loops(self) -> list["Loop"]:
+        """This loop and those inside it, in the order of their first bundles."""
+        return list(_walk((self,)))
+
     def innermost_matmul_loops(self) -> list["Loop"]:
         """This loop, or those inside it, that hold matmuls and no loop that does; in the order of the first bundles."""
         inside = [found for loop in self.loops for found in loop.innermost_matmul_loops()]

@@ -10,6 +10,7 @@ from typing import Any
 from jax_engine.pallas_kernels.tpu.geometry import LANES, SUBLANES, Geometry, round_up
 
 MOST_BLOCK_TOKENS = 4096
+MOST_CHUNK_TOKENS = 1024
 MOST_BLOCK_BYTES = 16 * 2**20
 MOST_STRIP_BYTES = 2**19
 RING = 4  # decode's results and tiles on their way out
@@ -21,11 +22,12 @@ COMPILER_BYTES = 2 * 2**20  # what the compiler keeps for itself beside the buff
 
 @dataclass(frozen=True)
 class Chip:
-    """What the kernel needs to know of a chip: one TensorCore's VMEM, and whether it computes with 8-bit numbers."""
+    """What the kernel needs to know of a chip."""
 
     device_kind: str
-    vmem_bytes: int
-    eight_bit: bool
+    vmem_bytes: int  # of one TensorCore
+    eight_bit: bool  # whether it computes with 8-bit numbers
+    pass_values: int  # of one kv head's keys in a pass of decode's main loop; more would not fit its registers
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def block_sizes(geometry: Geometry, device_kind: str) -> Blocks:
     tuned = _table()["tuned"].get(device_kind, {}).get(tuning_key(geometry))
     if tuned is not None:
         return Blocks(**tuned)
-    candidates = candidate_blocks(geometry)
+    candidates = candidate_blocks(geometry, chip)
     for blocks in candidates:
         if blocks.vmem_bytes(geometry) <= vmem_budget(chip):
             return blocks
@@ -131,13 +133,14 @@ def block_sizes(geometry: Geometry, device_kind: str) -> Blocks:
     )
 
 
-def candidate_blocks(geometry: Geometry) -> list[Blocks]:
+def candidate_blocks(geometry: Geometry, chip: Chip) -> list[Blocks]:
     """Sizes to choose from, the preferred ones first. Page blocks give way before query blocks down to 512 tokens,
     which still hide the latency of memory, and query blocks before them from there on.
     """
     page, wide = geometry.page_size, geometry.compute_dtype.itemsize == 4
     # Six passes of bfloat16 make a float32 product: long chunks would only make a long program.
-    chunk, prefill_chunk = (256, 256) if wide else (1024, 512 * LANES // geometry.width)
+    chunk = 256 if wide else min(MOST_CHUNK_TOKENS, chip.pass_values // geometry.width)
+    prefill_chunk = 256 if wide else min(512 * LANES // geometry.width, chunk // 2)
     block = MOST_BLOCK_TOKENS
     while block > LANES and block * geometry.token_bytes > MOST_BLOCK_BYTES:
         block //= 2

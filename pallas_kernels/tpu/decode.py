@@ -178,7 +178,7 @@ class DecodePhase:
         self,
         groups: Sequence[Scalar | int],
         parity: Scalar,
-        load: Callable[[int, Scalar | int], jax.Array],
+        load: Callable[[Scalar | int, Scalar | int], jax.Array],
         hide: Callable[[jax.Array], jax.Array],
     ) -> None:
         """The products of one group are issued before the values of the group before it, to keep the matrix unit busy
@@ -201,7 +201,10 @@ class DecodePhase:
             return hide(transform(own_parts(lambda head: product(queries, load(0, first + head), 1))))
 
         def values(group: Scalar | int, weights: jax.Array) -> jax.Array:
-            plane, first = geometry.planes - 1, group * geometry.heads_per_group
+            first = group * geometry.heads_per_group
+            # Where keys and values share rows, a plane that only the running program knows to be 0 keeps the compiler
+            # from holding all rows in registers from the one use to the other.
+            plane = 1 if geometry.planes == 2 else jnp.minimum(parity, 0)
             return own_parts(lambda head: product(weights, load(plane, first + head), 0))
 
         ahead = scores(groups[0])
@@ -212,7 +215,7 @@ class DecodePhase:
                 ahead = scores(groups[position + 1])
             self.state.add(group, shrink, values(group, weights))
 
-    def _load(self, slot: Scalar, start: Scalar, tokens: int, plane: int, head: Scalar | int) -> jax.Array:
+    def _load(self, slot: Scalar, start: Scalar, tokens: int, plane: Scalar | int, head: Scalar | int) -> jax.Array:
         """Keys or values [tokens, W] of one head."""
         geometry = self.geometry
         pages = pl.ds(start // geometry.page_size, tokens // geometry.page_size)
