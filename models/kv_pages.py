@@ -6,7 +6,7 @@ lies in planes and width is the attention implementation's business: K and V in 
 (`split_page_shape`), or padded to a TPU's lanes, or side by side in them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,8 @@ class SequenceTable:
     num_decodes: Int[Array, ""]
     token_sequences: Int[Array, " T"]  # the sequence of each token row; B for padding
     positions: Int[Array, " T"]
+    # What the attention kernel works through, by window (0: none), where it wants that once a step (see `Ops.prepare`).
+    work: dict[int, Int[Array, " W"]] = field(default_factory=dict)
 
     @classmethod
     def build(

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.kv_pages import SequenceTable
 from jax_engine.models.layers import (
     ACTIVATION_FUNCTIONS,
     Cache,
@@ -132,6 +133,8 @@ class Decoder(nnx.Module):
         scan_layers: bool,
     ):
         self.config = config
+        self.ops = ops
+        self.windows = tuple(dict.fromkeys(spec.window for spec in specs))
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.runs = layer_runs(specs, scan=scan_layers)
         self.layers = nnx.List(
@@ -151,6 +154,16 @@ class Decoder(nnx.Module):
             config.rope, max_position_embeddings=config.max_position_embeddings, max_model_len=config.max_model_len
         )
         rotate = rotation(positions, frequencies, attention_factor)
+        if isinstance(sequences, SequenceTable):
+            assert cache is not None
+            sequences = self.ops.prepare(
+                sequences,
+                cache,
+                windows=self.windows,
+                num_heads=config.num_attention_heads,
+                head_dim=config.head_dim,
+                dtype=self.embed_tokens.weight.dtype,
+            )
         layers = iter(self.layers)
         runs = [(run, list(itertools.islice(layers, run.period))) for run in self.runs]
         hidden, cache = run_layers(runs, self.embed_tokens(token_ids), cache, rotate, sequences)

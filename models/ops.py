@@ -4,10 +4,10 @@ A model receives an immutable `Ops` and never asks what platform it runs on, nor
 one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,37 @@ class AttentionOp(Protocol):
     ) -> tuple[Float[Array, "T N H"], KVPages | None]: ...
 
 
+class PrepareOp(Protocol):
+    """Called once a step, before its layers: adds to the table what attention would otherwise build in every layer.
+
+    `windows` are those of the layers, `num_heads` and `head_dim` the queries', and `dtype` theirs.
+    """
+
+    def __call__(
+        self,
+        sequences: SequenceTable,
+        cache: KVPages,
+        *,
+        windows: Iterable[int | None],
+        num_heads: int,
+        head_dim: int,
+        dtype: jnp.dtype,
+    ) -> SequenceTable: ...
+
+
+def _as_it_is(
+    sequences: SequenceTable,
+    cache: KVPages,
+    *,
+    windows: Iterable[int | None],
+    num_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+) -> SequenceTable:
+    """For kernels that need nothing beside the table."""
+    return sequences
+
+
 @dataclass(frozen=True)
 class Ops:
     """The implementations that one engine's models use; hashable, so that it can be a static part of a model."""
@@ -50,6 +81,7 @@ class Ops:
     attention: AttentionOp
     attention_name: str
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
+    prepare: PrepareOp = _as_it_is
 
 
 def select_ops(backend: str, *, platform: str, mesh: Mesh | None = None) -> tuple[Ops, str]:
@@ -75,8 +107,10 @@ def select_ops(backend: str, *, platform: str, mesh: Mesh | None = None) -> tupl
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "reference":
         reason += ": the float32 specification, slow"
-    kernel, page_shape = _kernel(backend, mesh)
-    return Ops(_PagedAttention(kernel, mesh), backend, page_shape), reason
+    if backend in ("xla", "reference"):
+        kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
+        return Ops(_PagedAttention(kernel, mesh), backend), reason
+    return _tpu_ops(backend, mesh), reason
 
 
 def dense_ops() -> Ops:
@@ -84,21 +118,47 @@ def dense_ops() -> Ops:
     return Ops(_dense_attention, "dense")
 
 
-def _kernel(backend: str, mesh: Mesh | None) -> tuple[Kernel, Callable[[int, int, int], PageShape]]:
-    if backend == "xla":
-        return xla.ragged_paged_attention, split_page_shape
-    if backend == "reference":
-        return reference.ragged_paged_attention, split_page_shape
+def _tpu_ops(backend: str, mesh: Mesh | None) -> Ops:
     # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
     from jax_engine.pallas_kernels import tpu
 
-    if backend == "pallas_tpu_interpret":
-        return partial(tpu.ragged_paged_attention, interpret=True), tpu.page_shape
-    if mesh is None:
-        return tpu.ragged_paged_attention, tpu.page_shape
-    device = mesh.devices.flat[0]  # which need not be one of this machine's
-    kernel = partial(tpu.ragged_paged_attention, device_kind=device.device_kind, num_cores=device.num_cores)
-    return kernel, tpu.page_shape
+    target: dict[str, Any] = {"interpret": backend == "pallas_tpu_interpret"}
+    if mesh is not None and backend == "pallas_tpu":
+        device = mesh.devices.flat[0]  # which need not be one of this machine's
+        target |= {"device_kind": device.device_kind, "num_cores": device.num_cores}
+    parts = 1 if mesh is None else mesh.shape[HEADS_AXIS]
+
+    def prepare(
+        sequences: SequenceTable,
+        cache: KVPages,
+        *,
+        windows: Iterable[int | None],
+        num_heads: int,
+        head_dim: int,
+        dtype: jnp.dtype,
+    ) -> SequenceTable:
+        heads = num_heads // parts, cache.num_heads // parts
+        geometry = tpu.Geometry.of(*heads, head_dim, cache.page_size, cache.data.dtype, dtype)
+        work = {
+            window or 0: tpu.step_work(*_tables(sequences), geometry=geometry, window=window, **target)
+            for window in set(windows)
+        }
+        return replace(sequences, work=work)
+
+    kernel = partial(tpu.ragged_paged_attention, **target)
+    return Ops(_PagedAttention(kernel, mesh), backend, tpu.page_shape, prepare)
+
+
+def _tables(sequences: SequenceTable) -> tuple[Array, ...]:
+    """The tables in the order of the kernels' calling convention."""
+    return (
+        sequences.block_tables,
+        sequences.query_starts,
+        sequences.kv_lengths,
+        sequences.num_decodes,
+        sequences.token_sequences,
+        sequences.positions,
+    )
 
 
 @dataclass(frozen=True)
@@ -125,28 +185,25 @@ class _PagedAttention:
         if queries.shape[1] % cache.num_heads:
             raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of kv heads ({cache.num_heads})")
 
-        def attend(layer: int | Int[Array, ""], *arrays: Array) -> tuple[Array, Array]:
-            return self.kernel(*arrays, layer=layer, scale=scale, window=window)
+        tables, work = _tables(sequences), sequences.work.get(window or 0)
+        prepared = () if work is None else (work,)
 
-        tables = (
-            sequences.block_tables,
-            sequences.query_starts,
-            sequences.kv_lengths,
-            sequences.num_decodes,
-            sequences.token_sequences,
-            sequences.positions,
-        )
+        def attend(layer: int | Int[Array, ""], *arrays: Array) -> tuple[Array, Array]:
+            given = {} if work is None else {"work": arrays[-1]}
+            convention = arrays[: len(arrays) - len(given)]
+            return self.kernel(*convention, layer=layer, scale=scale, window=window, **given)
+
         if self.mesh is not None:
             heads, pages = P(None, HEADS_AXIS), P(None, None, None, HEADS_AXIS)
             attend = jax.shard_map(
                 attend,
                 mesh=self.mesh,
-                in_specs=(P(), heads, heads, heads, pages, *(P() for _ in tables)),
+                in_specs=(P(), heads, heads, heads, pages, *(P() for _ in (*tables, *prepared))),
                 out_specs=(heads, pages),
                 check_vma=False,  # kernels do not say which of their values differ between devices
             )
             layer = jnp.asarray(layer, jnp.int32)
-        out, data = attend(layer, queries, keys, values, cache.data, *tables)
+        out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
         return out, KVPages(data)
 
 

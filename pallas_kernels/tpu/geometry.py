@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 LANES = 128
 SUBLANES = 8  # of 32-bit values in a register
@@ -40,6 +42,15 @@ class Geometry:
     page_size: int
     cache_dtype: np.dtype
     compute_dtype: np.dtype  # of queries and of attention weights in the matrix unit
+
+    @classmethod
+    def of(
+        cls, num_heads: int, num_kv_heads: int, head_dim: int, page_size: int, cache_dtype: DTypeLike, dtype: DTypeLike
+    ) -> "Geometry":
+        """The sizes for queries of `dtype`; float32 on either side makes all products float32."""
+        wide = jnp.float32 in (jnp.dtype(cache_dtype), jnp.dtype(dtype))
+        compute_dtype = jnp.dtype(jnp.float32 if wide else jnp.bfloat16)
+        return cls(num_kv_heads, num_heads // num_kv_heads, head_dim, page_size, jnp.dtype(cache_dtype), compute_dtype)
 
     @property
     def planes(self) -> int:

@@ -67,6 +67,7 @@ def ragged_paged_attention(
     kv_scales: Float[Array, "L 2 K"] | None = None,
     device_kind: str | None = None,
     num_cores: int | None = None,
+    work: Int[Array, " work"] | None = None,
     blocks: Blocks | None = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "T N H"], Array]:
@@ -74,26 +75,28 @@ def ragged_paged_attention(
     updated in place. `layer` may be traced, so that layers can be scanned.
 
     `device_kind` is JAX's name of the chip that the program is for, and `num_cores` how many TensorCores JAX makes one
-    device of (None: as the first device has them); sequences are shared between cores. `blocks` overrides the chip's
-    block sizes, and `interpret` runs the kernel on a CPU, slowly.
+    device of (None: as the first device has them); sequences are shared between cores. `work` is the step's work list
+    (see `step_work`), built here if there is none. `blocks` overrides the chip's block sizes, and `interpret` runs the
+    kernel on a CPU, slowly.
 
     Raises:
         ValueError: a number type that TPUs do not compute in, a chip without an entry, or no block sizes that fit it.
     """
-    geometry = _geometry(queries, keys, pages)
-    if device_kind is None:
-        device_kind = INTERPRETED_CHIP if interpret else jax.devices()[0].device_kind
-    if num_cores is None:
-        num_cores = 1 if interpret else jax.devices()[0].num_cores
-    blocks = blocks or block_sizes(geometry, device_kind)
-    layout = WorkLayout.of(queries.shape[0], kv_lengths.shape[0], blocks, num_cores=num_cores)
+    for name, array in (("queries", queries), ("pages", pages)):
+        if array.dtype == jnp.float16:
+            raise ValueError(f"{name} are float16, which TPUs do not compute in; use dtype bfloat16 or float32")
+    (num_tokens, num_heads, head_dim), num_kv_heads = queries.shape, keys.shape[1]
+    geometry = Geometry.of(num_heads, num_kv_heads, head_dim, pages.shape[4], pages.dtype, queries.dtype)
+    blocks, layout = _sizes(geometry, num_tokens, kv_lengths.shape[0], device_kind, num_cores, blocks, interpret)
     call = _Call(geometry, blocks, layout, window, soft_cap)
-    tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
+    if work is None:
+        tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
+        work = build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window)
     key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
     scaled = _scale_heads(queries.astype(jnp.float32) * query_factor(scale, soft_cap), key_scales)
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
-        "work": build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window),
+        "work": work,
         "tables": _blocked_tables(block_tables, blocks.block // geometry.page_size),
         **_query_inputs(call, scaled.astype(geometry.compute_dtype)),
         **_new_inputs(call, keys, values, key_scales, value_scales),
@@ -112,19 +115,47 @@ def _scale_heads(rows: Float[Array, "T N H"], scales: Float[Array, " K"] | None)
     return rows * jnp.repeat(scales, rows.shape[1] // scales.shape[0])[:, None].astype(rows.dtype)
 
 
-def _geometry(queries: Float[Array, "T N H"], keys: Float[Array, "T K H"], pages: Array) -> Geometry:
-    for name, array in (("queries", queries), ("pages", pages)):
-        if array.dtype == jnp.float16:
-            raise ValueError(f"{name} are float16, which TPUs do not compute in; use dtype bfloat16 or float32")
-    wide = jnp.float32 in (queries.dtype, pages.dtype)
-    return Geometry(
-        num_kv_heads=keys.shape[1],
-        queries_per_head=queries.shape[1] // keys.shape[1],
-        head_dim=queries.shape[2],
-        page_size=pages.shape[4],
-        cache_dtype=jnp.dtype(pages.dtype),
-        compute_dtype=jnp.dtype(jnp.float32 if wide else jnp.bfloat16),
+def step_work(
+    block_tables: Int[Array, "B M"],
+    query_starts: Int[Array, "B+1"],
+    kv_lengths: Int[Array, " B"],
+    num_decodes: Int[Array, ""],
+    token_sequences: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    geometry: Geometry,
+    window: int | None,
+    device_kind: str | None = None,
+    num_cores: int | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Int[Array, " work"]:
+    """The work list of one step for all layers of one window: give it to each layer's `ragged_paged_attention`, with
+    the same chip and block sizes, so that it is not built again for each.
+    """
+    blocks, layout = _sizes(
+        geometry, positions.shape[0], kv_lengths.shape[0], device_kind, num_cores, blocks, interpret
     )
+    tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
+    return build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window)
+
+
+def _sizes(
+    geometry: Geometry,
+    num_tokens: int,
+    num_sequences: int,
+    device_kind: str | None,
+    num_cores: int | None,
+    blocks: Blocks | None,
+    interpret: pltpu.InterpretParams | bool,
+) -> tuple[Blocks, WorkLayout]:
+    """Block sizes and the work list's layout, for the first device here unless another is named."""
+    if device_kind is None:
+        device_kind = INTERPRETED_CHIP if interpret else jax.devices()[0].device_kind
+    if num_cores is None:
+        num_cores = 1 if interpret else jax.devices()[0].num_cores
+    blocks = blocks or block_sizes(geometry, device_kind)
+    return blocks, WorkLayout.of(num_tokens, num_sequences, blocks, num_cores=num_cores)
 
 
 def _blocked_tables(block_tables: Int[Array, "B M"], block_pages: int) -> Int[Array, "B blocks 1 block_pages"]:

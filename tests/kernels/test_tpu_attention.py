@@ -195,6 +195,33 @@ def test_the_layer_may_be_traced(ragged_case):
     np.testing.assert_allclose(attend(case, jnp.int32(1))[0], expected, atol=3e-5)
 
 
+def test_a_work_list_made_once_serves_every_layer(ragged_case):
+    case = ragged_case([(1, 20), (20, 9), (1, 300)], seed=7, head_dim=128)
+    expected = [reference.ragged_paged_attention(**case, layer=layer, scale=0.3, window=50)[0] for layer in (0, 1)]
+    pages = to_tpu(case.pop("pages"), 128)
+    rows = {name: case.pop(name) for name in ("queries", "keys", "values")}
+    geometry = tpu.Geometry.of(4, 2, 128, 16, jnp.float32, jnp.float32)
+    work = tpu.step_work(**case, geometry=geometry, window=50, blocks=BLOCKS, interpret=True)
+    spoilt = {name: jnp.zeros_like(case[name]) for name in ("kv_lengths", "query_starts")}  # all is in the work list
+
+    @jax.jit
+    def attend(layer, work):
+        return tpu.ragged_paged_attention(
+            **rows,
+            **{**case, **spoilt},
+            pages=pages,
+            layer=layer,
+            scale=0.3,
+            window=50,
+            work=work,
+            blocks=BLOCKS,
+            interpret=True,
+        )
+
+    for layer in (0, 1):
+        np.testing.assert_allclose(attend(jnp.int32(layer), work)[0], expected[layer], atol=3e-5)
+
+
 CHIPS = [chip.device_kind for chip in tpu.chips()]
 
 
