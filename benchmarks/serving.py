@@ -237,7 +237,8 @@ def running_server(model: str | None, arguments: Sequence[str]) -> Iterator[str]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(Path(sys.executable).with_name("jax-engine")), "serve", *([model] if model else [])]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--compile-before-ready", *arguments]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--compile-before-ready", "--no-enable-prefix-caching"]
+    command += arguments
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:

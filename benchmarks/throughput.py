@@ -140,6 +140,7 @@ def measure_engine(options: argparse.Namespace, workload: Sequence[WorkItem]) ->
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=max(len(item.prompt_token_ids) + item.output_tokens for item in (*workload, *steady)),
         compile_before_ready=True,
+        enable_prefix_caching=False,  # timed runs repeat the same prompts
     )
     start_seconds = time.perf_counter() - start
     mixed_run = run_engine(llm, workload, options.repeats)

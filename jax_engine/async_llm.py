@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError
-from jax_engine.messages import Abort, Add
+from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
 from jax_engine.outputs import RequestOutput
@@ -89,6 +90,7 @@ class AsyncLLM:
         self._inputs = InputProcessor(text, core.info, seed=config.seed)
         self._outputs = OutputProcessor(text.tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
         self._dead_callbacks: list[Callable[[str], object]] = []
         self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
         self._receiving = asyncio.create_task(self._receive(), name="engine outputs")
@@ -158,6 +160,17 @@ class AsyncLLM:
         """Drop a request; its stream ends with the finish reason "abort". An unknown or finished id is ignored."""
         self._abort(request_id)
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget the keys and values of earlier prompts, as after a change of weights.
+
+        Returns whether it was done: not while requests run. Raises EngineDeadError when the engine core has died.
+        """
+        self._check_alive()
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._resets.append(done)
+        self._core.send(ResetPrefixCache())
+        return await done
+
     async def check_health(self) -> None:
         """Raise EngineDeadError when no request can be served any more."""
         self._check_alive()
@@ -214,6 +227,11 @@ class AsyncLLM:
         """Pass the core's outputs on until it dies."""
         while True:
             step = await self._core.receive()
+            if isinstance(step, PrefixCacheReset):
+                done = self._resets.popleft()
+                if not done.cancelled():
+                    done.set_result(step.done)
+                continue
             if step.stats is not None:
                 self._stats = step.stats
             processed = self._outputs.process(step.outputs)
@@ -249,6 +267,10 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
         self._streams.clear()
+        for done in self._resets:
+            if not done.cancelled():
+                done.set_exception(EngineDeadError(reason))
+        self._resets.clear()
         self._outputs.abort(self._outputs.request_ids())
         callbacks, self._dead_callbacks = self._dead_callbacks, []
         for callback in callbacks:

@@ -1,33 +1,94 @@
-"""The pages of the KV cache, as the host accounts for them."""
+"""The pages of the KV cache, as the host accounts for them: who uses them, and what those that nobody uses still hold.
+
+Prefix caching by pages, after vLLM (Kwon et al., SOSP 2023) and its automatic prefix caching: a full page is known by
+the hash of its tokens and of all before them, and keeps its content after its last user until it is needed for another.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
 
 
 class BlockPool:
-    """Hands out page numbers `0 .. num_pages - 1`, each to one owner at a time. Mutable; owned by the `Scheduler`."""
+    """Pages `0 .. num_pages - 1` with reference counts. Mutable; owned by the `Scheduler`.
+
+    A page is used (its count is above zero), idle (free, but its content is still known by a hash) or blank (free).
+    Every operation takes constant time a page.
+    """
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
+        self._counts = [0] * num_pages
+        self._hashes: list[bytes | None] = [None] * num_pages
+        self._pages: dict[bytes, int] = {}  # hash -> the used or idle page that holds this content
         # A stack: a page freed last is the likeliest to be in a cache nearby.
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._blank = list(range(num_pages - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that `allocate` can hand out; idle ones count."""
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_in_use(self) -> int:
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages. The caller has checked `num_free`."""
-        assert 0 <= count <= len(self._free), f"{count} pages asked for, {len(self._free)} free"
-        if count == 0:
-            return []
-        taken = self._free[-count:]
-        del self._free[-count:]
-        taken.reverse()
+        """Take `count` pages of unknown content: blank ones first, then idle ones, which forget what they held.
+
+        The caller has checked `num_free`.
+        """
+        assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
+        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        for page in taken:
+            self._counts[page] = 1
         return taken
 
-    def free(self, pages: list[int]) -> None:
-        """Give pages back, once each."""
-        self._free.extend(reversed(pages))
-        assert len(self._free) <= self.num_pages, "a page was freed twice"
+    def find(self, page_hash: bytes) -> int | None:
+        """The page with this content, used or idle; None when there is none."""
+        return self._pages.get(page_hash)
+
+    def num_idle(self, pages: Sequence[int]) -> int:
+        """How many of these pages `num_free` counts: sharing them takes so many away."""
+        return sum(self._counts[page] == 0 for page in pages)
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Add one user to each of these pages, which `find` gave."""
+        for page in pages:
+            if self._counts[page] == 0:
+                del self._idle[page]
+            self._counts[page] += 1
+
+    def register(self, page: int, page_hash: bytes) -> None:
+        """Let a used page be found by its content. Of pages with equal content, the first one stays the one found."""
+        assert self._counts[page] > 0, f"page {page} is registered and nobody uses it"
+        if page_hash not in self._pages and self._hashes[page] is None:
+            self._pages[page_hash] = page
+            self._hashes[page] = page_hash
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Take one user from each page of a sequence; its tail is evicted before its head, which others may have."""
+        for page in reversed(pages):
+            assert self._counts[page] > 0, "a page was freed twice"
+            self._counts[page] -= 1
+            if self._counts[page] == 0:
+                if self._hashes[page] is None:
+                    self._blank.append(page)
+                else:
+                    self._idle[page] = None
+
+    def reset(self) -> bool:
+        """Forget all content; False, and nothing is forgotten, while a page is in use."""
+        if self.num_in_use:
+            return False
+        while self._idle:
+            self._blank.append(self._evict())
+        return True
+
+    def _evict(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        page_hash = self._hashes[page]
+        assert page_hash is not None
+        del self._pages[page_hash]
+        self._hashes[page] = None
+        return page

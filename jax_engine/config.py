@@ -39,6 +39,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
     kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True  # requests that begin alike share the pages of what they have in common
     attention_backend: str = "auto"
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
@@ -46,6 +47,10 @@ class EngineConfig:
     compile_before_ready: bool = False  # every step program before serving, not only the largest
 
     def __post_init__(self) -> None:
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ValueError(
+                f"enable_prefix_caching={self.enable_prefix_caching!r} must be true or false; leave it out for true"
+            )
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")

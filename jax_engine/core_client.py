@@ -16,7 +16,16 @@ import zmq
 import zmq.asyncio
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Command, Event, Failed, Ready, Shutdown, StepOutputs
+from jax_engine.messages import (
+    Command,
+    Event,
+    Failed,
+    PrefixCacheReset,
+    Ready,
+    ResetPrefixCache,
+    Shutdown,
+    StepOutputs,
+)
 from jax_engine.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -46,6 +55,12 @@ class InProcessCore:
 
     def send(self, command: Command) -> None:
         self._core.handle(command)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what free pages hold; False, and nothing is forgotten, while a request holds pages."""
+        reply = self._core.handle(ResetPrefixCache())
+        assert reply is not None
+        return reply.done
 
     def has_work(self) -> bool:
         return self._core.has_work
@@ -115,10 +130,10 @@ class CoreProcess:
             if self.process.returncode is None:
                 raise
 
-    async def receive(self) -> StepOutputs:
-        """The outputs of the next step; EngineDeadError once the core has died."""
+    async def receive(self) -> StepOutputs | PrefixCacheReset:
+        """The outputs of the next step, or the answer to a command; EngineDeadError once the core has died."""
         event = await self._next_event()
-        assert isinstance(event, StepOutputs)
+        assert not isinstance(event, Ready)
         return event
 
     async def shutdown(self, timeout: float = 5.0) -> None:
@@ -134,7 +149,7 @@ class CoreProcess:
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _next_event(self) -> Ready | StepOutputs:
+    async def _next_event(self) -> Ready | StepOutputs | PrefixCacheReset:
         received = asyncio.ensure_future(self._events.recv())
         try:
             await asyncio.wait({received, self._exited}, return_when=asyncio.FIRST_COMPLETED)

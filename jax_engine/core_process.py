@@ -62,7 +62,9 @@ class CoreServer:
             command = self._decoder.decode(self._commands.recv())
             if isinstance(command, Shutdown):
                 return False
-            core.handle(command)
+            reply = core.handle(command)
+            if reply is not None:
+                self.send(reply)
             if not core.has_work:  # the last request was aborted: say that its pages are free
                 self.send(StepOutputs([], core.stats()))
         return True

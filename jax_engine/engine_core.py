@@ -4,7 +4,16 @@ import time
 from collections.abc import Sequence
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Abort, Add, Command, CoreOutput, Ready, StepOutputs
+from jax_engine.messages import (
+    Abort,
+    Add,
+    Command,
+    CoreOutput,
+    PrefixCacheReset,
+    Ready,
+    ResetPrefixCache,
+    StepOutputs,
+)
 from jax_engine.runner import PendingTokens, Runner
 from jax_engine.scheduler import Scheduler
 from jax_engine.stats import EngineStats, HostTime
@@ -17,7 +26,7 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig) -> None:
         self.runner = Runner(config)
-        limits = self.runner.limits(config.token_budget)
+        limits = self.runner.limits(config)
         self.scheduler = Scheduler(limits)
         self.info = Ready(
             max_model_len=self.runner.memory.max_model_len,
@@ -29,13 +38,18 @@ class EngineCore:
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
 
-    def handle(self, command: Command) -> None:
-        """Take a command from the front end; a shutdown is the caller's to act on."""
+    def handle(self, command: Command) -> PrefixCacheReset | None:
+        """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
+        on.
+        """
         if isinstance(command, Add):
             for request in command.requests:
                 self.scheduler.add(request)
         elif isinstance(command, Abort):
             self.scheduler.abort(command.request_ids)
+        elif isinstance(command, ResetPrefixCache):
+            return PrefixCacheReset(self.scheduler.reset_prefix_cache())
+        return None
 
     @property
     def has_work(self) -> bool:
@@ -75,6 +89,8 @@ class EngineCore:
             page_size=scheduler.limits.page_size,
             steps_total=launches.steps,
             prompt_tokens_total=scheduler.num_prompt_tokens,
+            prefix_cache_queries_total=scheduler.num_prefix_cache_queries,
+            prefix_cache_hits_total=scheduler.num_prefix_cache_hits,
             generation_tokens_total=scheduler.num_generation_tokens,
             padding_tokens_total=launches.padding_tokens,
             token_rows_total=launches.token_rows,

@@ -42,7 +42,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "enable_chunked_prefill": (True, None),
         "enable_expert_parallel": (False,),
         "enable_lora": (False,),
-        "enable_prefix_caching": (False, None),
         "enable_sleep_mode": (False,),
         "enforce_eager": (False, None),
         "generation_config": ("auto",),
@@ -51,6 +50,7 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "limit_mm_per_prompt": (None,),
         "num_gpu_blocks_override": (None,),
         "pipeline_parallel_size": (1,),
+        "prefix_caching_hash_algo": ("sha256",),
         "quantization": (None,),
         "runner": ("auto", "generate"),
         "skip_tokenizer_init": (False,),
@@ -152,6 +152,15 @@ class LLM:
     def get_metrics(self) -> EngineStats:
         """Counters of the engine core."""
         return self._running_core().stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget the keys and values of earlier prompts, as after a change of weights; waits for calls that run.
+
+        Returns whether it was done.
+        """
+        core = self._running_core()
+        with self._lock:
+            return core.reset_prefix_cache()
 
     def shutdown(self) -> None:
         """Release the device memory; the object cannot be used afterwards."""

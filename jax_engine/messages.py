@@ -23,6 +23,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     eos_token_ids: tuple[int, ...]  # () with ignore_eos
     stop_token_ids: tuple[int, ...]
     arrival_time: float  # time.monotonic()
+    cache_salt: str | None = None  # pages are shared only among requests of one salt
 
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
@@ -33,7 +34,7 @@ class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
     new_token_ids: list[int]
     finish_reason: str | None = None
     stop_reason: int | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache when it first ran
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     error: str | None = None  # what went wrong, with finish_reason "error"
@@ -62,7 +63,11 @@ class Shutdown(msgspec.Struct, array_like=True, frozen=True, tag="shutdown"):
     """End the core process."""
 
 
-Command = Add | Abort | Shutdown
+class ResetPrefixCache(msgspec.Struct, array_like=True, frozen=True, tag="reset_prefix_cache"):
+    """Forget what free pages hold; answered by a `PrefixCacheReset`, in the order asked."""
+
+
+Command = Add | Abort | ResetPrefixCache | Shutdown
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
@@ -83,4 +88,10 @@ class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
     user_error: bool = False
 
 
-Event = Ready | Failed | StepOutputs
+class PrefixCacheReset(msgspec.Struct, array_like=True, frozen=True, tag="prefix_cache_reset"):
+    """Whether it was done: not while running requests hold pages."""
+
+    done: bool
+
+
+Event = Ready | Failed | StepOutputs | PrefixCacheReset

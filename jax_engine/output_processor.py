@@ -143,13 +143,14 @@ class RequestState:
         """Generated so far, all completions together."""
         return sum(completion.num_tokens for completion in self.completions)
 
-    def record(self, output: CoreOutput, now: float) -> None:
+    def record(self, output: CoreOutput, completion: Completion, now: float) -> None:
         """Keep the figures that go into the metrics."""
         if output.new_token_ids:
             self._first_token_time = self._first_token_time or now
             self._last_token_time = now
         self._first_scheduled_time = self._first_scheduled_time or output.first_scheduled_time
-        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
+        if completion.index == 0:  # the others may find what this one has computed
+            self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
         if output.num_preemptions:
             self._num_preemptions[output.request_id] = output.num_preemptions
 
@@ -224,7 +225,7 @@ class OutputProcessor:
             if entry is None:
                 continue
             state, completion = entry
-            state.record(output, now)
+            state.record(output, completion, now)
             if completion.extend(output):
                 stopped.append(output.request_id)
             if output.error is not None:

@@ -38,4 +38,5 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    # Prompt tokens that an earlier request had left in the prefix cache; with several completions, those of the first.
     num_cached_tokens: int = 0

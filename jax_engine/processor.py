@@ -29,6 +29,7 @@ class TextPrompt(TypedDict):
 
     prompt: str
     add_special_tokens: NotRequired[bool]  # False for text that already holds them, such as a rendered chat
+    cache_salt: NotRequired[str | None]  # cached prefixes are shared only among prompts of one salt
 
 
 class TokensPrompt(TypedDict):
@@ -36,6 +37,7 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str | None]
+    cache_salt: NotRequired[str | None]
 
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt
@@ -99,6 +101,7 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         self._check_stop_ids(params)
+        cache_salt = checked_salt(prompt)
         max_tokens = self._max_tokens(len(token_ids), params)
         number = next(self._numbers)
         return PreparedRequest(
@@ -123,6 +126,7 @@ class InputProcessor:
                     eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
                     stop_token_ids=tuple(params.stop_token_ids or ()),
                     arrival_time=arrival_time,
+                    cache_salt=cache_salt,
                 )
                 for index in range(params.n)
             ),
@@ -138,11 +142,11 @@ class InputProcessor:
     def _tokenize_mapping(self, prompt: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         text = prompt.get("prompt")
         by_ids = "prompt_token_ids" in prompt
-        allowed = {"prompt", "prompt_token_ids"} if by_ids else {"prompt", "add_special_tokens"}
+        allowed = {"cache_salt", "prompt", "prompt_token_ids" if by_ids else "add_special_tokens"}
         if unknown := sorted(set(prompt) - allowed):
             raise ValueError(
                 f"prompt has the key {unknown[0]!r}; supported are {{'prompt': text}}, {{'prompt': text, "
-                "'add_special_tokens': False}} and {'prompt_token_ids': ids}"
+                "'add_special_tokens': False}} and {'prompt_token_ids': ids}, each also with 'cache_salt'"
             )
         if by_ids:
             return text, token_id_list(prompt["prompt_token_ids"])
@@ -207,6 +211,16 @@ class InputProcessor:
         words = ("request", seed) if seed is not None else ("engine", self._seed, number)
         digest = hashlib.blake2b(repr((*words, index)).encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def checked_salt(prompt: Prompt) -> str | None:
+    """The prompt's cache salt, None without one; ValueError for one that is no text or empty."""
+    salt: object = prompt.get("cache_salt") if isinstance(prompt, Mapping) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(
+            f"cache_salt={salt!r} must be a non-empty string; leave it out to share cached prefixes with all requests"
+        )
+    return salt
 
 
 def token_id_list(given: object) -> list[int]:

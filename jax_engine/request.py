@@ -1,5 +1,7 @@
 """A request as the scheduler sees it: tokens, pages, and how far it has got."""
 
+import hashlib
+from array import array
 from dataclasses import dataclass, field
 
 from jax_engine.messages import CoreRequest
@@ -24,7 +26,10 @@ class Request:
     num_pending: int = 0
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
+    num_registered: int = 0  # of `pages`, from the first: those that the pool was told the content of, or knew already
+    num_cached_tokens: int = 0  # prompt tokens that the first admission found in the cache
     finish_reason: str | None = None
+    _page_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.asked.prompt_token_ids)
@@ -41,6 +46,23 @@ class Request:
         """Tokens that the next range could cover; 0 when the last token it may have is already on its way."""
         length = len(self.tokens) + self.num_pending
         return length - self.num_computed if length < self.length_limit else 0
+
+    def page_hash(self, index: int, page_size: int) -> bytes:
+        """What is known of page `index` by: a hash of its tokens, of all before them, and of the request's salt.
+
+        Its tokens must be known. Hashes are kept, so that each token is hashed once; tokens never change.
+        """
+        hashes = self._page_hashes
+        while len(hashes) <= index:
+            start = len(hashes) * page_size
+            content = array("q", self.tokens[start : start + page_size]).tobytes()
+            hashes.append(hashlib.sha256((hashes[-1] if hashes else self._salt_hash()) + content).digest())
+        return hashes[index]
+
+    def _salt_hash(self) -> bytes:
+        """In place of the hash before the first page's; of fixed length, so that no salt looks like tokens."""
+        salt = self.asked.cache_salt
+        return hashlib.sha256(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")).digest()
 
     def append(self, token: int) -> str | None:
         """Take one new token from the device; the finish reason if it is the last."""

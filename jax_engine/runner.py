@@ -4,12 +4,13 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import NDArray
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, default_compilation_cache_dir
@@ -20,7 +21,14 @@ from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
 from jax_engine.sharding import tensor_mesh
-from jax_engine.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch
+from jax_engine.step_batch import (
+    BatchLayout,
+    SlotParameters,
+    order_chunks,
+    pack_batch,
+    page_updates_of,
+    write_block_tables,
+)
 from jax_engine.step_program import Program
 
 logger = logging.getLogger(__name__)
@@ -89,12 +97,25 @@ class Runner:
         self._leaves = self._load_while_compiling(folder, config)
         self._state = self.placed.zero_state(self._state_size(self.memory))
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
+        tables = self._state.block_tables
+        self._updates_shape = (tables.shape[1], 3)  # one whole block table
+        self._write_block_tables = (
+            jax.jit(write_block_tables, donate_argnums=0, out_shardings=tables.sharding)
+            .lower(tables, np.empty(self._updates_shape, np.int32))
+            .compile()
+        )
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
 
-    def limits(self, token_budget: int) -> SchedulerLimits:
+    def limits(self, config: EngineConfig) -> SchedulerLimits:
         """What the scheduler may plan with."""
-        return SchedulerLimits(self.memory.num_pages, self._geometry.page_size, self._num_slots, token_budget)
+        return SchedulerLimits(
+            self.memory.num_pages,
+            self._geometry.page_size,
+            self._num_slots,
+            config.token_budget,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
         """Start one step on the device; returns before it has run. Donates and replaces the device state."""
@@ -104,7 +125,11 @@ class Runner:
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
         program, executable = self.compiled.find(num_tokens, len(chunks), self._parameters.mode(slots))
-        buffer = pack_batch(chunks, self._layouts[program.bucket], self._parameters)
+        layout = self._layouts[program.bucket]
+        updates = page_updates_of(chunks)
+        if len(updates) > layout.num_page_updates:
+            self._write_pages(updates[layout.num_page_updates :])
+        buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
         packed = time.perf_counter()
         self._state, tokens = executable(self._leaves, self._state, buffer)
         if self._is_remote:
@@ -131,8 +156,19 @@ class Runner:
     def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
         """Record the sampling parameters of requests that have just taken a slot."""
         for chunk in chunks:
-            if chunk.start == 0:
+            if chunk.first_new_page == 0 and chunk.new_pages:
                 self._parameters.set(chunk.slot, chunk.request.asked)
+
+    def _write_pages(self, updates: NDArray[np.int32]) -> None:
+        """Write into the block tables what a step's own buffer has no room for, before the step."""
+        size = self._updates_shape[0]
+        tables = self._state.block_tables
+        for start in range(0, len(updates), size):
+            some = updates[start : start + size]
+            padded = np.full(self._updates_shape, self._num_slots, np.int32)
+            padded[: len(some)] = some
+            tables = self._write_block_tables(tables, padded)
+        self._state = replace(self._state, block_tables=tables)
 
     def _load_while_compiling(self, folder: Path, config: EngineConfig) -> tuple[jax.Array, ...]:
         """Read the weights while the largest program compiles; an error in them does not wait for the compiler."""

@@ -25,8 +25,8 @@ class Chunk:
     start: int
     length: int
     samples: bool  # the range reaches the request's last token: the step draws the next one
-    first_new_page: int  # index in the request's block table
-    new_pages: list[int]
+    first_new_page: int  # index in the request's block table; 0 when the request has just taken its slot
+    new_pages: list[int]  # those that enter the block table, cached ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class SchedulerLimits:
     watermark: float = (
         0.01  # share of the pages that admission leaves to running requests, so that it does not preempt at once
     )
+    enable_prefix_caching: bool = True
 
 
 class Scheduler:
@@ -70,7 +71,10 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
+        self.num_prefix_cache_queries = 0  # tokens
+        self.num_prefix_cache_hits = 0
         self.finished: dict[str, int] = {}
+        self._filling: list[Request] = []  # those for which the latest plan fills a page
 
     def add(self, asked: CoreRequest) -> None:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
@@ -93,12 +97,20 @@ class Scheduler:
 
     @property
     def num_tokens_in_pages(self) -> int:
-        return sum(request.num_computed for request in self.running)
+        """Tokens whose keys and values the pages in use hold, those of shared pages once."""
+        references = sum(len(request.pages) for request in self.running)
+        num_shared = (references - self.pool.num_in_use) * self.limits.page_size  # shared pages are full
+        return sum(request.num_computed for request in self.running) - num_shared
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what free pages hold; False, and nothing is forgotten, while a request holds pages."""
+        return self.pool.reset()
 
     def schedule(self) -> StepPlan | None:
         """Spend one step's token budget: running requests first, one-token ranges before chunks, then waiting
         prompts.
         """
+        self._register_filled()
         chunks: list[Chunk] = []
         preemptions = self.num_preemptions
         budget = self.limits.token_budget
@@ -134,6 +146,7 @@ class Scheduler:
                     finish_reason=reason,
                     stop_reason=token if reason == "stop" and token in request.asked.stop_token_ids else None,
                     first_scheduled_time=request.first_scheduled_time,
+                    num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
                 )
             )
@@ -162,32 +175,81 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return None
-        return self._chunk(request, length, needed)
+        return self._chunk(request, length, self.pool.allocate(needed))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting requests in order of arrival while budget, slots and pages last."""
         while self.waiting and budget and self._free_slots:
             request = self.waiting[0]
-            length = min(request.num_uncomputed, budget)
-            needed = self._pages_needed(request, length)
+            cached = self._cached_prefix(request)
+            num_cached_tokens = len(cached) * self.limits.page_size
+            length = min(request.num_uncomputed - num_cached_tokens, budget)
+            needed = -(-(num_cached_tokens + length) // self.limits.page_size) - len(cached)
             reserve = int(self.limits.watermark * self.limits.num_pages) if self.running else 0
-            if needed + reserve > self.pool.num_free:
+            if needed + self.pool.num_idle(cached) + reserve > self.pool.num_free:
                 return
             self.waiting.popleft()
+            self.pool.share(cached)
             request.slot = self._free_slots.pop()
+            request.num_computed, request.num_registered = num_cached_tokens, len(cached)
             if request.first_scheduled_time is None:
-                request.first_scheduled_time = time.monotonic()
+                self._count_first_admission(request)
             insort(self.running, request, key=lambda running: running.order)
-            chunks.append(self._chunk(request, length, needed))
+            chunks.append(self._chunk(request, length, [*cached, *self.pool.allocate(needed)]))
             budget -= length
 
-    def _chunk(self, request: Request, length: int, num_new_pages: int) -> Chunk:
-        """Reserve the pages of a request's next `length` tokens and count them as computed."""
+    def _count_first_admission(self, request: Request) -> None:
+        request.first_scheduled_time = time.monotonic()
+        request.num_cached_tokens = request.num_computed
+        if self.limits.enable_prefix_caching:
+            self.num_prefix_cache_queries += len(request.tokens)
+            self.num_prefix_cache_hits += request.num_computed
+
+    def _cached_prefix(self, request: Request) -> list[int]:
+        """The longest run of known pages that a waiting request begins with; never its last token, whose logits the
+        next one is drawn from. None of its tokens is on the device only: the steps it was in have been committed.
+        """
+        cached: list[int] = []
+        if not self.limits.enable_prefix_caching:
+            return cached
+        page_size = self.limits.page_size
+        for index in range((len(request.tokens) - 1) // page_size):
+            page = self.pool.find(request.page_hash(index, page_size))
+            if page is None:
+                break
+            cached.append(page)
+        return cached
+
+    def _register_filled(self) -> None:
+        """Let the pages that the plan before this one fills be found.
+
+        That plan has been launched, and steps run in order: whatever a later step reads of them is there by then. In
+        its own step a page is not shared, since rows of one step do not wait for each other.
+        """
+        for request in self._filling:
+            self._register(request)
+        self._filling.clear()
+
+    def _register(self, request: Request) -> None:
+        """Register a running request's full pages, as far as the launched steps fill them and the host knows their
+        tokens.
+        """
+        page_size = self.limits.page_size
+        num_full = min(request.num_computed, len(request.tokens)) // page_size
+        for index in range(request.num_registered, min(num_full, len(request.pages))):
+            self.pool.register(request.pages[index], request.page_hash(index, page_size))
+            request.num_registered = index + 1
+
+    def _chunk(self, request: Request, length: int, new_pages: list[int]) -> Chunk:
+        """Give a request the pages of its next `length` tokens and count those as computed."""
         start = request.num_computed
         first_new_page = len(request.pages)
-        new_pages = self.pool.allocate(num_new_pages)
         request.pages.extend(new_pages)
         request.num_computed += length
+        if self.limits.enable_prefix_caching and start // self.limits.page_size < (
+            request.num_computed // self.limits.page_size
+        ):
+            self._filling.append(request)
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         samples = request.num_computed == request.length
         request.num_pending += samples
@@ -220,9 +282,11 @@ class Scheduler:
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
-        """Take a request out of the running ones. Steps in flight may still write its pages: they run before any
-        later step does.
+        """Take a request out of the running ones; its full pages can still be found. Steps in flight may still write
+        its pages: they run before any later step does.
         """
+        if self.limits.enable_prefix_caching:
+            self._register(request)
         self.running.remove(request)
         self._free_slots.append(request.slot)
         self.pool.free(request.pages)

@@ -23,10 +23,12 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_waiting: int = 0
     num_pages: int = 0
     num_pages_in_use: int = 0
-    num_tokens_in_pages: int = 0  # of num_pages_in_use * page_size: the rest is page waste
+    num_tokens_in_pages: int = 0  # of num_pages_in_use * page_size, shared ones once: the rest is page waste
     page_size: int = 0
     steps_total: int = 0
-    prompt_tokens_total: int = 0  # processed by a step, recomputation included
+    prompt_tokens_total: int = 0  # processed by a step: recomputation included, cached tokens not
+    prefix_cache_queries_total: int = 0  # tokens of requests as they first ran, with prefix caching
+    prefix_cache_hits_total: int = 0  # those of them that the cache held
     generation_tokens_total: int = 0
     padding_tokens_total: int = 0  # token rows of step programs that held no token
     token_rows_total: int = 0  # token rows of step programs, padding included

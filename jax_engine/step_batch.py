@@ -40,7 +40,10 @@ class BatchLayout:
 
     @property
     def num_page_updates(self) -> int:
-        """New pages a step can need: one for every full page of tokens, and one more for each sequence."""
+        """New pages a step can need: one for every full page of tokens, and one more for each sequence.
+
+        Cached pages of admitted requests may be more; those beyond go by `write_block_tables`.
+        """
         return self.bucket.num_tokens // self.page_size + self.bucket.num_sequences
 
     @cached_property
@@ -155,8 +158,10 @@ def order_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
     return decodes + [chunk for chunk in chunks if chunk.length > 1]
 
 
-def pack_batch(chunks: Sequence[Chunk], layout: BatchLayout, parameters: SlotParameters) -> NDArray[np.int32]:
-    """Write a step's ordered chunks into a new buffer of the layout."""
+def pack_batch(
+    chunks: Sequence[Chunk], page_updates: NDArray[np.int32], layout: BatchLayout, parameters: SlotParameters
+) -> NDArray[np.int32]:
+    """Write a step's ordered chunks, and as many page updates as it has room for, into a new buffer of the layout."""
     buffer = np.zeros(layout.size, np.int32)
     view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
     count = len(chunks)
@@ -172,7 +177,8 @@ def pack_batch(chunks: Sequence[Chunk], layout: BatchLayout, parameters: SlotPar
     view["num_decodes"][0] = int((lengths == 1).sum())
     parameters.copy_into(view, slots)
     _pack_tokens(view["tokens"], chunks)
-    _pack_page_updates(view["page_updates"], chunks, layout.num_slots)
+    view["page_updates"][: len(page_updates)] = page_updates
+    view["page_updates"][len(page_updates) :, 0] = layout.num_slots
     return buffer
 
 
@@ -188,7 +194,9 @@ def _pack_tokens(tokens: NDArray[np.int32], chunks: Sequence[Chunk]) -> None:
         row += chunk.length
 
 
-def _pack_page_updates(updates: NDArray[np.int32], chunks: Sequence[Chunk], num_slots: int) -> None:
+def page_updates_of(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
+    """The block table entries that a step changes: rows of slot, index, page."""
+    updates = np.empty((sum(len(chunk.new_pages) for chunk in chunks), 3), np.int32)
     row = 0
     for chunk in chunks:
         if count := len(chunk.new_pages):
@@ -197,4 +205,10 @@ def _pack_page_updates(updates: NDArray[np.int32], chunks: Sequence[Chunk], num_
             block[:, 1] = range(chunk.first_new_page, chunk.first_new_page + count)
             block[:, 2] = chunk.new_pages
             row += count
-    updates[row:, 0] = num_slots
+    return updates
+
+
+def write_block_tables(block_tables: Int[Array, "slots M"], updates: Int[Array, "U 3"]) -> Int[Array, "slots M"]:
+    """`block_tables` with page updates written; those of the slot `slots`, past the last, are padding."""
+    slot, index, page = updates.T
+    return block_tables.at[slot, index].set(page, mode="drop")

@@ -55,6 +55,7 @@ MEMORY_FLAGS = (
     Flag("max_model_len", "longest prompt and answer together, in tokens: 8192 or 32K", type=count, metavar="TOKENS"),
     Flag("gpu_memory_utilization", "share of the device's memory to use", type=float, metavar="SHARE"),
     Flag("kv_cache_memory_bytes", "size of the KV cache instead: 512M, 2G", type=count, metavar="BYTES"),
+    Flag("enable_prefix_caching", "share the KV pages of equal beginnings; by default it does", type=bool),
     Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
 )
 STEP_FLAGS = (

@@ -133,7 +133,15 @@ class Metrics(Collector):
     def _engine_counters(self) -> Iterator[Metric]:
         stats = self.stats
         counters = {
-            "vllm:prompt_tokens": ("Prompt tokens processed, recomputed ones included.", stats.prompt_tokens_total),
+            "vllm:prompt_tokens": (
+                "Prompt tokens processed: recomputed ones included, cached ones not.",
+                stats.prompt_tokens_total,
+            ),
+            "vllm:prefix_cache_queries": (
+                "Tokens looked up in the prefix cache.",
+                stats.prefix_cache_queries_total,
+            ),
+            "vllm:prefix_cache_hits": ("Tokens found in the prefix cache.", stats.prefix_cache_hits_total),
             "vllm:generation_tokens": ("Tokens generated.", stats.generation_tokens_total),
             "vllm:num_preemptions": ("Times a sequence lost its pages to another.", stats.preemptions_total),
             "jax_engine:steps": ("Engine steps.", stats.steps_total),

@@ -101,6 +101,8 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
         raise bad_request(error) from None
     if asked.add_special_tokens is not None:
         prompt["add_special_tokens"] = asked.add_special_tokens
+    if asked.cache_salt is not None:
+        prompt["cache_salt"] = asked.cache_salt
     response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)

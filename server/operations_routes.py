@@ -1,16 +1,18 @@
-"""GET /health, /ping, /version and /metrics: for probes, routers and scrapers."""
+"""GET /health, /ping, /version and /metrics, for probes, routers and scrapers; POST /reset_prefix_cache."""
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 import jax_engine
+from jax_engine.core_client import EngineDeadError
+from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.openai_routes import json_response
 from jax_engine.server.service import Service
 
 
 def operations_router(service: Service) -> APIRouter:
-    """The routes that tell how the server is; they need no API key."""
+    """The routes that tell how the server is, which need no API key, and those that change it, which do."""
     router = APIRouter(tags=["operations"])
 
     @router.get("/health")
@@ -36,5 +38,17 @@ def operations_router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(service.metrics.render(service.stats()), media_type=CONTENT_TYPE_LATEST)
+
+    @router.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Response:
+        """Forget the keys and values of earlier prompts; 409 while requests run."""
+        try:
+            done = await service.engine().reset_prefix_cache()
+        except EngineDeadError as error:
+            raise unavailable(f"the engine has died: {error}", code="engine_dead") from None
+        if not done:
+            message = "the prefix cache is in use by running requests and was not reset; try again when none runs"
+            raise ApiError(409, message, code="prefix_cache_in_use")
+        return json_response({"reset": True})
 
     return router

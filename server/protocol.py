@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from jax_engine.processor import Prompt
+from jax_engine.processor import Prompt, TextPrompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.conversation import checked_tools, plain_messages
 from jax_engine.server.errors import ApiError, bad_request
@@ -132,6 +132,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None  # null: as the tokenizer does for a prompt, none for a rendered chat
+    cache_salt: str | None = None  # requests share cached prefixes only with those of the same salt
 
     user: Any = None
     metadata: Any = None
@@ -176,6 +177,9 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         for name, value in msgspec.structs.asdict(self).items():
             if name in NEUTRAL:
                 check_neutral(name, value, NEUTRAL[name])
+        if self.cache_salt == "":
+            message = "cache_salt must be a non-empty string; leave it out to share cached prefixes with all requests"
+            raise ApiError(400, message, param="cache_salt", code="invalid_value")
         if self.stream_options is not None:
             if not self.stream:
                 raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
@@ -202,12 +206,18 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
             raise not_supported("best_of", self.best_of, (self.n or 1,))
 
     def prompts(self) -> list[Prompt]:
-        """The prompts in order; each text or token ids."""
-        prompts = checked_prompts(self.prompt)
-        if self.add_special_tokens is None:
-            return prompts
-        special = self.add_special_tokens
-        return [{"prompt": p, "add_special_tokens": special} if isinstance(p, str) else p for p in prompts]
+        """The prompts in order; each text or token ids, with what belongs to it."""
+        return [self._with_settings(prompt) for prompt in checked_prompts(self.prompt)]
+
+    def _with_settings(self, prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, list):
+            return {"prompt_token_ids": prompt, "cache_salt": self.cache_salt} if self.cache_salt else prompt
+        given: TextPrompt = {"prompt": prompt}
+        if self.add_special_tokens is not None:
+            given["add_special_tokens"] = self.add_special_tokens
+        if self.cache_salt:
+            given["cache_salt"] = self.cache_salt
+        return given if len(given) > 1 else prompt
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
@@ -292,7 +302,7 @@ class PlainRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
 
     def prompts(self) -> list[Prompt]:
         """The prompts in order; each text or token ids."""
-        return checked_prompts(self.prompt)
+        return [*checked_prompts(self.prompt)]
 
 
 NESTED: Mapping[str, type[msgspec.Struct]] = MappingProxyType(

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from jax_engine.processor import Prompt
 from jax_engine.server.errors import ApiError
 
 MAX_PROMPTS = 2048
@@ -100,7 +99,7 @@ def check_neutral(name: str, value: object, neutral: tuple[Any, ...]) -> None:
         raise not_supported(name, value, neutral)
 
 
-def checked_prompts(value: object) -> list[Prompt]:
+def checked_prompts(value: object) -> list[str | list[int]]:
     """OpenAI's four forms of `prompt` as one list."""
     if isinstance(value, str):
         return [value]

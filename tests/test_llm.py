@@ -277,6 +277,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         {"model": "demo", "max_num_seqs": 3, "pipeline_parallel_size": 1, "enable_chunked_prefill": True}
     )
     assert (config.model, config.max_num_seqs) == ("demo", 3)
+    assert [engine_config({"enable_prefix_caching": on}).enable_prefix_caching for on in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +287,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"color": "red"}, "LLM has no setting 'color'; known are model, tokenizer"),
         ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 is not supported yet; leave it out \(.* is 1\)"),
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
-        ({"enable_prefix_caching": True}, "enable_prefix_caching=True is not supported yet"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"enable_lora": True}, "enable_lora=True is not supported yet"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number"),

@@ -1,4 +1,6 @@
-"""The page pool as a state machine: whatever is asked of it, every page is free or has one owner."""
+"""The page pool as a state machine: whatever is asked of it, every page is blank, idle or used by whom a test says."""
+
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -8,40 +10,110 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from jax_engine.block_pool import BlockPool
 
 NUM_PAGES = 12
+CONTENTS = [bytes([number]) for number in range(8)]  # few, so that equal ones meet
 
 
 class PoolMachine(RuleBasedStateMachine):
+    """A model of the pool that keeps what each page holds, and who uses it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_PAGES)
         self.held: list[list[int]] = []
+        self.content: dict[int, bytes] = {}  # of pages that may be found
+        self.idle: list[int] = []  # least recently used first
 
     @rule(count=st.integers(0, NUM_PAGES))
     def allocate(self, count: int) -> None:
-        if count <= self.pool.num_free:
-            pages = self.pool.allocate(count)
-            assert len(pages) == count
-            self.held.append(pages)
+        if count > self.pool.num_free:
+            return
+        num_blank = self.pool.num_free - len(self.idle)
+        pages = self.pool.allocate(count)
+        assert len(pages) == count
+        num_evicted = max(0, count - num_blank)
+        assert pages[count - num_evicted :] == self.idle[:num_evicted], "the least recently used go, and only they"
+        for page in self.idle[:num_evicted]:
+            del self.content[page]
+        del self.idle[:num_evicted]
+        self.held.append(pages)
+
+    @rule(data=st.data(), content=st.sampled_from(CONTENTS))
+    def register(self, data: st.DataObject, content: bytes) -> None:
+        own = [page for pages in self.held for page in pages if page not in self.content]
+        if own:
+            page = data.draw(st.sampled_from(own))
+            self.pool.register(page, content)
+            if content not in self.content.values():
+                self.content[page] = content
+
+    @rule(contents=st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=4, unique=True))
+    def share(self, contents: list[bytes]) -> None:
+        pages = [page for content in contents if (page := self.pool.find(content)) is not None]
+        assert self.pool.num_idle(pages) == len(set(pages) & set(self.idle))
+        self.pool.share(pages)
+        self.idle = [page for page in self.idle if page not in pages]
+        self.held.append(pages)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         if self.held:
-            index = data.draw(st.integers(0, len(self.held) - 1))
-            self.pool.free(self.held.pop(index))
+            pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+            self.pool.free(pages)
+            used = self.users()
+            self.idle += [page for page in reversed(pages) if page in self.content and not used[page]]
+
+    @rule()
+    def reset(self) -> None:
+        done = self.pool.reset()
+        assert done == (not self.users())
+        if done:
+            self.content.clear()
+            self.idle.clear()
+
+    def users(self) -> Counter[int]:
+        return Counter(page for pages in self.held for page in pages)
 
     @invariant()
-    def every_page_has_one_place(self) -> None:
-        owned = [page for pages in self.held for page in pages]
-        assert len(owned) == len(set(owned))
-        assert set(owned) <= set(range(NUM_PAGES))
-        assert self.pool.num_in_use == len(owned)
-        assert self.pool.num_free == NUM_PAGES - len(owned)
+    def every_page_is_used_idle_or_blank(self) -> None:
+        users = self.users()
+        assert self.pool._counts == [users[page] for page in range(NUM_PAGES)]
+        assert list(self.pool._idle) == self.idle
+        blank = self.pool._blank
+        assert sorted([*users, *self.idle, *blank]) == list(range(NUM_PAGES))
+        assert self.pool.num_in_use == len(users)
+        assert self.pool.num_free == NUM_PAGES - len(users)
+
+    @invariant()
+    def a_page_is_found_by_its_content_alone(self) -> None:
+        by_content = {content: page for page, content in self.content.items()}
+        assert {content: self.pool.find(content) for content in CONTENTS} == {
+            content: by_content.get(content) for content in CONTENTS
+        }
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
+
+
+def test_the_oldest_sequence_goes_first_and_its_tail_before_its_head():
+    pool = BlockPool(6)
+    first, second = pool.allocate(3), pool.allocate(3)
+    for page in (*first, *second):
+        pool.register(page, bytes([page]))
+    pool.free(first)
+    pool.free(second)
+    assert pool.allocate(4) == [*reversed(first), second[2]]
+    assert [pool.find(bytes([page])) for page in second] == [*second[:2], None]
 
 
 def test_more_than_there_is_is_a_defect_of_the_caller():
     with pytest.raises(AssertionError, match="13 pages asked for, 12 free"):
         BlockPool(NUM_PAGES).allocate(13)
+
+
+def test_freeing_a_page_twice_is_a_defect_of_the_caller():
+    pool = BlockPool(NUM_PAGES)
+    pages = pool.allocate(2)
+    pool.free(pages)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(pages)

@@ -230,6 +230,7 @@ async def test_a_core_process_that_cannot_start_says_why(tiny_settings, tmp_path
 
 
 def test_host_time_and_counters_add_up(core):
+    assert core.reset_prefix_cache()
     before = core.stats()
     run_requests(core, batch())
     after = core.stats()

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import time
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from tiny_engine import core_request
 
 from jax_engine.messages import CoreRequest
-from jax_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+from jax_engine.request import Request
+from jax_engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
 
 
 def limits(**changes: int) -> SchedulerLimits:
@@ -19,7 +22,12 @@ def limits(**changes: int) -> SchedulerLimits:
 
 
 def asked(name: str, num_prompt: int, max_tokens: int, **fields: object) -> CoreRequest:
-    return core_request(name, list(range(num_prompt)), max_tokens, **fields)
+    """A request whose prompt begins like no other's: nothing is shared unless a test wants it."""
+    return core_request(name, [hash_of(name), *range(1, num_prompt)], max_tokens, **fields)
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(name.encode(), "big")
 
 
 def ranges(plan: StepPlan | None) -> list[tuple[str, int, int]]:
@@ -128,10 +136,17 @@ def test_an_abort_frees_everything(when):
     budget=st.integers(4, 24),
     aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=3),
     arrivals=st.lists(st.integers(0, 12), min_size=10, max_size=10),
+    caching=st.booleans(),
+    num_prompts=st.integers(1, 10),
 )
-def test_whatever_the_pressure_each_request_gets_its_own_tokens(sizes, num_pages, budget, aborts, arrivals):
-    """Random arrivals, aborts and page shortage, one step run ahead throughout, as the engine does it."""
-    scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget))
+def test_whatever_the_pressure_each_request_gets_its_own_tokens(
+    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts
+):
+    """Random arrivals, aborts and page shortage, one step run ahead throughout, as the engine does it; prompts begin
+    alike or not, and pages are written and read as a device would.
+    """
+    scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget, enable_prefix_caching=caching))
+    device = FakeDevice(num_pages, scheduler.limits.page_size)
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
     outputs: dict[str, list[int]] = {name: [] for name in expected}
@@ -140,12 +155,14 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(sizes, num_pages
     for step in range(600):
         for index, (num_prompt, max_tokens) in enumerate(sizes):
             if arrivals[index] == step:
-                scheduler.add(asked(f"r{index}", num_prompt, max_tokens))
+                prompt = [1000 + index % num_prompts, *range(1, num_prompt)]
+                scheduler.add(core_request(f"r{index}", prompt, max_tokens))
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
         plan = scheduler.schedule()
         if plan is not None:
             assert plan.num_tokens <= budget
             check_pages(scheduler)
+            device.run(plan)
         if previous is not None:
             for output in scheduler.commit(previous, tokens_of(previous)):
                 outputs[output.request_id] += output.new_token_ids
@@ -163,12 +180,187 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(sizes, num_pages
             assert reasons[name] == ["length"]
 
 
+class FakeDevice:
+    """Pages that hold, for each token, the whole sequence up to it: what its keys and values depend on.
+
+    A step's rows read what was there before it, and their own; tokens that the host does not know yet are those that
+    this test's model draws.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages: list[list[tuple[int, ...] | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.tables: dict[int, list[int]] = {}
+
+    def run(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            if chunk.first_new_page == 0 and chunk.new_pages:
+                self.tables[chunk.slot] = []
+            table = self.tables[chunk.slot]
+            assert chunk.first_new_page == len(table) or not chunk.new_pages
+            table += chunk.new_pages
+        written = set()
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.start + chunk.length):
+                page, offset = divmod(position, self.page_size)
+                place = (self.tables[chunk.slot][page], offset)
+                assert place not in written, "two sequences write one place"
+                written.add(place)
+        for chunk in plan.chunks:
+            whole = self.sequence(chunk, chunk.start)
+            for position in range(chunk.start):
+                page, offset = divmod(position, self.page_size)
+                assert self.pages[self.tables[chunk.slot][page]][offset] == whole[: position + 1]
+                assert (self.tables[chunk.slot][page], offset) not in written, "a shared page is written"
+        for chunk in plan.chunks:
+            whole = self.sequence(chunk, chunk.start + chunk.length)
+            for position in range(chunk.start, chunk.start + chunk.length):
+                page, offset = divmod(position, self.page_size)
+                self.pages[self.tables[chunk.slot][page]][offset] = whole[: position + 1]
+
+    def sequence(self, chunk: Chunk, length: int) -> tuple[int, ...]:
+        prompt = chunk.request.asked.prompt_token_ids
+        name = chunk.request.asked.request_id
+        return (*prompt, *(token_at(name, position) for position in range(len(prompt), length)))[:length]
+
+
 def check_pages(scheduler: Scheduler) -> None:
-    """Every running request has just the pages its tokens need, none shared."""
-    owned = [page for request in scheduler.running for page in request.pages]
-    assert len(owned) == len(set(owned)) == scheduler.pool.num_in_use
+    """Every running request has just the pages its tokens need; each is counted once for each that has it."""
+    page_size = scheduler.limits.page_size
+    users = Counter(page for request in scheduler.running for page in request.pages)
+    assert scheduler.pool._counts == [users[page] for page in range(scheduler.limits.num_pages)]
+    assert scheduler.limits.enable_prefix_caching or set(users.values()) <= {1}
+    assert 0 <= scheduler.num_tokens_in_pages <= len(users) * page_size
     for request in scheduler.running:
-        assert len(request.pages) == -(-request.num_computed // scheduler.limits.page_size)
+        assert len(request.pages) == -(-request.num_computed // page_size)
+
+
+def finish(scheduler: Scheduler) -> dict[str, int]:
+    """Run until nothing is left, one step ahead; how many tokens each request found cached."""
+    cached: dict[str, int] = {}
+    previous = None
+    while scheduler.has_work or previous is not None:
+        plan = scheduler.schedule()
+        if previous is not None:
+            for output in scheduler.commit(previous, tokens_of(previous)):
+                cached[output.request_id] = output.num_cached_tokens
+        previous = plan
+    return cached
+
+
+@pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (30, 28)])
+def test_the_longest_prefix_of_full_pages_is_taken_but_never_the_last_token(length, cached):
+    scheduler = Scheduler(limits())
+    for name in "ab":
+        scheduler.add(core_request(name, list(range(length)), 1))
+        found = finish(scheduler)
+    assert found == {"b": cached}
+    assert (scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits) == (2 * length, cached)
+    assert scheduler.num_prompt_tokens == 2 * length - cached
+    assert scheduler.pool.num_in_use == 0
+
+
+def test_generated_tokens_are_found_by_the_next_turn():
+    scheduler = Scheduler(limits())
+    scheduler.add(core_request("a", [1, 2, 3], 12))
+    finish(scheduler)
+    turn = [1, 2, 3, *(token_at("a", position) for position in range(3, 15))]
+    # The last token that was drawn never was computed: 14 tokens of 15 are in pages, 12 of them in full ones.
+    scheduler.add(core_request("b", [*turn, 7, 7], 1))
+    assert finish(scheduler) == {"b": 12}
+
+
+def test_a_page_is_shared_by_later_steps_than_the_one_that_fills_it():
+    scheduler = Scheduler(limits(token_budget=64))
+    prompt = list(range(12))
+    for name in "ab":
+        scheduler.add(core_request(name, prompt, 9))
+    first = scheduler.schedule()
+    assert ranges(first) == [("a", 0, 12), ("b", 0, 12)], "nothing is there yet"
+    scheduler.add(core_request("c", prompt, 9))
+    second = scheduler.schedule()  # the first runs before it, though its tokens are not known
+    assert ranges(second) == [("a", 12, 1), ("b", 12, 1), ("c", 8, 4)]
+    assert second.chunks[2].new_pages[:2] == scheduler.requests["a"].pages[:2]
+    assert (second.chunks[2].first_new_page, len(second.chunks[2].new_pages)) == (0, 3)
+
+
+@pytest.mark.parametrize(("salt", "cached"), [("one", 8), ("two", 0), (None, 0)])
+def test_pages_are_shared_within_one_salt_only(salt, cached):
+    scheduler = Scheduler(limits())
+    scheduler.add(core_request("a", list(range(10)), 1, cache_salt="one"))
+    finish(scheduler)
+    scheduler.add(core_request("b", list(range(10)), 1, cache_salt=salt))
+    assert finish(scheduler) == {"b": cached}
+
+
+def test_a_page_counts_with_all_that_comes_before_it():
+    scheduler = Scheduler(limits())
+    scheduler.add(core_request("a", [1, 2, 3, 4, 5, 6, 7, 8, 9], 1))
+    finish(scheduler)
+    scheduler.add(core_request("b", [0, 2, 3, 4, 5, 6, 7, 8, 9], 1))
+    assert finish(scheduler) == {"b": 0}
+
+
+def test_a_preempted_request_finds_its_own_pages():
+    scheduler = Scheduler(limits(num_pages=5))
+    scheduler.add(asked("a", 9, 4))
+    scheduler.add(asked("b", 7, 2))
+    plans = [scheduler.schedule()]
+    assert ranges(plans[0]) == [("a", 0, 9), ("b", 0, 7)]
+    plans.append(scheduler.schedule())
+    scheduler.abort(["b"])
+    scheduler.commit(plans[0], tokens_of(plans[0]))
+    request = scheduler.requests["a"]
+    scheduler._preempt(request)
+    scheduler.commit(plans[1], tokens_of(plans[1]))
+    assert ranges(scheduler.schedule()) == [("a", 8, 3)]
+
+
+def test_cached_pages_that_nobody_uses_are_room_only_once():
+    """Of two free pages, both are what the waiting prompt begins with: none is left for the rest of it."""
+    scheduler = Scheduler(limits(num_pages=4))
+    scheduler.add(core_request("a", list(range(9)), 1))
+    finish(scheduler)
+    scheduler.add(asked("b", 5, 2))
+    plan = scheduler.schedule()
+    scheduler.add(core_request("c", list(range(9)), 1))
+    ahead = scheduler.schedule()
+    assert (ranges(ahead), scheduler.pool.num_free) == ([("b", 5, 1)], 2)
+    for step in (plan, ahead):
+        scheduler.commit(step, tokens_of(step))
+    assert ranges(scheduler.schedule()) == [("c", 8, 1)]
+
+
+def test_a_reset_waits_for_running_requests():
+    scheduler = Scheduler(limits())
+    scheduler.add(asked("a", 9, 1))
+    plan = scheduler.schedule()
+    assert not scheduler.reset_prefix_cache()
+    scheduler.commit(plan, tokens_of(plan))
+    scheduler.add(asked("a", 9, 1))
+    assert finish(scheduler) == {"a": 8}, "a refused reset forgets nothing"
+    assert scheduler.reset_prefix_cache()
+    scheduler.add(asked("a", 9, 1))
+    assert finish(scheduler) == {"a": 0}
+
+
+def test_switched_off_nothing_is_looked_up_or_shared():
+    scheduler = Scheduler(limits(enable_prefix_caching=False))
+    for _ in range(2):
+        scheduler.add(asked("a", 9, 1))
+        assert finish(scheduler) == {"a": 0}
+    assert (scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits) == (0, 0)
+
+
+def test_hashing_is_linear_in_the_length():
+    """A prompt of a million tokens, and then a thousand more one at a time: no token is hashed twice."""
+    page_size = 16
+    request = Request(core_request("a", list(range(1_000_000)), 2000), order=0)
+    start = time.process_time()
+    for _ in range(1000):
+        request.append(1)
+        request.page_hash(len(request.tokens) // page_size - 1, page_size)
+    assert time.process_time() - start < 10, "about a second; hashing all again each time takes many minutes"
 
 
 def test_scheduling_needs_no_jax():

@@ -67,6 +67,7 @@ async def test_api_key_guards_all_but_probes_and_metrics():
             assert refused.status_code == 401
             assert error_of(refused)["code"] == "invalid_api_key"
             assert refused.headers["www-authenticate"] == "Bearer"
+        assert (await http.post("/reset_prefix_cache")).status_code == 401
         for key in ("first-key", "second-key"):
             assert (await http.get("/openapi.json", headers={"authorization": f"Bearer {key}"})).status_code == 200
         for header in ("Bearer wrong", "Bearer ", "Basic first-key", "first-key", "Bearer first-key second-key"):

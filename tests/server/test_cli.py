@@ -39,7 +39,14 @@ def test_every_engine_setting_has_one_flag():
 def test_flags_become_the_configuration():
     options = parse(
         *("serve", "my-model", "--max-model-len", "8K", "--max_num_seqs=8", "--kv-cache-memory-bytes", "2G"),
-        *("--dtype", "bfloat16", "--gpu-memory-utilization", "0.5", "--compile-before-ready"),
+        *(
+            "--dtype",
+            "bfloat16",
+            "--gpu-memory-utilization",
+            "0.5",
+            "--compile-before-ready",
+            "--no-enable-prefix-caching",
+        ),
     )
     assert engine_config(options) == EngineConfig(
         model="my-model",
@@ -49,6 +56,7 @@ def test_flags_become_the_configuration():
         dtype="bfloat16",
         gpu_memory_utilization=0.5,
         compile_before_ready=True,
+        enable_prefix_caching=False,
     )
 
 

@@ -10,6 +10,11 @@ QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 STORY = "Once upon a time"
 
 
+def token_counts(answer) -> tuple[int, int, int]:
+    """Without what of the prompt was cached, which depends on the requests before it."""
+    return (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
+
+
 def test_chat_answers_correctly(server):
     answer = server.client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     (choice,) = answer.choices
@@ -33,7 +38,7 @@ def test_streamed_chat_is_the_same_answer_in_pieces(server):
     assert "".join(choice.delta.content for choice in middle) == whole.choices[0].message.content
     assert (last.finish_reason, last.delta.content) == ("stop", None)
     assert usage_chunk.choices == []
-    assert usage_chunk.usage == whole.usage
+    assert token_counts(usage_chunk) == token_counts(whole)
     assert len({chunk.id for chunk in (*chunks, usage_chunk)}) == 1
     assert all(chunk.usage is None for chunk in chunks)
 
@@ -51,7 +56,7 @@ def test_content_parts_and_developer_role(server):
         server.client.chat.completions.create(model="demo", messages=messages, temperature=0, max_tokens=8)
         for messages in (plain, same)
     ]
-    assert answers[0].usage == answers[1].usage
+    assert token_counts(answers[0]) == token_counts(answers[1])
     assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
 
 
@@ -181,6 +186,61 @@ def test_plain_routes(server):
     assert [line["finish_reason"] for line in lines[:-1]][-1] == "length"
     assert lines[-1] == {"usage": whole["usage"]}
     assert httpx.post(f"{server.url}/generate", json={**body, "stream": True}).text.splitlines() != []
+
+
+def cached_tokens(answer) -> int:
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+def test_usage_tells_what_came_from_the_cache(server, route):
+    """Both routes, whole and streamed; the prompt is this test's own, and longer than two pages of 16."""
+    words = f"{route}: " + " ".join(map(str, range(40)))
+
+    def ask(**settings):
+        settings = {"model": "demo", "max_tokens": 2, **settings}
+        if route == "chat":
+            return client.chat.completions.create(messages=[{"role": "user", "content": words}], **settings)
+        return client.completions.create(prompt=words, **settings)
+
+    def check_cached() -> None:
+        first, again = ask(), ask()
+        expected = (again.usage.prompt_tokens - 1) // 16 * 16
+        assert expected >= 32
+        assert cached_tokens(first) < expected
+        assert cached_tokens(again) == expected
+        *_, last = ask(stream=True, stream_options={"include_usage": True})
+        assert cached_tokens(last) == expected
+        salted = [ask(extra_body={"cache_salt": "mine"}) for _ in range(2)]
+        assert [cached_tokens(answer) for answer in salted] == [0, expected]
+
+    with server.client as client:
+        check_cached()
+
+
+def test_prefix_cache_metrics_and_reset(server):
+    names = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
+    prompt = list(range(500, 550))
+    server.wait_for(server.all_pages_are_free, what="earlier tests' requests ending")
+    reset = httpx.post(f"{server.url}/reset_prefix_cache")
+    assert (reset.status_code, reset.json()) == (200, {"reset": True})
+    before = [server.metric(name) for name in names]
+    answers = [server.client.completions.create(model="demo", prompt=prompt, max_tokens=1) for _ in range(2)]
+    assert [cached_tokens(answer) for answer in answers] == [0, 48]
+
+    def counted() -> bool:
+        return [server.metric(name) - start for name, start in zip(names, before, strict=True)] == [100, 48]
+
+    server.wait_for(counted, what="the counters", seconds=20)
+
+
+def test_a_reset_is_refused_while_a_request_runs(server):
+    body = {"prompt": STORY, "max_tokens": 400, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=60) as stream:
+        lines = stream.iter_lines()  # kept: dropped, it would close the stream
+        next(lines)
+        refused = httpx.post(f"{server.url}/reset_prefix_cache")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "prefix_cache_in_use")
 
 
 def test_metrics_count_what_was_served(server):

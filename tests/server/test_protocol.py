@@ -36,7 +36,7 @@ def refusal(make, **fields):
 
 def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
-    used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens"}
+    used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
     used |= {"tools", "tool_choice", "max_completion_tokens"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
@@ -108,6 +108,8 @@ def test_best_of_is_accepted_where_nothing_is_chosen():
         ({"zzzz": 1}, "zzzz", "unknown parameter 'zzzz'"),
         ({"stream": True, "stream_options": {"include_use": True}}, "stream_options.include_use", "'include_usage'"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
+        ({"cache_salt": ""}, "cache_salt", "must be a non-empty string"),
+        ({"cache_salt": 5}, "cache_salt", "got `int`"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "expected `int`, got `str`"),
         ({"n": 1.5}, "n", "got `float`"),
         ({"n": True}, "n", "got `bool`"),
@@ -117,6 +119,15 @@ def test_wrong_fields_are_named(fields, param, words):
     error = refusal(completion, **fields)
     assert error.param == param
     assert words in error.message
+
+
+def test_a_salt_goes_with_every_prompt():
+    assert completion(prompt=["a", "b"], cache_salt="s").prompts() == [
+        {"prompt": "a", "cache_salt": "s"},
+        {"prompt": "b", "cache_salt": "s"},
+    ]
+    assert completion(prompt=[1, 2], cache_salt="s").prompts() == [{"prompt_token_ids": [1, 2], "cache_salt": "s"}]
+    assert completion(prompt="a", cache_salt=None).prompts() == ["a"]
 
 
 def test_missing_fields_are_named():
