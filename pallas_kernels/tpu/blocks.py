@@ -68,7 +68,7 @@ class Blocks:
         per_unit_row = self.prefill_chunk * (4 + itemsize) + LANES * 4
         return (
             geometry.num_kv_heads * rows * per_row
-            + 2 * self.rows_at_once(geometry) * per_unit_row
+            + UNITS_A_TRIP * self.rows_at_once(geometry) * per_unit_row
             + 3 * rows * LANES * 4
         )
 
@@ -135,7 +135,7 @@ def block_sizes(geometry: Geometry, device_kind: str) -> Blocks:
 
 def candidate_blocks(geometry: Geometry, chip: Chip) -> list[Blocks]:
     """Sizes to choose from, the preferred ones first. Page blocks give way before query blocks down to 512 tokens,
-    which still hide the latency of memory, and query blocks before them from there on.
+    and query blocks before them from there on.
     """
     page, wide = geometry.page_size, geometry.compute_dtype.itemsize == 4
     # Six passes of bfloat16 make a float32 product: long chunks would only make a long program.

@@ -68,6 +68,32 @@ def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_s
     compare(xla.ragged_paged_attention, case, window=None)
 
 
+def test_soft_cap_and_sinks(ragged_case):
+    """A cap that bends the scores, and sinks that take from no weight to nearly all, in decode and in longer ranges."""
+    case = ragged_case([(1, 40), (30, 9), (1, 150)], seed=5)
+    options = {"layer": 1, "scale": 0.3, "soft_cap": 2.0, "sinks": jnp.asarray([0.5, -30.0, 8.0, 0.0])}
+    expected, _ = reference.ragged_paged_attention(**case, **options)
+    out, _ = xla.ragged_paged_attention(**case, **options)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    plain, _ = xla.ragged_paged_attention(**case, layer=1, scale=0.3)
+    assert np.abs(out - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("stored", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
+def test_eight_bit_pages_with_scales(ragged_case, stored):
+    """Scales differ by layer, by key and value and by head; new tokens are stored rounded and clipped."""
+    case = ragged_case([(1, 40), (30, 9)], seed=6)
+    rows = case["pages"].swapaxes(3, 4)  # [L, P, 2, S, K, H]
+    pages = reference.to_storage(rows.reshape(-1, *rows.shape[4:]), stored, jnp.full(2, 0.05))
+    case["pages"] = pages.reshape(rows.shape).swapaxes(3, 4)
+    scales = jnp.asarray([[[9.0, 9.0], [9.0, 9.0]], [[0.02, 0.1], [0.05, 0.01]]])
+    options = {"layer": 1, "scale": 0.3, "kv_scales": scales}
+    expected, expected_pages = reference.ragged_paged_attention(**case, **options)
+    out, new_pages = xla.ragged_paged_attention(**case, **options)
+    np.testing.assert_allclose(out, expected, atol=1e-4 * max(1, float(jnp.abs(expected).max())))
+    np.testing.assert_array_equal(new_pages.astype(np.float32), expected_pages.astype(np.float32))
+
+
 def test_bfloat16_stays_near_float32(ragged_case):
     case = ragged_case([(1, 100), (50, 20)], seed=2, dtype=jnp.bfloat16)
     expected, _ = reference.ragged_paged_attention(**case, layer=0, scale=0.25)
