@@ -48,7 +48,7 @@ class EngineCore:
         elif isinstance(command, Abort):
             self.scheduler.abort(command.request_ids)
         elif isinstance(command, ResetPrefixCache):
-            return PrefixCacheReset(self.scheduler.reset_prefix_cache())
+            return PrefixCacheReset(self.scheduler.cache.reset())
         return None
 
     @property
@@ -80,17 +80,18 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """A snapshot of every counter."""
         scheduler, compiled, launches = self.scheduler, self.runner.compiled, self.runner.counters
+        cache = scheduler.cache
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_pages=scheduler.pool.num_pages,
-            num_pages_in_use=scheduler.pool.num_in_use,
-            num_tokens_in_pages=scheduler.num_tokens_in_pages,
+            num_pages=cache.pool.num_pages,
+            num_pages_in_use=cache.pool.num_in_use,
+            num_tokens_in_pages=cache.num_tokens_in_pages(scheduler.running),
             page_size=scheduler.limits.page_size,
             steps_total=launches.steps,
             prompt_tokens_total=scheduler.num_prompt_tokens,
-            prefix_cache_queries_total=scheduler.num_prefix_cache_queries,
-            prefix_cache_hits_total=scheduler.num_prefix_cache_hits,
+            prefix_cache_queries_total=cache.num_prefix_cache_queries,
+            prefix_cache_hits_total=cache.num_prefix_cache_hits,
             generation_tokens_total=scheduler.num_generation_tokens,
             padding_tokens_total=launches.padding_tokens,
             token_rows_total=launches.token_rows,

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from jax_engine.block_pool import BlockPool
+from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.request import Request
 
@@ -55,14 +55,16 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Owns every request and page: `schedule` makes a plan, `commit` takes its tokens.
+    """Owns every request: `schedule` makes a plan, `commit` takes its tokens.
 
     A plan may be made before the one before it is committed, not earlier: at most two are open.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
-        self.pool = BlockPool(limits.num_pages)
+        self.cache = KVCacheManager(
+            limits.num_pages, limits.page_size, enable_prefix_caching=limits.enable_prefix_caching
+        )
         self.requests: dict[str, Request] = {}
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
@@ -71,10 +73,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
-        self.num_prefix_cache_queries = 0  # tokens
-        self.num_prefix_cache_hits = 0
         self.finished: dict[str, int] = {}
-        self._filling: list[Request] = []  # those for which the latest plan fills a page
 
     def add(self, asked: CoreRequest) -> None:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
@@ -95,22 +94,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    @property
-    def num_tokens_in_pages(self) -> int:
-        """Tokens whose keys and values the pages in use hold, those of shared pages once."""
-        references = sum(len(request.pages) for request in self.running)
-        num_shared = (references - self.pool.num_in_use) * self.limits.page_size  # shared pages are full
-        return sum(request.num_computed for request in self.running) - num_shared
-
-    def reset_prefix_cache(self) -> bool:
-        """Forget what free pages hold; False, and nothing is forgotten, while a request holds pages."""
-        return self.pool.reset()
-
     def schedule(self) -> StepPlan | None:
         """Spend one step's token budget: running requests first, one-token ranges before chunks, then waiting
         prompts.
         """
-        self._register_filled()
+        self.cache.register_filled()
         chunks: list[Chunk] = []
         preemptions = self.num_preemptions
         budget = self.limits.token_budget
@@ -169,94 +157,41 @@ class Scheduler:
         """A chunk of a running request, preempting later arrivals for its pages; None when the request had to give up
         its own.
         """
-        needed = self._pages_needed(request, length)
-        while needed > self.pool.num_free:
+        while not self.cache.can_grow(request, length):
             victim = self._victim({id(chunk.request) for chunk in scheduled})
             self._preempt(victim)
             if victim is request:
                 return None
-        return self._chunk(request, length, self.pool.allocate(needed))
+        return self._chunk(request, length, first_new_page=len(request.pages))
 
     def _admit(self, chunks: list[Chunk], budget: int) -> None:
         """Start waiting requests in order of arrival while budget, slots and pages last."""
         while self.waiting and budget and self._free_slots:
             request = self.waiting[0]
-            cached = self._cached_prefix(request)
+            cached = self.cache.cached_prefix(request)
             num_cached_tokens = len(cached) * self.limits.page_size
             length = min(request.num_uncomputed - num_cached_tokens, budget)
-            needed = -(-(num_cached_tokens + length) // self.limits.page_size) - len(cached)
             reserve = int(self.limits.watermark * self.limits.num_pages) if self.running else 0
-            if needed + self.pool.num_idle(cached) + reserve > self.pool.num_free:
+            if not self.cache.can_start(cached, num_cached_tokens + length, reserve=reserve):
                 return
             self.waiting.popleft()
-            self.pool.share(cached)
+            self.cache.start(request, cached)
             request.slot = self._free_slots.pop()
-            request.num_computed, request.num_registered = num_cached_tokens, len(cached)
             if request.first_scheduled_time is None:
-                self._count_first_admission(request)
+                request.first_scheduled_time = time.monotonic()
+                self.cache.count_lookup(request)
             insort(self.running, request, key=lambda running: running.order)
-            chunks.append(self._chunk(request, length, [*cached, *self.pool.allocate(needed)]))
+            chunks.append(self._chunk(request, length, first_new_page=0))
             budget -= length
 
-    def _count_first_admission(self, request: Request) -> None:
-        request.first_scheduled_time = time.monotonic()
-        request.num_cached_tokens = request.num_computed
-        if self.limits.enable_prefix_caching:
-            self.num_prefix_cache_queries += len(request.tokens)
-            self.num_prefix_cache_hits += request.num_computed
-
-    def _cached_prefix(self, request: Request) -> list[int]:
-        """The longest run of known pages that a waiting request begins with; never its last token, whose logits the
-        next one is drawn from. None of its tokens is on the device only: the steps it was in have been committed.
-        """
-        cached: list[int] = []
-        if not self.limits.enable_prefix_caching:
-            return cached
-        page_size = self.limits.page_size
-        for index in range((len(request.tokens) - 1) // page_size):
-            page = self.pool.find(request.page_hash(index, page_size))
-            if page is None:
-                break
-            cached.append(page)
-        return cached
-
-    def _register_filled(self) -> None:
-        """Let the pages that the plan before this one fills be found.
-
-        That plan has been launched, and steps run in order: whatever a later step reads of them is there by then. In
-        its own step a page is not shared, since rows of one step do not wait for each other.
-        """
-        for request in self._filling:
-            self._register(request)
-        self._filling.clear()
-
-    def _register(self, request: Request) -> None:
-        """Register a running request's full pages, as far as the launched steps fill them and the host knows their
-        tokens.
-        """
-        page_size = self.limits.page_size
-        num_full = min(request.num_computed, len(request.tokens)) // page_size
-        for index in range(request.num_registered, min(num_full, len(request.pages))):
-            self.pool.register(request.pages[index], request.page_hash(index, page_size))
-            request.num_registered = index + 1
-
-    def _chunk(self, request: Request, length: int, new_pages: list[int]) -> Chunk:
-        """Give a request the pages of its next `length` tokens and count those as computed."""
+    def _chunk(self, request: Request, length: int, *, first_new_page: int) -> Chunk:
+        """Plan a request's next `length` tokens, for which there are pages."""
         start = request.num_computed
-        first_new_page = len(request.pages)
-        request.pages.extend(new_pages)
-        request.num_computed += length
-        if self.limits.enable_prefix_caching and start // self.limits.page_size < (
-            request.num_computed // self.limits.page_size
-        ):
-            self._filling.append(request)
+        self.cache.grow(request, length)
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         samples = request.num_computed == request.length
         request.num_pending += samples
-        return Chunk(request, request.slot, start, length, samples, first_new_page, new_pages)
-
-    def _pages_needed(self, request: Request, length: int) -> int:
-        return -(-(request.num_computed + length) // self.limits.page_size) - len(request.pages)
+        return Chunk(request, request.slot, start, length, samples, first_new_page, request.pages[first_new_page:])
 
     def _victim(self, scheduled: set[int]) -> Request:
         """The latest arrival that this step does not use yet."""
@@ -282,13 +217,8 @@ class Scheduler:
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
-        """Take a request out of the running ones; its full pages can still be found. Steps in flight may still write
-        its pages: they run before any later step does.
-        """
-        if self.limits.enable_prefix_caching:
-            self._register(request)
+        """Take a request out of the running ones, and its slot and pages."""
+        self.cache.release(request)
         self.running.remove(request)
         self._free_slots.append(request.slot)
-        self.pool.free(request.pages)
-        request.pages = []
         request.slot = -1

@@ -74,7 +74,7 @@ def test_the_last_token_it_may_have_is_not_run_past():
     (output,) = scheduler.commit(plan, [5])
     assert (output.new_token_ids, output.finish_reason) == ([5], "length")
     assert not scheduler.has_work
-    assert scheduler.pool.num_in_use == 0
+    assert scheduler.cache.pool.num_in_use == 0
 
 
 def test_a_stop_seen_one_step_late_yields_nothing_after_it():
@@ -85,7 +85,7 @@ def test_a_stop_seen_one_step_late_yields_nothing_after_it():
     (output,) = scheduler.commit(first, [9])
     assert (output.finish_reason, output.stop_reason) == ("stop", 9)
     assert scheduler.commit(second, [4]) == []
-    assert scheduler.pool.num_in_use == 0
+    assert scheduler.cache.pool.num_in_use == 0
 
 
 @pytest.mark.parametrize(("min_tokens", "reason"), [(0, "stop"), (1, "stop"), (2, None)])
@@ -123,7 +123,7 @@ def test_an_abort_frees_everything(when):
         scheduler.commit(plan, [1])
     scheduler.abort(["a", "never seen"])
     assert not scheduler.has_work
-    assert scheduler.pool.num_in_use == 0
+    assert scheduler.cache.pool.num_in_use == 0
     assert scheduler.finished == {"abort": 1}
     if when == "launched":
         assert scheduler.commit(plan, [1]) == []
@@ -171,7 +171,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         if step > 12 and plan is None and not scheduler.has_work:
             break
     assert not scheduler.has_work, "work was left undone"
-    assert scheduler.pool.num_in_use == 0
+    assert scheduler.cache.pool.num_in_use == 0
     for name, (num_prompt, max_tokens) in expected.items():
         whole = [token_at(name, num_prompt + offset) for offset in range(max_tokens)]
         assert outputs[name] == whole[: len(outputs[name])]
@@ -228,9 +228,9 @@ def check_pages(scheduler: Scheduler) -> None:
     """Every running request has just the pages its tokens need; each is counted once for each that has it."""
     page_size = scheduler.limits.page_size
     users = Counter(page for request in scheduler.running for page in request.pages)
-    assert scheduler.pool._counts == [users[page] for page in range(scheduler.limits.num_pages)]
+    assert scheduler.cache.pool._counts == [users[page] for page in range(scheduler.limits.num_pages)]
     assert scheduler.limits.enable_prefix_caching or set(users.values()) <= {1}
-    assert 0 <= scheduler.num_tokens_in_pages <= len(users) * page_size
+    assert 0 <= scheduler.cache.num_tokens_in_pages(scheduler.running) <= len(users) * page_size
     for request in scheduler.running:
         assert len(request.pages) == -(-request.num_computed // page_size)
 
@@ -255,9 +255,9 @@ def test_the_longest_prefix_of_full_pages_is_taken_but_never_the_last_token(leng
         scheduler.add(core_request(name, list(range(length)), 1))
         found = finish(scheduler)
     assert found == {"b": cached}
-    assert (scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits) == (2 * length, cached)
+    assert (scheduler.cache.num_prefix_cache_queries, scheduler.cache.num_prefix_cache_hits) == (2 * length, cached)
     assert scheduler.num_prompt_tokens == 2 * length - cached
-    assert scheduler.pool.num_in_use == 0
+    assert scheduler.cache.pool.num_in_use == 0
 
 
 def test_generated_tokens_are_found_by_the_next_turn():
@@ -325,7 +325,7 @@ def test_cached_pages_that_nobody_uses_are_room_only_once():
     plan = scheduler.schedule()
     scheduler.add(core_request("c", list(range(9)), 1))
     ahead = scheduler.schedule()
-    assert (ranges(ahead), scheduler.pool.num_free) == ([("b", 5, 1)], 2)
+    assert (ranges(ahead), scheduler.cache.pool.num_free) == ([("b", 5, 1)], 2)
     for step in (plan, ahead):
         scheduler.commit(step, tokens_of(step))
     assert ranges(scheduler.schedule()) == [("c", 8, 1)]
@@ -335,11 +335,11 @@ def test_a_reset_waits_for_running_requests():
     scheduler = Scheduler(limits())
     scheduler.add(asked("a", 9, 1))
     plan = scheduler.schedule()
-    assert not scheduler.reset_prefix_cache()
+    assert not scheduler.cache.reset()
     scheduler.commit(plan, tokens_of(plan))
     scheduler.add(asked("a", 9, 1))
     assert finish(scheduler) == {"a": 8}, "a refused reset forgets nothing"
-    assert scheduler.reset_prefix_cache()
+    assert scheduler.cache.reset()
     scheduler.add(asked("a", 9, 1))
     assert finish(scheduler) == {"a": 0}
 
@@ -349,7 +349,7 @@ def test_switched_off_nothing_is_looked_up_or_shared():
     for _ in range(2):
         scheduler.add(asked("a", 9, 1))
         assert finish(scheduler) == {"a": 0}
-    assert (scheduler.num_prefix_cache_queries, scheduler.num_prefix_cache_hits) == (0, 0)
+    assert (scheduler.cache.num_prefix_cache_queries, scheduler.cache.num_prefix_cache_hits) == (0, 0)
 
 
 def test_hashing_is_linear_in_the_length():
