@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
-from jax_engine.config import EngineConfig, default_compilation_cache_dir
+from jax_engine.config import EngineConfig
 from jax_engine.loader import load_config, load_leaves
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
@@ -62,7 +63,7 @@ class Runner:
         Raises:
             ValueError: the model or the settings cannot be served; the message says what would be.
         """
-        set_compilation_cache(config.compilation_cache_dir)
+        use_compilation_cache(config.compilation_cache_dir)
         device = jax.devices()[0]
         folder = resolve_model_path(config.model, revision=config.revision)
         model_config, model_class = load_config(folder)
@@ -220,15 +221,3 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
     if platform == "cpu":
         return jnp.dtype(jnp.float32)
     return jnp.dtype(stored if stored in ("bfloat16", "float16") else jnp.bfloat16)
-
-
-def set_compilation_cache(folder: str | None) -> None:
-    """Keep executables on disk, small and quickly compiled ones too, so that the next start finds them; "" turns it
-    off.
-    """
-    folder = default_compilation_cache_dir() if folder is None else folder
-    if not folder:
-        return
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
