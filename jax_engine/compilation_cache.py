@@ -39,9 +39,8 @@ def use_compilation_cache(folder: str | None) -> None:
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if jax.config.read("jax_compilation_cache_dir") != str(own):
-        jax.config.update("jax_compilation_cache_dir", str(own))
-        compilation_cache.reset_cache()  # it would keep to the first folder that this process used
+    jax.config.update("jax_compilation_cache_dir", str(own))
+    compilation_cache.reset_cache()  # it would keep to the first folder that this process used
 
 
 def machine_name() -> str:
