@@ -7,7 +7,7 @@ take that time from the server under test.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +54,19 @@ async def get(target: Target, path: str) -> str:
         return "\n".join([line async for line in lines])
 
 
-async def stream(target: Target, path: str, body: dict[str, Any]) -> AsyncIterator[tuple[float, dict[str, Any]]]:
+async def post(target: Target, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """POST `body`; the JSON of a successful answer.
+
+    Raises:
+        RequestError: any status but 200.
+        OSError: no connection.
+    """
+    async with _request(target, "POST", path, json.dumps(body).encode()) as lines:
+        answer: dict[str, Any] = json.loads("\n".join([line async for line in lines]))
+    return answer
+
+
+async def stream(target: Target, path: str, body: dict[str, Any]) -> AsyncGenerator[tuple[float, dict[str, Any]], None]:
     """POST `body` and yield each server-sent event's JSON with its arrival time (`time.perf_counter`), until `[DONE]`.
 
     Raises:
