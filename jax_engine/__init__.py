@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from jax_engine.config import EngineConfig as EngineConfig
     from jax_engine.core_client import EngineDeadError as EngineDeadError
     from jax_engine.llm import LLM as LLM
+    from jax_engine.output_processor import QueueOverflowError as QueueOverflowError
     from jax_engine.output_processor import RequestFailedError as RequestFailedError
     from jax_engine.outputs import CompletionOutput as CompletionOutput
     from jax_engine.outputs import RequestOutput as RequestOutput
@@ -22,6 +23,7 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
     "EngineDeadError": "core_client",
+    "QueueOverflowError": "output_processor",
     "RequestFailedError": "output_processor",
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",

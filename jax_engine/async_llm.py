@@ -10,9 +10,9 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError
 from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache
 from jax_engine.model_files import resolve_model_path
-from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
+from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
-from jax_engine.processor import InputProcessor, ModelText, Prompt, TextPrompt
+from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.stats import EngineStats
 
@@ -34,6 +34,7 @@ class RequestStream:
 
     Raises, while iterating:
         EngineDeadError: the engine core has died.
+        QueueOverflowError: the core did not take this request, since too many are in flight.
         RequestFailedError: the core gave this request up.
     """
 
@@ -67,7 +68,7 @@ class RequestStream:
     def wake(self) -> None:
         """There is an output to take. For the `AsyncLLM`."""
         if self._state.error is not None:
-            self.fail(RequestFailedError(f"request {self._state.request.request_id} failed: {self._state.error}"))
+            self.fail(self._state.error)
         self._ready.set()
 
     def fail(self, error: RuntimeError) -> None:
@@ -87,7 +88,7 @@ class AsyncLLM:
         self.tokenizer = text.tokenizer
         self.dead_reason: str | None = None
         self._core = core
-        self._inputs = InputProcessor(text, core.info, seed=config.seed)
+        self._inputs = InputProcessor(text, core.info, seed=config.seed, scheduling_policy=config.scheduling_policy)
         self._outputs = OutputProcessor(text.tokenizer)
         self._streams: dict[str, RequestStream] = {}
         self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
@@ -123,33 +124,62 @@ class AsyncLLM:
         """Whether no request can be served any more; `dead_reason` says why."""
         return self.dead_reason is not None
 
-    async def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> RequestStream:
+    async def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+    ) -> RequestStream:
         """Begin a request; its outputs come by the stream.
 
         Raises:
             ValueError: a bad prompt or parameter, or an id that a running request has.
             EngineDeadError: the engine core has died.
         """
+        (stream,) = self.add_prepared([await self.prepare(request_id, prompt, params, priority=priority)])
+        return stream
+
+    async def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+    ) -> PreparedRequest:
+        """Check and tokenize a request, for `add_prepared`; raises what `add_request` does."""
         self._check_alive()
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         if isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS:
-            prepared = await asyncio.to_thread(self._inputs.prepare, request_id, prompt, params)
-            self._check_alive()
-        else:
-            prepared = self._inputs.prepare(request_id, prompt, params)
-        state = self._outputs.add(prepared)
-        stream = self._streams[request_id] = RequestStream(state, lambda: self._abort(request_id))
-        self._core.send(Add(list(prepared.core_requests)))
-        return stream
+            return await asyncio.to_thread(self._inputs.prepare, request_id, prompt, params, priority=priority)
+        return self._inputs.prepare(request_id, prompt, params, priority=priority)
+
+    def add_prepared(self, requests: Sequence[PreparedRequest]) -> list[RequestStream]:
+        """Begin requests together: when too many are in flight, none of them is taken, and each stream raises a
+        QueueOverflowError.
+
+        Raises:
+            ValueError: more sequences than may ever be in flight, or an id that a running request has.
+            EngineDeadError: the engine core has died.
+        """
+        self._check_alive()
+        sequences = [sequence for request in requests for sequence in request.core_requests]
+        limit = self.config.max_num_queued_reqs
+        if limit is not None and len(sequences) > limit:
+            raise ValueError(
+                f"prompts and n make {len(sequences)} sequences, and max_num_queued_reqs={limit} may be in flight; "
+                "ask for fewer at once"
+            )
+        streams: list[RequestStream] = []
+        try:
+            streams += map(self._stream, requests)
+        except ValueError:
+            for stream in streams:
+                stream.abort()
+            raise
+        self._core.send(Add(sequences))
+        return streams
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str
+        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of one request as they come, with the errors of `add_request` and of the stream.
 
         Leaving the iterator early aborts the request.
         """
-        stream = await self.add_request(request_id, prompt, sampling_params)
+        stream = await self.add_request(request_id, prompt, sampling_params, priority=priority)
         try:
             async for output in stream:
                 yield output
@@ -242,6 +272,12 @@ class AsyncLLM:
             await asyncio.sleep(
                 0
             )  # receiving does not wait while steps are queued, and the streams' readers must run too
+
+    def _stream(self, request: PreparedRequest) -> RequestStream:
+        request_id = request.request_id
+        stream = RequestStream(self._outputs.add(request), lambda: self._abort(request_id))
+        self._streams[request_id] = stream
+        return stream
 
     def _wake(self, state: RequestState) -> None:
         request_id = state.request.request_id

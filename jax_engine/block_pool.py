@@ -4,6 +4,7 @@ Prefix caching by pages, after vLLM (Kwon et al., SOSP 2023) and its automatic p
 the hash of its tokens and of all before them, and keeps its content after its last user until it is needed for another.
 """
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -51,6 +52,14 @@ class BlockPool:
     def num_idle(self, pages: Sequence[int]) -> int:
         """How many of these pages `num_free` counts: sharing them takes so many away."""
         return sum(self._counts[page] == 0 for page in pages)
+
+    def num_unshared(self, pages: Sequence[int]) -> int:
+        """How many of a sequence's pages have it for their only user.
+
+        Takes O(log pages): whoever uses a page uses what comes before it, so that shared pages come first (nearly
+        always: pages of equal content may be there twice).
+        """
+        return len(pages) - bisect_left(pages, True, key=lambda page: self._counts[page] == 1)
 
     def share(self, pages: Sequence[int]) -> None:
         """Add one user to each of these pages, which `find` gave."""

@@ -8,6 +8,7 @@ from jax_engine.sampling_params import integer, number
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 
 
 def default_compilation_cache_dir() -> str:
@@ -35,6 +36,12 @@ class EngineConfig:
     max_model_len: int | None = None  # None: the model's own, or what the pages hold if that is less
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # None: max(512, max_num_seqs)
+    enable_chunked_prefill: bool = True  # False: each prompt in one step, which max_num_batched_tokens must hold
+    long_prefill_token_threshold: int = 0  # tokens of a prompt that a step computes at most; 0: what the budget holds
+    # Who runs first: fcfs, in order of arrival; priority, the lowest number first, which also takes slots and pages of
+    # higher ones; sjf, the shortest prompt first, aged so that none starves.
+    scheduling_policy: str = "fcfs"
+    max_num_queued_reqs: int | None = None  # sequences in flight, waiting or running, of a server; None: no bound
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
@@ -47,10 +54,10 @@ class EngineConfig:
     compile_before_ready: bool = False  # every step program before serving, not only the largest
 
     def __post_init__(self) -> None:
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise ValueError(
-                f"enable_prefix_caching={self.enable_prefix_caching!r} must be true or false; leave it out for true"
-            )
+        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be true or false; leave it out for true")
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
@@ -93,6 +100,31 @@ class EngineConfig:
                 low=1,
                 high=2**62,
                 remedy="leave it out for a default",
+            )
+        self._check_scheduling()
+
+    def _check_scheduling(self) -> None:
+        choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
+        threshold = self.long_prefill_token_threshold
+        integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
+        if threshold and not self.enable_chunked_prefill:
+            raise ValueError(
+                f"long_prefill_token_threshold={threshold} cuts prompts, and enable_chunked_prefill=False keeps them "
+                "whole; drop one of the two"
+            )
+        if self.max_num_queued_reqs is not None:
+            remedy = "leave it out for no bound"
+            integer("max_num_queued_reqs", self.max_num_queued_reqs, low=1, high=2**31 - 1, remedy=remedy)
+        if self.max_model_len is not None:
+            self.check_whole_prompts(self.max_model_len)
+
+    def check_whole_prompts(self, max_model_len: int) -> None:
+        """Without chunked prefill, a step must hold the longest sequence: ValueError when `max_model_len` is longer."""
+        if not self.enable_chunked_prefill and self.token_budget < max_model_len:
+            raise ValueError(
+                f"enable_chunked_prefill=False computes every prompt in one step, and max_num_batched_tokens="
+                f"{self.token_budget} is less than max_model_len={max_model_len}; raise max_num_batched_tokens to "
+                f"{max_model_len}, lower max_model_len, or leave chunked prefill on"
             )
 
     @property

@@ -59,7 +59,7 @@ class InProcessCore:
     def reset_prefix_cache(self) -> bool:
         """Forget what free pages hold; False, and nothing is forgotten, while a request holds pages."""
         reply = self._core.handle(ResetPrefixCache())
-        assert reply is not None
+        assert isinstance(reply, PrefixCacheReset)
         return reply.done
 
     def has_work(self) -> bool:

@@ -9,6 +9,7 @@ from jax_engine.messages import (
     Add,
     Command,
     CoreOutput,
+    CoreRequest,
     PrefixCacheReset,
     Ready,
     ResetPrefixCache,
@@ -28,6 +29,8 @@ class EngineCore:
         self.runner = Runner(config)
         limits = self.runner.limits(config)
         self.scheduler = Scheduler(limits)
+        self._max_in_flight = config.max_num_queued_reqs
+        self._num_refused = 0
         self.info = Ready(
             max_model_len=self.runner.memory.max_model_len,
             vocab_size=self.runner.vocab_size,
@@ -38,18 +41,31 @@ class EngineCore:
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
 
-    def handle(self, command: Command) -> PrefixCacheReset | None:
+    def handle(self, command: Command) -> PrefixCacheReset | StepOutputs | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
         on.
         """
         if isinstance(command, Add):
-            for request in command.requests:
-                self.scheduler.add(request)
-        elif isinstance(command, Abort):
+            return self._add(command.requests)
+        if isinstance(command, Abort):
             self.scheduler.abort(command.request_ids)
         elif isinstance(command, ResetPrefixCache):
             return PrefixCacheReset(self.scheduler.cache.reset())
         return None
+
+    def _add(self, requests: Sequence[CoreRequest]) -> StepOutputs | None:
+        """Queue requests, or refuse all of them when too many sequences would be in flight.
+
+        The core decides, since it alone knows all that is in flight, whoever sent it.
+        """
+        limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests)
+        if limit is None or num_in_flight + len(requests) <= limit:
+            for request in requests:
+                self.scheduler.add(request)
+            return None
+        self._num_refused += len(requests)
+        reason = f"{num_in_flight} sequences are in flight and max_num_queued_reqs={limit} is the most; try again later"
+        return StepOutputs([CoreOutput(r.request_id, [], "refused", error=reason) for r in requests], self.stats())
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +113,7 @@ class EngineCore:
             token_rows_total=launches.token_rows,
             preemptions_total=scheduler.num_preemptions,
             finished_requests_total=dict(scheduler.finished),
+            refused_requests_total=self._num_refused,
             programs_compiled=compiled.num_ready,
             programs_planned=len(compiled.programs),
             compile_seconds_total=compiled.seconds,

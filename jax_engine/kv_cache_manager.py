@@ -62,12 +62,12 @@ class KVCacheManager:
             self.num_prefix_cache_queries += len(request.tokens)
             self.num_prefix_cache_hits += request.num_computed
 
-    def can_grow(self, request: Request, length: int) -> bool:
-        """Whether there are pages for a request's next `length` tokens."""
-        return self._pages_for(request.num_computed + length) - len(request.pages) <= self.pool.num_free
+    def room(self, request: Request) -> int:
+        """How many more tokens a running request has pages for, its own and free ones."""
+        return (len(request.pages) + self.pool.num_free) * self.page_size - request.num_computed
 
     def grow(self, request: Request, length: int) -> None:
-        """Give a request the pages of its next `length` tokens and count those as computed; see `can_grow`."""
+        """Give a request the pages of its next `length` tokens and count those as computed; see `room`."""
         start = request.num_computed
         request.num_computed += length
         request.pages += self.pool.allocate(self._pages_for(request.num_computed) - len(request.pages))
@@ -92,6 +92,16 @@ class KVCacheManager:
             self._register(request)
         self.pool.free(request.pages)
         request.pages = []
+
+    def num_own_pages(self, request: Request) -> int:
+        """How many pages are free once a running request has given way: those that no other uses."""
+        return self.pool.num_unshared(request.pages)
+
+    def cost_of_preemption(self, request: Request) -> int:
+        """Tokens to compute again when a request that gives way returns. Pages shared with others will still be there;
+        its own are counted as lost, since they are what it gives way for.
+        """
+        return request.num_computed - (len(request.pages) - self.num_own_pages(request)) * self.page_size
 
     def _register(self, request: Request) -> None:
         """Register a running request's full pages, as far as the launched steps fill them and the host knows their

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.messages import Abort, Add, StepOutputs
-from jax_engine.output_processor import OutputProcessor, RequestFailedError, RequestState
+from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
@@ -39,7 +39,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "disable_custom_all_reduce": (False, True),
         "disable_log_stats": (False, True),
         "distributed_executor_backend": (None,),
-        "enable_chunked_prefill": (True, None),
         "enable_expert_parallel": (False,),
         "enable_lora": (False,),
         "enable_sleep_mode": (False,),
@@ -73,19 +72,25 @@ class LLM:
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         """Load `model`: a folder, a Hugging Face name, or None for the built-in one.
 
-        `settings` are those of `EngineConfig`; vLLM's others are accepted with the values that change nothing.
+        `settings` are those of `EngineConfig`, without `max_num_queued_reqs`: here the queue is what the caller gives.
+        vLLM's others are accepted with the values that change nothing.
 
         Raises:
             ValueError: an unknown or unsupported setting, or a model that cannot be served.
         """
         config = engine_config({"model": model, **settings})
+        if config.max_num_queued_reqs is not None:
+            raise ValueError(
+                f"max_num_queued_reqs={config.max_num_queued_reqs} bounds what clients may send to a server, and LLM "
+                "runs all that it is given; leave it out"
+            )
         text = ModelText.load(config)  # before the core: a mistake here shows before anything compiles
         self.config = config
         self.model_path = text.path
         self._tokenizer = text.tokenizer
         self._core: InProcessCore | None = InProcessCore(config)
         self.info = self._core.info
-        self._inputs = InputProcessor(text, self.info, seed=config.seed)
+        self._inputs = InputProcessor(text, self.info, seed=config.seed, scheduling_policy=config.scheduling_policy)
         self._outputs = OutputProcessor(text.tokenizer)
         self._request_ids = map(str, itertools.count())
         self._lock = threading.Lock()
@@ -96,6 +101,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; returns finished outputs in the order of the prompts.
 
@@ -103,13 +109,15 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such.
             sampling_params: one for all prompts, or one for each; None takes `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
+            priority: one for each prompt, the lowest first; with `scheduling_policy="priority"`.
 
         Raises:
             ValueError: a bad prompt or parameter; in a list, naming its index, and before anything has run.
             RequestFailedError: the engine core gave a request up.
             KeyboardInterrupt: Ctrl-C; what was running is aborted, and the engine can be used again.
         """
-        return self._run(self._prepare(_prompt_list(prompts), sampling_params, "prompts"), use_tqdm=use_tqdm)
+        prepared = self._prepare(_prompt_list(prompts), sampling_params, "prompts", priority)
+        return self._run(prepared, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -182,7 +190,11 @@ class LLM:
         return self._core
 
     def _prepare(
-        self, prompts: list[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None, what: str
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        what: str,
+        priority: Sequence[int] | None = None,
     ) -> list[PreparedRequest]:
         """Check everything, so that nothing runs when one of many is wrong."""
         given = self._inputs.default_params if sampling_params is None else sampling_params
@@ -194,11 +206,14 @@ class LLM:
                 f"sampling_params has {len(all_params)} entries for {len(prompts)} {what}; "
                 "give one for each, or a single one for all"
             )
+        priorities = [0] * len(prompts) if priority is None else list(priority)
+        if len(priorities) != len(prompts):
+            raise ValueError(f"priority has {len(priorities)} entries for {len(prompts)} {what}; give one for each")
         prepared = []
-        for index, (prompt, params) in enumerate(zip(prompts, all_params, strict=True)):
+        for index, (prompt, params, rank) in enumerate(zip(prompts, all_params, priorities, strict=True)):
             try:
                 final = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                prepared.append(self._inputs.prepare(next(self._request_ids), prompt, final))
+                prepared.append(self._inputs.prepare(next(self._request_ids), prompt, final, priority=rank))
             except ValueError as error:
                 raise ValueError(f"{what}[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
         return prepared
@@ -235,7 +250,7 @@ class LLM:
             core.send(Abort(processed.stopped))
         for state in processed.changed:
             if state.error is not None:
-                raise RequestFailedError(f"request {state.request.request_id} failed: {state.error}")
+                raise state.error
             progress.finish(state)
 
 

@@ -24,11 +24,12 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     stop_token_ids: tuple[int, ...]
     arrival_time: float  # time.monotonic()
     cache_salt: str | None = None  # pages are shared only among requests of one salt
+    priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
 
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
     """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
-    end of sequence), "length", "abort" or "error"."""
+    end of sequence), "length", "abort", "error", or "refused" when the queue is full."""
 
     request_id: str
     new_token_ids: list[int]
@@ -37,7 +38,7 @@ class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
     num_cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache when it first ran
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
-    error: str | None = None  # what went wrong, with finish_reason "error"
+    error: str | None = None  # what went wrong, with finish_reason "error" or "refused"
 
 
 class StepOutputs(msgspec.Struct, array_like=True, frozen=True, tag="step"):
@@ -48,6 +49,8 @@ class StepOutputs(msgspec.Struct, array_like=True, frozen=True, tag="step"):
 
 
 class Add(msgspec.Struct, array_like=True, frozen=True, tag="add"):
+    """Begin these, all or none: those that `max_num_queued_reqs` has no room for are answered with "refused"."""
+
     requests: list[CoreRequest]
 
 

@@ -16,6 +16,12 @@ class RequestFailedError(RuntimeError):
     """The engine core gave up one request; the others go on. The message says why."""
 
 
+class QueueOverflowError(RuntimeError):
+    """As many sequences as `max_num_queued_reqs` allows are in flight: the request was refused before it entered. It
+    may be sent again.
+    """
+
+
 class Completion:
     """One completion as it grows. Mutable; owned by its `RequestState`.
 
@@ -118,7 +124,7 @@ class RequestState:
         params = request.params
         stops = StopStrings(params.stop_strings) if params.stop_strings else None
         self.request = request
-        self.error: str | None = None  # why the core gave it up
+        self.error: RuntimeError | None = None  # why the core gave it up or did not take it
         self.changed = False  # has an output that was not taken
         self.finished = False  # every completion has ended
         self.completions = [
@@ -229,7 +235,9 @@ class OutputProcessor:
             if completion.extend(output):
                 stopped.append(output.request_id)
             if output.error is not None:
-                state.error = output.error
+                refused = output.finish_reason == "refused"
+                reason = output.error if refused else f"request {state.request.request_id} failed: {output.error}"
+                state.error = QueueOverflowError(reason) if refused else RequestFailedError(reason)
                 stopped += self.abort([state.request.request_id])
             elif completion.finish_reason is not None:
                 del self._sequences[output.request_id]

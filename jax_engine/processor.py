@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 from jax_engine.config import EngineConfig
 from jax_engine.messages import CoreRequest, Ready
 from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
-from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams
+from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -82,22 +82,24 @@ class PreparedRequest:
 class InputProcessor:
     """Checks prompts and sampling parameters against one model. Threads may share it."""
 
-    def __init__(self, text: ModelText, info: Ready, *, seed: int = 0) -> None:
+    def __init__(self, text: ModelText, info: Ready, *, seed: int = 0, scheduling_policy: str = "fcfs") -> None:
         """`seed` is the engine's, for requests without one."""
         self.eos_token_ids = end_of_sequence_ids(text.generation_config, text.tokenizer.eos_token_id)
         self.default_params = default_sampling_params(text.generation_config)
         self._tokenizer = text.tokenizer
         self._info = info
         self._seed = seed
+        self._scheduling_policy = scheduling_policy
         self._numbers = itertools.count()
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams) -> PreparedRequest:
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> PreparedRequest:
         """Turn one prompt into what the core takes.
 
         Raises:
-            ValueError: anything wrong with prompt or parameters.
+            ValueError: anything wrong with prompt or parameters, or a priority that this engine does not heed.
         """
         arrival_time = time.monotonic()
+        self._check_priority(priority)
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         self._check_stop_ids(params)
@@ -127,6 +129,7 @@ class InputProcessor:
                     stop_token_ids=tuple(params.stop_token_ids or ()),
                     arrival_time=arrival_time,
                     cache_salt=cache_salt,
+                    priority=priority,
                 )
                 for index in range(params.n)
             ),
@@ -172,6 +175,14 @@ class InputProcessor:
             raise ValueError(
                 f"prompt has {len(token_ids)} tokens; at most {self._info.max_model_len - 1} fit with one to generate "
                 f"(max_model_len={self._info.max_model_len}): shorten it, or raise max_model_len if the model allows"
+            )
+
+    def _check_priority(self, priority: int) -> None:
+        integer("priority", priority, low=-(2**31), high=2**31 - 1, remedy="the lowest runs first; 0 is the default")
+        if priority and self._scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={priority} needs scheduling_policy='priority', and this engine's is "
+                f"{self._scheduling_policy!r}; leave it out or send 0"
             )
 
     def _check_stop_ids(self, params: SamplingParams) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from jax_engine.messages import CoreRequest
 
+Urgency = tuple[float, int]  # the lower, the sooner; no two requests have the same
+
 
 @dataclass(eq=False, slots=True)
 class Request:
@@ -17,6 +19,7 @@ class Request:
 
     asked: CoreRequest
     order: int  # of arrival
+    urgency: Urgency = (0.0, 0)  # by the scheduling policy; set once, and kept when it is preempted
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     length_limit: int = field(init=False)  # tokens, prompt and output, at which the request ends

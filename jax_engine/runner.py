@@ -68,6 +68,7 @@ class Runner:
         folder = resolve_model_path(config.model, revision=config.revision)
         model_config, model_class = load_config(folder)
         model_config = model_config.with_max_model_len(longest_context(config, model_config))
+        config.check_whole_prompts(model_config.max_model_len)
         self._is_remote = device.platform != "cpu"  # tokens must travel to the host
         page_size = config.block_size or (64 if self._is_remote else 16)
         devices = config.tensor_parallel_size
@@ -116,6 +117,9 @@ class Runner:
             self._num_slots,
             config.token_budget,
             enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            long_prefill_token_threshold=config.long_prefill_token_threshold,
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:

@@ -6,14 +6,17 @@ chunks under one budget, decodes first, that of Sarathi-Serve (Agrawal et al. 20
 """
 
 import time
-from bisect import insort
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.request import Request
+from jax_engine.waiting_queue import POLICIES, WaitingQueue
+
+_urgency = attrgetter("urgency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +55,38 @@ class SchedulerLimits:
         0.01  # share of the pages that admission leaves to running requests, so that it does not preempt at once
     )
     enable_prefix_caching: bool = True
+    policy: str = "fcfs"  # of waiting_queue.POLICIES
+    enable_chunked_prefill: bool = True  # False: a prompt is computed in one step, which the budget must hold
+    long_prefill_token_threshold: int = 0  # longest chunk; 0: the budget
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan in the making. Mutable; lives for one `Scheduler.schedule`."""
+
+    tokens: int  # of the budget, not spent and not kept for a running request's next token
+    chunks: list[Chunk] = field(default_factory=list)
+    is_short: bool = False  # of pages: somebody has given way or waits for one
+    is_blocked: bool = False  # the most urgent waiting request cannot start
 
 
 class Scheduler:
     """Owns every request: `schedule` makes a plan, `commit` takes its tokens.
 
-    A plan may be made before the one before it is committed, not earlier: at most two are open.
+    A plan may be made before the one before it is committed, not earlier: at most two are open. `clock` gives the
+    seconds that arrival times are in; a simulation has one of its own.
     """
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
+        self._clock = clock
         self.cache = KVCacheManager(
             limits.num_pages, limits.page_size, enable_prefix_caching=limits.enable_prefix_caching
         )
         self.requests: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of arrival
+        self.waiting = WaitingQueue()
+        self.running: list[Request] = []  # the most urgent first
+        self._urgency_of = POLICIES[limits.policy]
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._num_added = 0
         self.num_preemptions = 0
@@ -79,8 +98,9 @@ class Scheduler:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
         request = Request(asked, order=self._num_added)
         self._num_added += 1
+        request.urgency = self._urgency_of(request)
         self.requests[asked.request_id] = request
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free what they hold; ids that are unknown or finished are ignored."""
@@ -95,27 +115,22 @@ class Scheduler:
         return bool(self.requests)
 
     def schedule(self) -> StepPlan | None:
-        """Spend one step's token budget: running requests first, one-token ranges before chunks, then waiting
-        prompts.
+        """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
+        chunk of a prompt, so that a long prompt never keeps others from decoding.
+
+        Whoever lacks pages takes them from less urgent requests, all of which come later in this step: none that
+        already is in it gives way, and the most urgent of all never does. It ends at some time, and so does everyone.
         """
         self.cache.register_filled()
-        chunks: list[Chunk] = []
-        preemptions = self.num_preemptions
-        budget = self.limits.token_budget
-        for chunk in self._continue_running():
-            chunks.append(chunk)
-            budget -= chunk.length
-        for request in [request for request in self.running if request.num_uncomputed > 1]:
-            if (
-                budget
-                and request.slot >= 0
-                and (grown := self._grow(request, min(request.num_uncomputed, budget), chunks))
-            ):
-                chunks.append(grown)
-                budget -= grown.length
-        if self.num_preemptions == preemptions:
-            self._admit(chunks, budget)
-        return StepPlan(chunks) if chunks else None
+        num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
+        step = _Step(tokens=self.limits.token_budget - num_decodes)
+        for request in tuple(self.running):
+            if request.slot >= 0:  # else it has given way
+                self._admit(step, before=request)
+            if request.slot >= 0:
+                self._continue(step, request)
+        self._admit(step)
+        return StepPlan(step.chunks) if step.chunks else None
 
     def commit(self, plan: StepPlan, tokens: Sequence[int]) -> list[CoreOutput]:
         """Take a step's sampled token per chunk (ignored where the chunk does not sample) and report what is new."""
@@ -142,47 +157,83 @@ class Scheduler:
                 self._finish(request)
         return outputs
 
-    def _continue_running(self) -> Iterator[Chunk]:
-        """The next token of every request that has one to compute. The token budget covers all running requests by
-        configuration.
-        """
-        scheduled: list[Chunk] = []
-        for request in [request for request in self.running if request.num_uncomputed == 1]:
-            # Making room for an earlier request may have preempted this one.
-            if request.slot >= 0 and (chunk := self._grow(request, 1, scheduled)):
-                scheduled.append(chunk)
-        yield from scheduled
+    def _continue(self, step: "_Step", request: Request) -> None:
+        """Add a running request's next range to the step, as long as budget and pages allow.
 
-    def _grow(self, request: Request, length: int, scheduled: list[Chunk]) -> Chunk | None:
-        """A chunk of a running request, preempting later arrivals for its pages; None when the request had to give up
-        its own.
+        For its next page, less urgent requests give way. If there are none it waits in its place and keeps what it has,
+        which more urgent ones may still take.
         """
-        while not self.cache.can_grow(request, length):
-            victim = self._victim({id(chunk.request) for chunk in scheduled})
-            self._preempt(victim)
-            if victim is request:
-                return None
-        return self._chunk(request, length, first_new_page=len(request.pages))
+        is_decode = request.num_uncomputed == 1
+        length = 1 if is_decode else self._chunk_length(request.num_uncomputed, step.tokens)
+        if not length:
+            return
+        while not (room := self.cache.room(request)):
+            step.is_short = True
+            less_urgent = self.running[bisect_right(self.running, request.urgency, key=_urgency) :]
+            if not less_urgent:
+                return
+            self._give_way(step, self._victim(less_urgent))
+        length = min(length, room)
+        step.tokens -= 0 if is_decode else length
+        step.chunks.append(self._chunk(request, length, first_new_page=len(request.pages)))
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> None:
-        """Start waiting requests in order of arrival while budget, slots and pages last."""
-        while self.waiting and budget and self._free_slots:
-            request = self.waiting[0]
+    def _admit(self, step: "_Step", before: Request | None = None) -> None:
+        """Start waiting requests in order of urgency while budget, slots and pages last; those alone that are more
+        urgent than the running request `before`.
+
+        In a step that is short of pages, only those of a higher priority than running ones: they bring their own.
+        """
+        while not step.is_blocked and (request := self.waiting.first()) is not None:
+            if before is None:
+                is_due = not step.is_short
+            elif step.is_short:
+                is_due = request.asked.priority < before.asked.priority
+            else:
+                is_due = request.urgency < before.urgency
+            if not is_due:
+                return
+            step.is_blocked = not self._start(step, request)
+
+    def _start(self, step: "_Step", request: Request) -> bool:
+        """Give the most urgent waiting request a slot and the pages of its first range. For one of higher priority than
+        running ones, these give way where that helps; none of them is in this step yet. False when it must wait.
+        """
+        outranked = [running for running in self.running if running.asked.priority > request.asked.priority]
+        if not outranked and not (step.tokens and self._free_slots):
+            return False
+        while True:
             cached = self.cache.cached_prefix(request)
             num_cached_tokens = len(cached) * self.limits.page_size
-            length = min(request.num_uncomputed - num_cached_tokens, budget)
+            length = self._chunk_length(request.num_uncomputed - num_cached_tokens, step.tokens)
             reserve = int(self.limits.watermark * self.limits.num_pages) if self.running else 0
-            if not self.cache.can_start(cached, num_cached_tokens + length, reserve=reserve):
-                return
-            self.waiting.popleft()
-            self.cache.start(request, cached)
-            request.slot = self._free_slots.pop()
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = time.monotonic()
-                self.cache.count_lookup(request)
-            insort(self.running, request, key=lambda running: running.order)
-            chunks.append(self._chunk(request, length, first_new_page=0))
-            budget -= length
+            num_tokens = num_cached_tokens + length
+            if length and self._free_slots and self.cache.can_start(cached, num_tokens, reserve=reserve):
+                break
+            obtainable = sum(map(self.cache.num_own_pages, outranked))
+            helps = bool(length) or not self._free_slots
+            if not (outranked and helps and self.cache.can_start(cached, num_tokens, reserve=reserve - obtainable)):
+                return False
+            victim = self._victim(outranked)
+            outranked.remove(victim)
+            self._give_way(step, victim)
+        self.waiting.remove(request)
+        self.cache.start(request, cached)
+        request.slot = self._free_slots.pop()
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._clock()
+            self.cache.count_lookup(request)
+        insort(self.running, request, key=_urgency)
+        step.tokens -= length
+        step.chunks.append(self._chunk(request, length, first_new_page=0))
+        return True
+
+    def _chunk_length(self, num_uncomputed: int, num_tokens: int) -> int:
+        """How many of a request's uncomputed tokens to compute in a step with a budget of `num_tokens` left; 0 when it
+        has to wait.
+        """
+        if not self.limits.enable_chunked_prefill:
+            return num_uncomputed if num_uncomputed <= num_tokens else 0
+        return min(num_uncomputed, num_tokens, self.limits.long_prefill_token_threshold or num_tokens)
 
     def _chunk(self, request: Request, length: int, *, first_new_page: int) -> Chunk:
         """Plan a request's next `length` tokens, for which there are pages."""
@@ -193,19 +244,30 @@ class Scheduler:
         request.num_pending += samples
         return Chunk(request, request.slot, start, length, samples, first_new_page, request.pages[first_new_page:])
 
-    def _victim(self, scheduled: set[int]) -> Request:
-        """The latest arrival that this step does not use yet."""
-        return next(request for request in reversed(self.running) if id(request) not in scheduled)
+    def _victim(self, candidates: Sequence[Request]) -> Request:
+        """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""
+
+        def loss(request: Request) -> tuple[int, bool, int]:
+            frees_none = not self.cache.num_own_pages(request)
+            return -request.asked.priority, frees_none, self.cache.cost_of_preemption(request)
+
+        return min(reversed(candidates), key=loss)
+
+    def _give_way(self, step: "_Step", victim: Request) -> None:
+        """Preempt a request that is not in this step yet."""
+        step.tokens += victim.num_uncomputed == 1  # the place that was kept for it
+        step.is_short = True
+        self._preempt(victim)
 
     def _preempt(self, request: Request) -> None:
-        """Free a running request's pages; its tokens are computed again once it is readmitted, ahead of later
-        arrivals.
+        """Free a running request's pages; its tokens are computed again once it is readmitted, ahead of less urgent
+        requests.
         """
         self._release(request)
         request.num_computed = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
 
     def _finish(self, request: Request) -> None:
         assert request.finish_reason is not None

@@ -34,6 +34,7 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     token_rows_total: int = 0  # token rows of step programs, padding included
     preemptions_total: int = 0
     finished_requests_total: dict[str, int] = {}  # by finish reason
+    refused_requests_total: int = 0  # sequences that max_num_queued_reqs had no room for
     programs_compiled: int = 0
     programs_planned: int = 0
     compile_seconds_total: float = 0.0

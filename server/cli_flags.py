@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jax_engine.config import DTYPES, LOAD_FORMATS, EngineConfig
+from jax_engine.config import DTYPES, LOAD_FORMATS, SCHEDULING_POLICIES, EngineConfig
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -58,6 +58,31 @@ MEMORY_FLAGS = (
     Flag("enable_prefix_caching", "share the KV pages of equal beginnings; by default it does", type=bool),
     Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
 )
+SCHEDULING_FLAGS = (
+    Flag(
+        "scheduling_policy",
+        "who runs first: fcfs, as they come; priority, the lowest `priority` in a request's body, which also takes "
+        "slots and pages of others; sjf, the shortest prompt, aged so that none starves",
+        choices=SCHEDULING_POLICIES,
+    ),
+    Flag(
+        "max_num_queued_reqs",
+        "sequences in flight, waiting or running, beyond which a request is a 503 with Retry-After; else no bound",
+        type=count,
+        metavar="N",
+    ),
+    Flag(
+        "long_prefill_token_threshold",
+        "tokens of a prompt that one step computes at most, which leaves room for shorter ones; 0: no limit",
+        type=count,
+        metavar="TOKENS",
+    ),
+    Flag(
+        "enable_chunked_prefill",
+        "cut long prompts into chunks; without, --max-num-batched-tokens must hold the longest; by default it does",
+        type=bool,
+    ),
+)
 STEP_FLAGS = (
     Flag("max_num_seqs", "sequences that run at once", type=count, metavar="N"),
     Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
@@ -69,7 +94,7 @@ STEP_FLAGS = (
 COMPILE_FIRST = Flag(
     "compile_before_ready", "compile every step program before the first request, not only the largest", type=bool
 )
-ENGINE_GROUPS = {"model": MODEL_FLAGS, "memory": MEMORY_FLAGS, "speed": STEP_FLAGS}
+ENGINE_GROUPS = {"model": MODEL_FLAGS, "memory": MEMORY_FLAGS, "scheduling": SCHEDULING_FLAGS, "speed": STEP_FLAGS}
 
 
 class Parser(argparse.ArgumentParser):

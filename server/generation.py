@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from jax_engine.async_llm import RequestStream
 from jax_engine.core_client import EngineDeadError
-from jax_engine.output_processor import RequestFailedError
+from jax_engine.output_processor import QueueOverflowError, RequestFailedError
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import Prompt
 from jax_engine.sampling_params import SamplingParams
@@ -24,6 +24,8 @@ from jax_engine.server.tracking import PromptTracker, RequestRecord
 
 # Caches must not keep a stream, and nginx must not hold it back.
 STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
+
+RETRY_AFTER = 1  # seconds; a queue that is full has a place free about as often as a sequence ends
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,19 @@ def _next_output(stream: RequestStream) -> "asyncio.Task[RequestOutput]":
 
 @asynccontextmanager
 async def generation(
-    service: Service, record: RequestRecord, prompts: Sequence[Prompt], params: SamplingParams, receive: Receive
+    service: Service,
+    record: RequestRecord,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    receive: Receive,
+    *,
+    priority: int,
 ) -> AsyncIterator[Generation]:
     """Run the prompts; when the block is left, whatever the reason, what still runs is aborted.
 
     Raises:
-        ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there.
+        ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there, or all of
+            its queue is taken.
         ClientGoneError, ShuttingDownError: see `InFlight.track`.
     """
     engine = service.engine()
@@ -90,18 +99,28 @@ async def generation(
     record.trackers = running.trackers
     try:
         async with service.in_flight.track(receive):
+            prepared = []
             for number, prompt in enumerate(prompts):
                 # The client may send one request id twice; the engine's ids must differ.
                 engine_id = f"{record.request_id}-{uuid.uuid4().hex[:12]}"
                 try:
-                    stream = await engine.add_request(engine_id, prompt, params)
+                    prepared.append(await engine.prepare(engine_id, prompt, params, priority=priority))
                 except ValueError as error:
                     raise bad_request(error, prefix=f"prompt {number}: " if len(prompts) > 1 else "") from None
-                running.streams.append(stream)
-                running.trackers.append(PromptTracker(service.metrics, params))
+            try:
+                running.streams.extend(engine.add_prepared(prepared))
+            except ValueError as error:
+                raise bad_request(error) from None
+            running.trackers.extend(PromptTracker(service.metrics, params) for _ in prepared)
             yield running
     except EngineDeadError as error:
         raise unavailable(f"the engine has died: {error}", code="engine_dead") from None
+    except QueueOverflowError as error:
+        for tracker in running.trackers:
+            tracker.refuse()
+        # 503 and not 429: the server is busy, whoever asks. Clients repeat both; load balancers take only a 503 to
+        # another replica.
+        raise unavailable(str(error), code="queue_overflow", retry_after=RETRY_AFTER) from None
     except RequestFailedError as error:
         raise ApiError(500, str(error), code="request_failed") from None
     finally:
@@ -118,12 +137,15 @@ class GenerationStream(Response):
         prompts: Sequence[Prompt],
         params: SamplingParams,
         frames: Frames,
+        *,
+        priority: int,
     ) -> None:
         super().__init__(media_type=frames.media_type)
         self._service = service
         self._record = record
         self._prompts = prompts
         self._params = params
+        self._priority = priority
         self._frames = frames
         self._started: set[int] = set()  # completions that have begun
         self._sending = False
@@ -131,7 +153,9 @@ class GenerationStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async with (
-                generation(self._service, self._record, self._prompts, self._params, receive) as running,
+                generation(
+                    self._service, self._record, self._prompts, self._params, receive, priority=self._priority
+                ) as running,
                 aclosing(running.batches()) as batches,
             ):
                 async for batch in batches:

@@ -144,6 +144,10 @@ class Metrics(Collector):
             "vllm:prefix_cache_hits": ("Tokens found in the prefix cache.", stats.prefix_cache_hits_total),
             "vllm:generation_tokens": ("Tokens generated.", stats.generation_tokens_total),
             "vllm:num_preemptions": ("Times a sequence lost its pages to another.", stats.preemptions_total),
+            "jax_engine:requests_refused": (
+                "Sequences refused because max_num_queued_reqs were in flight.",
+                stats.refused_requests_total,
+            ),
             "jax_engine:steps": ("Engine steps.", stats.steps_total),
             "jax_engine:padding_tokens": ("Token rows of steps that held no token.", stats.padding_tokens_total),
             "jax_engine:token_rows": ("Token rows of steps, padding included.", stats.token_rows_total),

@@ -60,11 +60,12 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     service.check_model(asked.model)
     params = asked.sampling_params(service.engine().get_default_sampling_params())
     prompts = asked.prompts()
+    priority = asked.priority or 0
     response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, prompts, params, frames)
-    async with generation(service, record, prompts, params, request.receive) as running:
+        return GenerationStream(service, record, prompts, params, frames, priority=priority)
+    async with generation(service, record, prompts, params, request.receive, priority=priority) as running:
         outputs = await running.results()
     choices = [
         {
@@ -103,11 +104,12 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
         prompt["add_special_tokens"] = asked.add_special_tokens
     if asked.cache_salt is not None:
         prompt["cache_salt"] = asked.cache_salt
+    priority = asked.priority or 0
     response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, [prompt], params, frames)
-    async with generation(service, record, [prompt], params, request.receive) as running:
+        return GenerationStream(service, record, [prompt], params, frames, priority=priority)
+    async with generation(service, record, [prompt], params, request.receive, priority=priority) as running:
         (output,) = await running.results()
     choices = [
         {

@@ -38,10 +38,10 @@ async def answer_plain(service: Service, request: Request, asked: PlainRequest, 
     record: RequestRecord = request.state.record
     service.check_model(asked.model)
     params = asked.params(service.engine().get_default_sampling_params(), stream=stream)
-    prompts = asked.prompts()
+    prompts, priority = asked.prompts(), asked.priority or 0
     if stream:
-        return GenerationStream(service, record, prompts, params, LineFrames())
-    async with generation(service, record, prompts, params, request.receive) as running:
+        return GenerationStream(service, record, prompts, params, LineFrames(), priority=priority)
+    async with generation(service, record, prompts, params, request.receive, priority=priority) as running:
         outputs = await running.results()
     completions = [completion for output in outputs for completion in output.outputs]
     return json_response(

@@ -34,7 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
     "echo": (False,),
-    "priority": (0,),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -133,6 +132,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None  # null: as the tokenizer does for a prompt, none for a rendered chat
     cache_salt: str | None = None  # requests share cached prefixes only with those of the same salt
+    priority: int | None = None  # the lowest runs first; other than 0 only under the scheduling policy "priority"
 
     user: Any = None
     metadata: Any = None
@@ -155,7 +155,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     structured_outputs: Any = None
     response_format: Any = None
     echo: Any = None
-    priority: Any = None
     return_token_ids: Any = None
     service_tier: Any = None
     store: Any = None
@@ -286,6 +285,7 @@ class PlainRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     stream: bool = False
     sampling_params: SamplingFields | None = None
+    priority: int | None = None
 
     @classmethod
     def from_body(cls, body: bytes) -> Self:

@@ -52,6 +52,10 @@ class PromptTracker:
             for _ in range(self._params.n - len(self.finish_reasons)):
                 self._metrics.count_finished("abort")
 
+    def refuse(self) -> None:
+        """Count nothing: the engine did not take the prompt."""
+        self._closed = True
+
     def _observe_gaps(self, completion: CompletionOutput, times: RequestMetrics, now: float) -> None:
         """Time between tokens. Those that come together, or all at the end of an unstreamed answer, share it evenly."""
         num_new = len(completion.token_ids)

@@ -37,7 +37,7 @@ def refusal(make, **fields):
 def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
-    used |= {"tools", "tool_choice", "max_completion_tokens"}
+    used |= {"priority", "tools", "tool_choice", "max_completion_tokens"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
     fields = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
