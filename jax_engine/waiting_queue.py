@@ -1,8 +1,8 @@
 """Requests that wait to run, the most urgent first, and what makes one more urgent than another."""
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from jax_engine.request import Request, Urgency
@@ -35,48 +35,41 @@ POLICIES: Mapping[str, Callable[[Request], Urgency]] = MappingProxyType(
 )
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A place in the heap; `request` is None once it was taken out from the middle."""
-
-    urgency: Urgency
-    request: Request | None
-
-    def __lt__(self, other: "_Entry") -> bool:
-        return self.urgency < other.urgency
-
-
 class WaitingQueue:
     """Requests ordered by `Request.urgency`, the lowest first. Mutable; owned by the `Scheduler`.
 
-    Adding and popping take O(log n), removing from anywhere O(1), on average over many.
+    Adding and taking the first one out take O(log n), taking out any other O(1), on average over many.
     """
 
     def __init__(self) -> None:
-        self._heap: list[_Entry] = []
-        self._entries: dict[str, _Entry] = {}
+        self._numbers = itertools.count()
+        # (urgency, number, request); those whose number is no longer their request's have been taken out.
+        self._heap: list[tuple[Urgency, int, Request]] = []
+        self._number_of: dict[str, int] = {}  # by request id
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._number_of)
 
     def __iter__(self) -> Iterator[Request]:
-        """In the order in which they would be popped; takes O(n log n)."""
-        return iter(sorted((entry.request for entry in self._heap if entry.request), key=lambda r: r.urgency))
+        """The most urgent first; takes O(n log n)."""
+        return (entry[2] for entry in sorted(filter(self._is_live, self._heap)))
 
     def add(self, request: Request) -> None:
-        entry = _Entry(request.urgency, request)
-        self._entries[request.asked.request_id] = entry
-        heapq.heappush(self._heap, entry)
+        number = self._number_of[request.asked.request_id] = next(self._numbers)
+        heapq.heappush(self._heap, (request.urgency, number, request))
 
     def first(self) -> Request | None:
         """The most urgent one, which stays; None when nobody waits."""
-        while self._heap and self._heap[0].request is None:
+        while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
-        return self._heap[0].request if self._heap else None
+        return self._heap[0][2] if self._heap else None
 
     def remove(self, request: Request) -> None:
         """Take one out, wherever it stands."""
-        self._entries.pop(request.asked.request_id).request = None
-        if len(self._heap) > 2 * len(self._entries) + 8:
-            self._heap = [entry for entry in self._heap if entry.request is not None]
+        del self._number_of[request.asked.request_id]
+        if len(self._heap) > 2 * len(self._number_of) + 8:
+            self._heap = list(filter(self._is_live, self._heap))
             heapq.heapify(self._heap)
+
+    def _is_live(self, entry: tuple[Urgency, int, Request]) -> bool:
+        return self._number_of.get(entry[2].asked.request_id) == entry[1]

@@ -219,6 +219,15 @@ def test_more_prompts_than_slots_are_all_answered(llm: LLM) -> None:
     assert all(len(output.outputs[0].token_ids) == 5 for output in outputs)
 
 
+def test_priorities_decide_who_runs_first(settings: dict[str, Any]) -> None:
+    with LLM(**settings | {"max_num_seqs": 1, "scheduling_policy": "priority"}) as llm:
+        outputs = llm.generate(PROMPTS, greedy(max_tokens=2), use_tqdm=False, priority=[2, -1, 0, 1])
+        times = [output.metrics.first_scheduled_time for output in outputs if output.metrics]
+        assert sorted(range(4), key=lambda index: times[index] or 0) == [1, 2, 3, 0]
+        with pytest.raises(ValueError, match="priority has 1 entries for 4 prompts"):
+            llm.generate(PROMPTS, priority=[1])
+
+
 def test_the_progress_bar_counts_prompts_and_rates(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["abc", "def"], greedy())
     shown = capsys.readouterr().err
@@ -273,9 +282,7 @@ def test_threads_take_turns(llm: LLM) -> None:
 
 
 def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
-    config = engine_config(
-        {"model": "demo", "max_num_seqs": 3, "pipeline_parallel_size": 1, "enable_chunked_prefill": True}
-    )
+    config = engine_config({"model": "demo", "max_num_seqs": 3, "pipeline_parallel_size": 1, "async_scheduling": True})
     assert (config.model, config.max_num_seqs) == ("demo", 3)
     assert [engine_config({"enable_prefix_caching": on}).enable_prefix_caching for on in (True, False)] == [True, False]
 
@@ -290,6 +297,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"enable_lora": True}, "enable_lora=True is not supported yet"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
+        ({"max_num_queued_reqs": 5}, "max_num_queued_reqs=5 bounds what clients may send to a server"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number"),
     ],
     ids=str,

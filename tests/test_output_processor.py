@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_engine import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
 from jax_engine.messages import CoreOutput, Ready
-from jax_engine.output_processor import OutputProcessor, RequestState
+from jax_engine.output_processor import OutputProcessor, QueueOverflowError, RequestFailedError, RequestState
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest
 from jax_engine.tokenizer import Tokenizer
 
@@ -257,9 +257,17 @@ def test_an_error_of_the_core_ends_the_request_only() -> None:
     play = Playback(n=2)
     other = play.outputs.add(request("other"))
     assert play.send([], finish_reason="error", error="out of pages")
-    assert play.state.error == "out of pages" and play.state.finished
+    assert isinstance(play.state.error, RequestFailedError) and play.state.finished
+    assert str(play.state.error) == "request r failed: out of pages"
     assert play.prepared.core_requests[1].request_id in play.aborted, "its other completions end with it"
     assert play.outputs.request_ids() == ["other"] and not other.finished
+
+
+def test_a_refusal_ends_the_request_with_an_error_of_its_own() -> None:
+    play = Playback(n=2)
+    assert play.send([], finish_reason="refused", error="the queue is full")
+    assert isinstance(play.state.error, QueueOverflowError) and play.state.finished
+    assert str(play.state.error) == "the queue is full"
 
 
 def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:

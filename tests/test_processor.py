@@ -111,6 +111,18 @@ def test_the_core_gets_plain_numbers() -> None:
     assert type(sequence.temperature) is float and type(sequence.top_p) is float
 
 
+def test_a_priority_needs_the_policy_that_heeds_it() -> None:
+    text = ModelText(Path(), TOKENIZER, {})
+    ranked = InputProcessor(text, INFO, scheduling_policy="priority")
+    assert [ranked.prepare("r", [5], SamplingParams(n=1), priority=-7).core_requests[0].priority] == [-7]
+    assert processor().prepare("r", [5], SamplingParams(), priority=0).core_requests[0].priority == 0
+    with pytest.raises(ValueError, match="priority=3 needs scheduling_policy='priority', and this engine's is 'fcfs'"):
+        processor().prepare("r", [5], SamplingParams(), priority=3)
+    for wrong in (1.5, True, 2**31):
+        with pytest.raises(ValueError, match=f"priority={wrong} must be a whole number"):
+            ranked.prepare("r", [5], SamplingParams(), priority=wrong)  # type: ignore[arg-type]
+
+
 def test_max_tokens_none_is_the_rest_of_the_context() -> None:
     (sequence,) = processor().prepare("r", [5] * 10, SamplingParams(max_tokens=None)).core_requests
     assert sequence.max_tokens == 22

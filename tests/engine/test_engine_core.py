@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+from msgspec import structs
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
 
 from jax_engine.config import EngineConfig
@@ -55,12 +56,44 @@ def test_tokens_do_not_depend_on_chunking(make_core, alone):
     assert run_requests(make_core(max_num_batched_tokens=4), batch()) == alone
 
 
-def test_tokens_do_not_depend_on_preemption(make_core, alone):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"scheduling_policy": "priority", "long_prefill_token_threshold": 8},
+        {"scheduling_policy": "sjf", "enable_prefix_caching": False},
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": 96},
+    ],
+    ids=str,
+)
+def test_tokens_do_not_depend_on_preemption(make_core, alone, changes):
     """Pages for one full sequence and a half: the others are preempted and computed again."""
-    core = make_core(kv_cache_memory_bytes=page_bytes() * 16, max_model_len=96)
-    assert run_requests(core, batch()) == alone
+    core = make_core(kv_cache_memory_bytes=page_bytes() * 16, max_model_len=96, **changes)
+    tokens = {f"r{i}": [] for i in range(8)}
+    waiting = batch(arrival_time=0.0)
+    steps = 0
+    while waiting or core.has_work():
+        if waiting and steps % 4 == 0:  # each pair more urgent than those before it, if there are priorities
+            urgency = {"priority": -steps} if "priority" in changes.values() else {}
+            core.send(Add([structs.replace(waiting.pop(), **urgency) for _ in range(2)]))
+        for output in core.step().outputs:
+            tokens[output.request_id] += output.new_token_ids
+        steps += 1
+    assert tokens == alone
     assert core.stats().preemptions_total > 0
     assert core.stats().num_pages_in_use == 0
+
+
+def test_beyond_the_bound_requests_are_refused_together_and_counted(core, make_core, alone):
+    bounded = make_core(max_num_queued_reqs=3)
+    requests = batch()
+    answers = [bounded._core.handle(Add(requests[start : start + 2])) for start in (0, 2)]
+    assert answers[0] is None
+    assert [(o.request_id, o.finish_reason) for o in answers[1].outputs] == [("r2", "refused"), ("r3", "refused")]
+    assert "2 sequences are in flight and max_num_queued_reqs=3 is the most" in answers[1].outputs[0].error
+    assert run_requests(bounded, requests[4:5]) == {"r4": alone["r4"]}, "a third one, and with it the first two end"
+    assert run_requests(bounded, requests[5:8]) == {name: alone[name] for name in ("r5", "r6", "r7")}
+    assert bounded.stats().refused_requests_total == 2
 
 
 def page_bytes() -> int:

@@ -8,39 +8,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import asked, finish, limits, ranges, token_at, tokens_of
 from tiny_engine import core_request
 
-from jax_engine.messages import CoreRequest
+from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.request import Request
-from jax_engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
-
-
-def limits(**changes: int) -> SchedulerLimits:
-    return SchedulerLimits(
-        **({"num_pages": 64, "page_size": 4, "max_num_seqs": 4, "token_budget": 16, "watermark": 0.0} | changes)
-    )
-
-
-def asked(name: str, num_prompt: int, max_tokens: int, **fields: object) -> CoreRequest:
-    """A request whose prompt begins like no other's: nothing is shared unless a test wants it."""
-    return core_request(name, [hash_of(name), *range(1, num_prompt)], max_tokens, **fields)
-
-
-def hash_of(name: str) -> int:
-    return int.from_bytes(name.encode(), "big")
-
-
-def ranges(plan: StepPlan | None) -> list[tuple[str, int, int]]:
-    return [(chunk.request.asked.request_id, chunk.start, chunk.length) for chunk in plan.chunks] if plan else []
-
-
-def token_at(request_id: str, position: int) -> int:
-    """The token that this test's model says stands at a position: a pure function, as a real greedy model is."""
-    return (sum(map(ord, request_id)) * 31 + position * 7) % 1000
-
-
-def tokens_of(plan: StepPlan) -> list[int]:
-    return [token_at(chunk.request.asked.request_id, chunk.start + chunk.length) for chunk in plan.chunks]
+from jax_engine.scheduler import Chunk, Scheduler, StepPlan
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
@@ -129,7 +102,7 @@ def test_an_abort_frees_everything(when):
         assert scheduler.commit(plan, [1]) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=10),
     num_pages=st.integers(8, 20),
@@ -138,14 +111,21 @@ def test_an_abort_frees_everything(when):
     arrivals=st.lists(st.integers(0, 12), min_size=10, max_size=10),
     caching=st.booleans(),
     num_prompts=st.integers(1, 10),
+    policy=st.sampled_from(SCHEDULING_POLICIES),
+    priorities=st.lists(st.integers(-1, 1), min_size=10, max_size=10),
+    cut=st.sampled_from([0, 0, 3, None]),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
-    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts
+    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts, policy, priorities, cut
 ):
-    """Random arrivals, aborts and page shortage, one step run ahead throughout, as the engine does it; prompts begin
-    alike or not, and pages are written and read as a device would.
+    """Random arrivals, aborts and page shortage under every policy, one step run ahead throughout, as the engine does
+    it; prompts begin alike or not, are cut (None: not) or not, and pages are written and read as a device would.
     """
-    scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget, enable_prefix_caching=caching))
+    prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
+    budget += 0 if cut is not None else 28  # the longest sequence has 32 tokens
+    scheduler = Scheduler(
+        limits(num_pages=num_pages, token_budget=budget, enable_prefix_caching=caching, policy=policy, **prompts)
+    )
     device = FakeDevice(num_pages, scheduler.limits.page_size)
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
@@ -156,11 +136,11 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         for index, (num_prompt, max_tokens) in enumerate(sizes):
             if arrivals[index] == step:
                 prompt = [1000 + index % num_prompts, *range(1, num_prompt)]
-                scheduler.add(core_request(f"r{index}", prompt, max_tokens))
+                fields = {"arrival_time": step / 500, "priority": priorities[index] if policy == "priority" else 0}
+                scheduler.add(core_request(f"r{index}", prompt, max_tokens, **fields))
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
-        plan = scheduler.schedule()
+        plan = checked_plan(scheduler)
         if plan is not None:
-            assert plan.num_tokens <= budget
             check_pages(scheduler)
             device.run(plan)
         if previous is not None:
@@ -178,6 +158,28 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         if name not in gone:
             assert outputs[name] == whole
             assert reasons[name] == ["length"]
+
+
+def checked_plan(scheduler: Scheduler) -> StepPlan | None:
+    """The next plan: within its limits, with every decode in it that has a page, and nobody in it gave way or was the
+    most urgent.
+    """
+    decoding = [request for request in scheduler.running if request.num_uncomputed == 1]
+    most_urgent = min(scheduler.requests.values(), key=lambda request: request.urgency, default=None)
+    was_running = most_urgent is not None and most_urgent.slot >= 0
+    plan = scheduler.schedule()
+    assert not was_running or most_urgent.slot >= 0, "the most urgent request was preempted"
+    chunks = plan.chunks if plan else ()
+    scheduled = {id(chunk.request) for chunk in chunks}
+    for request in decoding:
+        assert id(request) in scheduled or request.slot < 0 or scheduler.cache.room(request) == 0
+    assert len(scheduled) == len(chunks)
+    assert sum(chunk.length for chunk in chunks) <= scheduler.limits.token_budget
+    for chunk in chunks:
+        assert chunk.request.slot == chunk.slot, "a request of this step gave way in it"
+        assert chunk.samples or scheduler.limits.enable_chunked_prefill
+        assert chunk.length <= (scheduler.limits.long_prefill_token_threshold or chunk.length)
+    return plan
 
 
 class FakeDevice:
@@ -233,19 +235,6 @@ def check_pages(scheduler: Scheduler) -> None:
     assert 0 <= scheduler.cache.num_tokens_in_pages(scheduler.running) <= len(users) * page_size
     for request in scheduler.running:
         assert len(request.pages) == -(-request.num_computed // page_size)
-
-
-def finish(scheduler: Scheduler) -> dict[str, int]:
-    """Run until nothing is left, one step ahead; how many tokens each request found cached."""
-    cached: dict[str, int] = {}
-    previous = None
-    while scheduler.has_work or previous is not None:
-        plan = scheduler.schedule()
-        if previous is not None:
-            for output in scheduler.commit(previous, tokens_of(previous)):
-                cached[output.request_id] = output.num_cached_tokens
-        previous = plan
-    return cached
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (30, 28)])

@@ -26,6 +26,7 @@ BAD_FIELDS = {
     "bad stop": ({"stop": [""]}, "non-empty string", "stop"),
     "wrong type": ({"temperature": "hot"}, "expected `float | null`, got `str`", "temperature"),
     "unknown parameter": ({"temprature": 1}, "did you mean 'temperature'?", "temprature"),
+    "priority under fcfs": ({"priority": 1}, "priority=1 needs scheduling_policy='priority'", "priority"),
     "not there yet": ({"logprobs": 5}, "logprobs=5 is not supported yet", "logprobs"),
 }
 BAD_BODIES = {

@@ -112,6 +112,7 @@ def test_best_of_is_accepted_where_nothing_is_chosen():
         ({"cache_salt": 5}, "cache_salt", "got `int`"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids[0]", "expected `int`, got `str`"),
         ({"n": 1.5}, "n", "got `float`"),
+        ({"priority": "high"}, "priority", "got `str`"),
         ({"n": True}, "n", "got `bool`"),
     ],
 )

@@ -123,6 +123,14 @@ def test_a_dropped_request_counts_as_aborted():
     assert sample(metrics, "vllm:request_success_total", finished_reason="abort") == 2
 
 
+def test_a_refused_request_is_not_counted_as_ended():
+    metrics = Metrics("m")
+    tracker = PromptTracker(metrics, SamplingParams(n=3))
+    tracker.refuse()
+    tracker.close()
+    assert sample(metrics, "vllm:request_success_total", finished_reason="abort") == 0
+
+
 def test_a_request_that_died_before_its_first_token_has_no_times():
     metrics = Metrics("m")
     ended = output(CompletionOutput(0, "", [], "abort"), finished=True, first=None, last=None)

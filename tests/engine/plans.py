@@ -1,0 +1,47 @@
+"""What tests of the scheduler share: small limits, requests, and a model whose tokens are a function of their place."""
+
+from tiny_engine import core_request
+
+from jax_engine.messages import CoreRequest
+from jax_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
+
+
+def limits(**changes: object) -> SchedulerLimits:
+    return SchedulerLimits(
+        **({"num_pages": 64, "page_size": 4, "max_num_seqs": 4, "token_budget": 16, "watermark": 0.0} | changes)
+    )
+
+
+def asked(name: str, num_prompt: int, max_tokens: int, **fields: object) -> CoreRequest:
+    """A request whose prompt begins like no other's: nothing is shared unless a test wants it."""
+    return core_request(name, [hash_of(name), *range(1, num_prompt)], max_tokens, **fields)
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(name.encode(), "big")
+
+
+def ranges(plan: StepPlan | None) -> list[tuple[str, int, int]]:
+    return [(chunk.request.asked.request_id, chunk.start, chunk.length) for chunk in plan.chunks] if plan else []
+
+
+def token_at(request_id: str, position: int) -> int:
+    """The token that this test's model says stands at a position: a pure function, as a real greedy model is."""
+    return (sum(map(ord, request_id)) * 31 + position * 7) % 1000
+
+
+def tokens_of(plan: StepPlan) -> list[int]:
+    return [token_at(chunk.request.asked.request_id, chunk.start + chunk.length) for chunk in plan.chunks]
+
+
+def finish(scheduler: Scheduler) -> dict[str, int]:
+    """Run until nothing is left, one step ahead; how many tokens each request found cached."""
+    cached: dict[str, int] = {}
+    previous = None
+    while scheduler.has_work or previous is not None:
+        plan = scheduler.schedule()
+        if previous is not None:
+            for output in scheduler.commit(previous, tokens_of(previous)):
+                cached[output.request_id] = output.num_cached_tokens
+        previous = plan
+    return cached
