@@ -61,10 +61,14 @@ def test_tokens_do_not_depend_on_chunking(make_core, alone):
     [
         {},
         {"scheduling_policy": "priority", "long_prefill_token_threshold": 8},
-        {"scheduling_policy": "sjf", "enable_prefix_caching": False},
-        {"enable_chunked_prefill": False, "max_num_batched_tokens": 96},
+        {
+            "scheduling_policy": "sjf",
+            "enable_prefix_caching": False,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": 96,
+        },
     ],
-    ids=str,
+    ids=["fcfs", "priority", "sjf"],
 )
 def test_tokens_do_not_depend_on_preemption(make_core, alone, changes):
     """Pages for one full sequence and a half: the others are preempted and computed again."""
@@ -84,15 +88,15 @@ def test_tokens_do_not_depend_on_preemption(make_core, alone, changes):
     assert core.stats().num_pages_in_use == 0
 
 
-def test_beyond_the_bound_requests_are_refused_together_and_counted(core, make_core, alone):
+def test_beyond_the_bound_requests_are_refused_together_and_counted(make_core, alone):
     bounded = make_core(max_num_queued_reqs=3)
     requests = batch()
-    answers = [bounded._core.handle(Add(requests[start : start + 2])) for start in (0, 2)]
-    assert answers[0] is None
-    assert [(o.request_id, o.finish_reason) for o in answers[1].outputs] == [("r2", "refused"), ("r3", "refused")]
-    assert "2 sequences are in flight and max_num_queued_reqs=3 is the most" in answers[1].outputs[0].error
-    assert run_requests(bounded, requests[4:5]) == {"r4": alone["r4"]}, "a third one, and with it the first two end"
-    assert run_requests(bounded, requests[5:8]) == {name: alone[name] for name in ("r5", "r6", "r7")}
+    assert bounded._core.handle(Add(requests[:2])) is None
+    refused = bounded._core.handle(Add(requests[2:4])).outputs
+    assert [(output.request_id, output.finish_reason) for output in refused] == [("r2", "refused"), ("r3", "refused")]
+    assert "2 sequences are in flight and max_num_queued_reqs=3 is the most" in refused[0].error
+    bounded.send(Abort(["r0", "r1"]))
+    assert run_requests(bounded, requests[2:5]) == {name: alone[name] for name in ("r2", "r3", "r4")}
     assert bounded.stats().refused_requests_total == 2
 
 

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1200, "ignore_eos": True, "temperature": 0}
+ENDLESS = {"prompt": "Once upon a time", "max_tokens": 700, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
