@@ -125,7 +125,7 @@ class Scheduler:
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
         step = _Step(tokens=self.limits.token_budget - num_decodes)
         for request in tuple(self.running):
-            if request.slot >= 0:  # else it has given way
+            if request.slot >= 0 and self.waiting:  # without a slot, it has given way
                 self._admit(step, before=request)
             if request.slot >= 0:
                 self._continue(step, request)

@@ -118,8 +118,8 @@ async def generation(
     except QueueOverflowError as error:
         for tracker in running.trackers:
             tracker.refuse()
-        # 503 and not 429: the server is busy, whoever asks. Clients repeat both; load balancers take only a 503 to
-        # another replica.
+        # 503 and not 429: the server is busy, whoever asks. Clients repeat both; to a load balancer a 503 is the
+        # reason to try another replica.
         raise unavailable(str(error), code="queue_overflow", retry_after=RETRY_AFTER) from None
     except RequestFailedError as error:
         raise ApiError(500, str(error), code="request_failed") from None

@@ -144,6 +144,16 @@ def test_the_later_request_that_loses_least_gives_way(lengths, num_pages, victim
     assert running(scheduler) == [name for name in "abc" if name != victim]
 
 
+def test_who_has_given_way_does_not_return_in_the_same_step():
+    scheduler = Scheduler(limits(num_pages=6, long_prefill_token_threshold=4, enable_prefix_caching=False))
+    for name, length in {"a": 8, "b": 5, "c": 9}.items():
+        scheduler.add(asked(name, length, 9))
+    step(scheduler)
+    assert step(scheduler) == [("a", 4, 4), ("b", 4, 1), ("c", 4, 4)]
+    assert step(scheduler) == [("a", 8, 1), ("c", 8, 1)], "b left two pages, and one would do for its first chunk"
+    assert waiting(scheduler) == ["b"]
+
+
 def test_pages_that_others_share_cost_nothing_to_leave():
     scheduler = Scheduler(limits(num_pages=16, token_budget=64))
     prompt = list(range(16))
