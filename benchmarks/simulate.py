@@ -31,7 +31,12 @@ from simulate_load import Conversation, Lengths, Synthetic, read_recorded
 from simulate_plot import check_plot, draw
 from simulate_report import Objectives, Report, report, table
 
-POLICIES = ("fcfs",)
+SCHEDULING_POLICIES = ("fcfs",)
+# Destinations of the flags that a trace makes meaningless.
+SYNTHETIC_FLAGS = {
+    *("request_rate", "burstiness", "prompt_tokens", "output_tokens", "num_prefixes", "prefix_len", "mean_turns"),
+    *("think_seconds", "priorities", "seed"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,11 @@ class Run:
     patience: float
 
     def simulate(self) -> Report:
+        start = time.process_time()
         conversations = self.load.conversations()
         outcome = Simulation(
             conversations,
-            with_policy(self.limits, self.policy),
+            self.limits,
             self.cost,
             self.load.max_model_len,
             self.max_tokens,
@@ -73,11 +79,14 @@ class Run:
         ).run()
         offered = self.load.rate if isinstance(self.load, Synthetic) else mean_rate(conversations)
         name = "everything at once" if math.isinf(offered) else f"{offered:.4g} requests/s"
-        return report(outcome, self.objectives, policy=self.policy, load=name, offered=offered)
-
-
-def with_policy(limits: SchedulerLimits, policy: str) -> SchedulerLimits:
-    return limits
+        return report(
+            outcome,
+            self.objectives,
+            policy=self.policy,
+            load=name,
+            offered=offered,
+            core_seconds=time.process_time() - start,
+        )
 
 
 def mean_rate(conversations: Sequence[Conversation]) -> float:
@@ -125,16 +134,25 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     else:
         loads = [replace(options.load, rate=rate) for rate in options.request_rate]
     return [
-        Run(load, options.limits, policy, options.cost, options.objectives, options.max_tokens, options.abandon_after)
+        Run(
+            load,
+            options.limits,
+            policy,
+            options.cost,
+            options.objectives,
+            options.max_tokens,
+            options.abandon_after,
+        )
         for load in loads
-        for policy in options.policy
+        for policy in options.scheduling_policy
     ]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, and what they come to: `cost`, `load`, `limits` and `objectives`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", nargs="+", choices=POLICIES, default=list(POLICIES), help="default: all")
+    policies: dict[str, Any] = {"choices": SCHEDULING_POLICIES, "default": list(SCHEDULING_POLICIES)}
+    parser.add_argument("--scheduling-policy", nargs="+", help="default: all", **policies)
     parser.add_argument("--cost", default="llama-3-8b-v6e", help=f"{', '.join(PRESETS)} or a JSON file of coefficients")
     add_load_arguments(parser)
     add_engine_arguments(parser)
@@ -145,7 +163,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw there: .svg, .png or .pdf")
     options = parser.parse_args(arguments)
+    changed = {name for name, value in vars(options).items() if value != parser.get_default(name)}
     try:
+        refuse_both(changed)
         interpret(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -156,7 +176,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("load")
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     lengths: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("MEAN", "SIGMA")}
-    group.add_argument("--num-requests", default=10_000, help="default: %(default)s", **number)
+    group.add_argument("--num-requests", default=10_000, help="at most of a trace (default: %(default)s)", **number)
     rates: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "R"}
     group.add_argument(
         "--request-rate", default=[20.0], help="requests a second; each is a load (default: 20)", **rates
@@ -178,7 +198,7 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> None:
         "--abandon-after", type=float, default=math.inf, metavar="S", help="clients leave without a first token by then"
     )
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    group.add_argument("--trace", type=Path, metavar="FILE", help="recorded requests, instead of all above")
+    group.add_argument("--trace", type=Path, metavar="FILE", help="recorded requests, in place of drawn ones")
     group.add_argument("--speed", default=[1.0], help="of the trace; each is a load (default: 1)", **rates)
 
 
@@ -194,6 +214,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", default=64, help="tokens a page (default: %(default)s)", **number)
     group.add_argument("--num-gpu-blocks-override", help="pages (default: the cost model's room)", **number)
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+
+
+def refuse_both(changed: set[str]) -> None:
+    """A trace and what describes synthetic loads exclude each other, and neither is ignored."""
+    described = sorted(changed & SYNTHETIC_FLAGS)
+    if "trace" in changed and described:
+        raise ValueError(f"{', '.join(described)} describe synthetic requests, and --trace gives its own; drop either")
+    if "speed" in changed and "trace" not in changed:
+        raise ValueError("speed is of a trace, and there is none; set --request-rate")
 
 
 def interpret(options: argparse.Namespace) -> None:

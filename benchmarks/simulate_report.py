@@ -60,8 +60,9 @@ class Report:
     page_waste: float  # share of the pages in use that holds nothing
     busy_share: float  # of the time, the device has a step to run
     steps: int
-    schedule_us: float  # of this host a step, planning
-    commit_us: float  # of this host a step, taking tokens
+    schedule_us: float  # of a core of this machine a step, planning
+    commit_us: float  # the same, taking tokens
+    core_seconds: float  # of this machine, for all of the simulation
 
     @property
     def goodput(self) -> float:
@@ -72,7 +73,9 @@ class Report:
         return {**asdict(self), "rates": self.rates.as_dict(), "goodput": self.goodput}
 
 
-def report(outcome: Outcome, objectives: Objectives, *, policy: str, load: str, offered: float) -> Report:
+def report(
+    outcome: Outcome, objectives: Objectives, *, policy: str, load: str, offered: float, core_seconds: float
+) -> Report:
     lives, counters, scheduler = outcome.lives, outcome.counters, outcome.scheduler
     finished = [life for life in lives if not life.gave_up]
     begin = min(life.arrival for life in lives)
@@ -103,6 +106,7 @@ def report(outcome: Outcome, objectives: Objectives, *, policy: str, load: str, 
         steps=counters.steps,
         schedule_us=counters.schedule_us / max(counters.steps, 1),
         commit_us=counters.commit_us / max(counters.steps, 1),
+        core_seconds=core_seconds,
     )
 
 
@@ -147,5 +151,6 @@ def table(reports: Sequence[Report]) -> str:
         ["steps", *(r.steps for r in reports)],
         ["host schedule, us/step", *(r.schedule_us for r in reports)],
         ["host commit, us/step", *(r.commit_us for r in reports)],
+        ["simulated in, core s", *(r.core_seconds for r in reports)],
     ]
     return format_table(["", *(r.policy for r in reports)], rows)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ import simulate_plot
 from jax_engine.scheduler import SchedulerLimits
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Outcome, Simulation
+from simulate_fit import TimedStep, fit
 from simulate_load import Conversation, Lengths, Synthetic, Turn, read_recorded
 from simulate_report import Objectives, Report, report, table
 
@@ -34,7 +36,7 @@ def run(conversations: list[Conversation], limits: SchedulerLimits = LIMITS, **o
 
 
 def reported(outcome: Outcome, ttft_ms: float = math.inf) -> Report:
-    return report(outcome, Objectives(ttft_ms=ttft_ms), policy="fcfs", load="", offered=1.0)
+    return report(outcome, Objectives(ttft_ms=ttft_ms), policy="fcfs", load="", offered=1.0, core_seconds=0.0)
 
 
 def test_one_requests_times_are_sums_of_its_steps() -> None:
@@ -65,11 +67,10 @@ def test_a_request_that_comes_during_a_step_waits_for_the_one_after_the_next() -
     assert second.first_token == one + two + three
 
 
-@pytest.mark.parametrize("policy", simulate.POLICIES)
 @pytest.mark.parametrize("max_tokens", [None, 60])
-def test_every_request_ends_once_with_its_length(policy: str, max_tokens: int | None) -> None:
+def test_every_request_ends_once_with_its_length(max_tokens: int | None) -> None:
     """Also where pages run out, and where the scheduler cannot know when an answer ends."""
-    few_pages = replace(simulate.with_policy(LIMITS, policy), num_pages=20)
+    few_pages = replace(LIMITS, num_pages=20)
     conversations = replace(LOAD, rate=2.0, mean_turns=2.0, priorities=((0, 1), (5, 1))).conversations()
     outcome = run(conversations, few_pages, max_tokens=max_tokens)
     asked = Counter((c.number, turn) for c in conversations for turn in range(len(c.turns)))
@@ -284,8 +285,20 @@ def test_the_command_prints_a_table_a_load(
     assert "computed: Llama-3-8B in bfloat16 on v6e-1" in printed
     assert printed.count("goodput, requests/s") == 2
     runs = json.loads(out.read_text())["runs"]
-    assert [r["policy"] for r in runs] == 2 * list(simulate.POLICIES)
+    assert [r["policy"] for r in runs] == 2 * list(simulate.SCHEDULING_POLICIES)
     assert all(r["rates"]["requests"] == 30 for r in runs)
+
+
+def test_the_command_takes_a_trace_at_several_speeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(BURSTGPT)
+    monkeypatch.setattr(sys, "argv", ["simulate.py", "--trace", str(trace), "--speed", "1", "8", "--cost", "cpu-demo"])
+    simulate.main()
+    printed = capsys.readouterr().out
+    assert "\n0.5 requests/s\n" in printed
+    assert "\n4 requests/s\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -297,6 +310,8 @@ def test_the_command_prints_a_table_a_load(
         (["--num-prefixes", "3"], "num_prefixes=3 and prefix_tokens=0: give both or neither"),
         (["--request-rate", "0"], "request_rate=[0.0] must be above 0"),
         (["--num-gpu-blocks-override", "9"], "9 pages of 64 tokens cannot hold one request of max_model_len=8192"),
+        (["--trace", "t.csv", "--seed", "3"], "seed describe synthetic requests, and --trace gives its own"),
+        (["--speed", "3"], "speed is of a trace, and there is none; set --request-rate"),
         (["--plot", "policies.txt"], "must end in .svg, .png, .pdf"),
     ],
 )
@@ -329,3 +344,21 @@ def test_a_plot_is_drawn(tmp_path: Path, rates: tuple[float, ...]) -> None:
 def test_priorities_have_rows_of_their_own() -> None:
     load = replace(LOAD, priorities=((0, 0.5), (3, 0.5)))
     assert "TTFT p99 of priority 3, ms" in table([reported(run(load.conversations()))])
+
+
+def test_fitted_coefficients_are_those_that_made_the_times() -> None:
+    """Under a floor of 32 rows, with noise of a few percent."""
+    truth = StepCost("", "", 1e-3, 32 * 5e-5, 5e-5, 2e-6, 1e-8, kv_tokens=1000)
+    rng = random.Random(0)
+    steps = []
+    for _ in range(400):
+        rows, kv_tokens = 2 ** rng.randrange(10), rng.randrange(20_000)
+        pairs = kv_tokens * rng.choice((1, 300))
+        exact = 1e-3 + max(rows, 32) * 5e-5 + kv_tokens * 2e-6 + pairs * 1e-8
+        steps.append(TimedStep(rows, kv_tokens, pairs, exact * rng.uniform(0.97, 1.03)))
+    fitted = fit(steps, "name", "source", kv_tokens=1000)
+    for name in ("row_seconds", "kv_token_seconds", "pair_seconds"):
+        assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.03)
+    # A step of few rows takes both, and no time tells them apart better than the floor's place does.
+    assert fitted.step_seconds + fitted.weights_seconds == pytest.approx(2.6e-3, rel=0.03)
+    assert "off by 1%" in fitted.source or "off by 2%" in fitted.source
