@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jax_engine.config import EngineConfig
+from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
 from jax_engine.scheduler import SchedulerLimits
 from measure import write_json
 from simulate_cost import PRESETS, StepCost, find_cost
@@ -31,7 +31,6 @@ from simulate_load import Conversation, Lengths, Synthetic, read_recorded
 from simulate_plot import check_plot, draw
 from simulate_report import Objectives, Report, report, table
 
-SCHEDULING_POLICIES = ("fcfs",)
 # Destinations of the flags that a trace makes meaningless.
 SYNTHETIC_FLAGS = {
     *("request_rate", "burstiness", "prompt_tokens", "output_tokens", "num_prefixes", "prefix_len", "mean_turns"),
@@ -59,8 +58,7 @@ class Run:
     """One policy under one load: all that a process needs to simulate it."""
 
     load: Synthetic | Recorded
-    limits: SchedulerLimits
-    policy: str
+    limits: SchedulerLimits  # the policy among them
     cost: StepCost
     objectives: Objectives
     max_tokens: int | None
@@ -82,7 +80,7 @@ class Run:
         return report(
             outcome,
             self.objectives,
-            policy=self.policy,
+            policy=self.limits.policy,
             load=name,
             offered=offered,
             core_seconds=time.process_time() - start,
@@ -136,8 +134,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     return [
         Run(
             load,
-            options.limits,
-            policy,
+            replace(options.limits, policy=policy),
             options.cost,
             options.objectives,
             options.max_tokens,

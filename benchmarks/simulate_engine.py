@@ -157,6 +157,8 @@ class Simulation:
                 eos_token_ids=(END,),
                 stop_token_ids=(),
                 arrival_time=arrival,
+                # Under other policies the front end takes no priority.
+                priority=conversation.priority if self.limits.policy == "priority" else 0,
             )
         )
         if self.patience < math.inf:

@@ -12,6 +12,7 @@ import pytest
 
 import simulate
 import simulate_plot
+from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.scheduler import SchedulerLimits
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Outcome, Simulation
@@ -67,10 +68,11 @@ def test_a_request_that_comes_during_a_step_waits_for_the_one_after_the_next() -
     assert second.first_token == one + two + three
 
 
+@pytest.mark.parametrize("policy", SCHEDULING_POLICIES)
 @pytest.mark.parametrize("max_tokens", [None, 60])
-def test_every_request_ends_once_with_its_length(max_tokens: int | None) -> None:
+def test_every_request_ends_once_with_its_length(policy: str, max_tokens: int | None) -> None:
     """Also where pages run out, and where the scheduler cannot know when an answer ends."""
-    few_pages = replace(LIMITS, num_pages=20)
+    few_pages = replace(LIMITS, num_pages=20, policy=policy)
     conversations = replace(LOAD, rate=2.0, mean_turns=2.0, priorities=((0, 1), (5, 1))).conversations()
     outcome = run(conversations, few_pages, max_tokens=max_tokens)
     asked = Counter((c.number, turn) for c in conversations for turn in range(len(c.turns)))
@@ -285,7 +287,7 @@ def test_the_command_prints_a_table_a_load(
     assert "computed: Llama-3-8B in bfloat16 on v6e-1" in printed
     assert printed.count("goodput, requests/s") == 2
     runs = json.loads(out.read_text())["runs"]
-    assert [r["policy"] for r in runs] == 2 * list(simulate.SCHEDULING_POLICIES)
+    assert [r["policy"] for r in runs] == 2 * list(SCHEDULING_POLICIES)
     assert all(r["rates"]["requests"] == 30 for r in runs)
 
 
