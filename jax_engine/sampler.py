@@ -48,13 +48,23 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) 
     index = jnp.arange(logits.shape[0])[:, None]
     held = logits.at[index, jnp.where(holds[:, None], rows.held_back, logits.shape[1])].set(-jnp.inf, mode="drop")
     greedy = jnp.argmax(held, axis=-1)
-    scaled = held / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    is_drawn = rows.temperature > 0
+    # Asked together: rows that are spread over devices take one sum over them.
+    asked = jnp.any(jnp.stack([is_drawn, is_drawn & (rows.top_k > 0), is_drawn & (rows.top_p < 1)]), axis=1)
+    drawn = lax.cond(asked[0], _draw, lambda *_: jnp.zeros_like(greedy), held, rows, asked[1], asked[2])
+    return jnp.where(is_drawn, drawn, greedy).astype(jnp.int32)
+
+
+def _draw(
+    logits: Float[Array, "B V"], rows: SamplingRows, any_top_k: Bool[Array, ""], any_top_p: Bool[Array, ""]
+) -> Int[Array, " B"]:
+    """The drawn token of each row; anything where the temperature is 0."""
+    scaled = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
     weights = jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True))  # relative to the likeliest token, which has 1
     weights = jnp.where(weights >= rows.min_p[:, None], weights, 0)
-    weights = _skip_unless(jnp.any(rows.top_k > 0), keep_top_k, weights, rows.top_k)
-    weights = _skip_unless(jnp.any(rows.top_p < 1), keep_top_p, weights, rows.top_p)
-    drawn = _draw(weights, rows)
-    return jnp.where(rows.temperature > 0, drawn, greedy).astype(jnp.int32)
+    weights = _skip_unless(any_top_k, keep_top_k, weights, rows.top_k)
+    weights = _skip_unless(any_top_p, keep_top_p, weights, rows.top_p)
+    return _invert(weights, rows)
 
 
 def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -113,7 +123,7 @@ def _largest_threshold(
     return as_float(_bisect(lambda bits: enough(as_float(bits)), one + 1, num_rows))
 
 
-def _draw(weights: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
+def _invert(weights: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
     """Invert the cumulative distribution of each row at its own uniform number.
 
     Bisection over the vocabulary: a cumulative sum over it would be a larger program and a second array of its size.
