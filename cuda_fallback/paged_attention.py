@@ -3,16 +3,28 @@
 The rows are cut into tiles of queries, and a group of tiles walks its sequences' pages chunk by chunk with a running
 softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Loop bounds are the real lengths, so no context length is
 baked into the program: decode rows are taken `DECODE_ROWS` at a time, each group only as far as its own longest row;
-longer ranges are cut into tiles of `PREFILL_ROWS` queries of one sequence. A row's arithmetic does not depend on the
-rows beside it: chunks past its end contribute exact zeros.
+longer ranges are cut into `Tiles` of queries of one sequence. A row's arithmetic does not depend on the rows beside it:
+chunks lie at fixed positions, and those past its end contribute exact zeros. It differs between the two kinds of range;
+without decodes, and with `SMALL_TILES`, all ranges are of one kind.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+
+class Tiles(NamedTuple):
+    """How ranges are cut: `rows` queries of one sequence are a tile, and `at_once` tiles share one loop over chunks."""
+
+    at_once: int
+    rows: int
+
+
+LARGE_TILES = Tiles(at_once=1, rows=32)  # for ranges of many tokens
+SMALL_TILES = Tiles(at_once=8, rows=4)  # for ranges of any length, one token included
 DECODE_ROWS = 16  # sequences that share one loop over chunks
-PREFILL_ROWS = 32  # queries of one sequence that share one loop over chunks
 CHUNK_TOKENS = 64  # cached tokens read per iteration
 
 
@@ -34,24 +46,28 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     kv_scales: Float[Array, "L 2 K"] | None = None,
+    tiles: Tiles = LARGE_TILES,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
-    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32."""
+    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32.
+
+    `tiles` is how the ranges past the decodes are cut.
+    """
     heads_a_group = queries.shape[1] // keys.shape[1]
     if kv_scales is not None:
         keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer)
     groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks)
-    out = _attend_all(groups, query_starts, num_decodes)
+    out = _attend_all(groups, query_starts, num_decodes, tiles)
     if kv_scales is not None:
         out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
     return out, pages
 
 
 def _attend_all(
-    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""]
+    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], tiles: Tiles
 ) -> Float[Array, "T N H"]:
-    """Decode rows first, a group of sequences at a time, then longer ranges, a tile of one sequence at a time."""
+    """Decode rows first, a group of sequences at a time, then longer ranges, a group of tiles at a time."""
     queries, block_tables = groups.queries, groups.block_tables
     num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
     out = jnp.zeros_like(queries)
@@ -74,19 +90,18 @@ def _attend_all(
     if num_tokens == 1:
         return out
 
-    rows = min(PREFILL_ROWS, num_tokens)
-    tile_sequences, tile_starts, num_tiles = _prefill_tiles(query_starts, num_decodes, rows, num_tokens)
+    rows = min(tiles.rows, num_tokens)
+    tile_sequences, tile_starts, num_tiles = _cut_ranges(query_starts, num_decodes, rows, num_tokens)
 
-    def prefill(tile: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
-        sequence = tile_sequences[tile]
-        first = jnp.minimum(tile_starts[tile], num_tokens - rows)
-        index = first + jnp.arange(rows)
-        mine = (index >= tile_starts[tile]) & (index < query_starts[sequence + 1])
-        fresh = groups.attend(index[None, :], sequence[None], mine[None, :])[0]
-        kept = lax.dynamic_slice_in_dim(out, first, rows)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None], fresh, kept), first, axis=0)
+    def longer(group: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        tile = group * tiles.at_once + jnp.arange(tiles.at_once)
+        sequences, starts = tile_sequences[tile], tile_starts[tile]
+        index = starts[:, None] + jnp.arange(rows)
+        mine = (index < query_starts[sequences + 1][:, None]) & (tile < num_tiles)[:, None]
+        fresh = groups.attend(jnp.minimum(index, num_tokens - 1), sequences, mine)
+        return out.at[jnp.where(mine, index, num_tokens)].set(fresh, mode="drop")
 
-    return lax.fori_loop(0, num_tiles, prefill, out)
+    return lax.fori_loop(0, (num_tiles + tiles.at_once - 1) // tiles.at_once, longer, out)
 
 
 def _write(
@@ -113,7 +128,7 @@ def _write(
     return pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
 
-def _prefill_tiles(
+def _cut_ranges(
     query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
 ) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, ""]]:
     """Cut every range past the decodes into tiles: (sequence, first token row) of each, and how many are real."""
