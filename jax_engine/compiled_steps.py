@@ -8,7 +8,7 @@ the smallest program that is ready and large enough.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 
@@ -22,12 +22,19 @@ logger = logging.getLogger(__name__)
 class CompiledSteps:
     """Programs, compiled once each. Mutable; owned by the runner; a background thread adds to it."""
 
-    def __init__(self, buckets: Sequence[Bucket], lower: Callable[[Program], jax.stages.Lowered]) -> None:
-        """`lower` traces a program; `buckets` is the whole lattice."""
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        lower: Callable[[Program], jax.stages.Lowered],
+        modes: Collection[SamplingMode] = tuple(SamplingMode),
+    ) -> None:
+        """`lower` traces a program; `buckets` is the whole lattice, compiled in each of `modes`, the one that can do
+        everything among them.
+        """
         self._lower = lower
         # The mode that can do everything comes first at each size: it serves until the narrower one is there.
-        modes = sorted(SamplingMode, key=list(SamplingMode).index, reverse=True)
-        self.programs = [Program(bucket, mode) for bucket in sorted(buckets, reverse=True) for mode in modes]
+        ordered = sorted(modes, key=list(SamplingMode).index, reverse=True)
+        self.programs = [Program(bucket, mode) for bucket in sorted(buckets, reverse=True) for mode in ordered]
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
         self._stop = threading.Event()

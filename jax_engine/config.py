@@ -50,14 +50,14 @@ class EngineConfig:
     attention_backend: str = "auto"
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
+    deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
 
     def __post_init__(self) -> None:
-        for name in ("enable_prefix_caching", "enable_chunked_prefill"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be true or false; leave it out for true")
+        switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
+        switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
+        switch("deterministic", self.deterministic, default=False)
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
@@ -131,6 +131,12 @@ class EngineConfig:
     def token_budget(self) -> int:
         """Tokens a step may process, all sequences together."""
         return self.max_num_batched_tokens or max(512, self.max_num_seqs)
+
+
+def switch(name: str, value: object, *, default: bool) -> None:
+    """Raise a ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false; leave it out for {str(default).lower()}")
 
 
 def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -17,6 +17,7 @@ from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import select_ops
 from jax_engine.planner import CacheGeometry
+from jax_engine.row_blocks import row_block
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement, place
 from jax_engine.step_batch import BatchLayout
@@ -41,6 +42,8 @@ class PlacedModel:
     structure: ModelStructure
     geometry: CacheGeometry
     placement: Placement
+    row_block: int | None = None  # rows of a step that run together; None: all
+    compiler_options: tuple[tuple[str, bool], ...] = ()
 
     @classmethod
     def of(
@@ -54,14 +57,18 @@ class PlacedModel:
         dtype: DTypeLike,
         page_size: int,
         scan_layers: bool,
+        deterministic: bool = False,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh`, or on one device without one.
 
+        If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`).
+
         Raises:
-            ValueError: the attention backend does not run on `platform`, or the mesh does not fit the model.
+            ValueError: the attention backend does not run on `platform`, or is not deterministic; or the mesh does not
+                fit the model.
         """
         placement = place(config, mesh)
-        ops, reason = select_ops(attention_backend, platform=platform, mesh=mesh)
+        ops, reason = select_ops(attention_backend, platform=platform, mesh=mesh, deterministic=deterministic)
         logger.info("attention: %s (%s)", ops.attention_name, reason)
         if mesh is not None:
             logger.info("%s", placement.describe(config))
@@ -76,7 +83,11 @@ class PlacedModel:
         geometry = CacheGeometry.of(
             config, page_size=page_size, dtype=jnp.dtype(dtype), page_shape=ops.page_shape, placement=placement
         )
-        return cls(structure, geometry, placement)
+        if not deterministic:
+            return cls(structure, geometry, placement)
+        # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
+        options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
+        return cls(structure, geometry, placement, row_block(platform), options)
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -104,9 +115,11 @@ class PlacedModel:
         )
         state, whole = self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
-        step = step_function(self.structure, layout, mode, self.placement)
+        step = step_function(self.structure, layout, mode, self.placement, self.row_block)
         shardings = None if self.placement.mesh is None else (_shardings(state), whole)
-        return jax.jit(step, donate_argnums=1, out_shardings=shardings).lower(leaves, state, buffer)
+        options = dict(self.compiler_options)
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
+        return jitted.lower(leaves, state, buffer)
 
     def _zeros(self, size: StateSize) -> DeviceState:
         return DeviceState.zeros(

@@ -11,6 +11,7 @@ import numpy as np
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PageShape, split_page_shape
+from jax_engine.row_blocks import whole_blocks
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import Bucket
 
@@ -72,13 +73,16 @@ class MemoryPlan:
     reason: str
 
 
-def bucket_lattice(max_num_seqs: int, token_budget: int) -> tuple[Bucket, ...]:
+def bucket_lattice(max_num_seqs: int, token_budget: int, row_block: int | None = None) -> tuple[Bucket, ...]:
     """The step shapes: token counts up to the budget, each with all the sequences it can hold.
 
     One and `SMALLEST_STEP` serve the few-sequence decode, powers of two the rest, with a step between two of them
     where decode is at home (up to `max_num_seqs`). A step's cost follows its token rows; padding sequences cost next to
-    nothing in attention, whose loops run over real lengths.
+    nothing in attention, whose loops run over real lengths. Where steps run in blocks of `row_block` rows, their cost
+    follows their blocks, and one shape of whole blocks is all there is.
     """
+    if row_block is not None:
+        return (Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block)),)
     sizes = {1, min(SMALLEST_STEP, token_budget), max_num_seqs, token_budget}
     size = SMALLEST_STEP
     while size < token_budget:

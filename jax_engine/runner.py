@@ -20,6 +20,8 @@ from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
 from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
+from jax_engine.row_blocks import whole_blocks
+from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
 from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import (
@@ -81,11 +83,12 @@ class Runner:
             dtype=resolve_dtype(config.dtype, model_config.dtype, device.platform),
             page_size=page_size,
             scan_layers=self._is_remote if config.scan_layers is None else config.scan_layers,
+            deterministic=config.deterministic,
         )
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
-        buckets = bucket_lattice(config.max_num_seqs, config.token_budget)
+        buckets = bucket_lattice(config.max_num_seqs, config.token_budget, self.placed.row_block)
         self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
         self.memory = self._plan_memory(config, model_config, device)
         logger.info(
@@ -95,7 +98,9 @@ class Runner:
             self.memory.num_pages * self._geometry.page_bytes / 2**20,
             self.memory.reason,
         )
-        self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory))
+        # One program for all steps, where they are to be alike: the mode that does everything.
+        modes = (SamplingMode.SAMPLE,) if config.deterministic else tuple(SamplingMode)
+        self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory), modes)
         self._leaves = self._load_while_compiling(folder, config)
         self._state = self.placed.zero_state(self._state_size(self.memory))
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
@@ -142,8 +147,11 @@ class Runner:
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1
-        counters.token_rows += program.bucket.num_tokens
-        counters.padding_tokens += program.bucket.num_tokens - num_tokens
+        num_rows = program.bucket.num_tokens
+        if self.placed.row_block is not None:
+            num_rows = whole_blocks(num_tokens, self.placed.row_block)
+        counters.token_rows += num_rows
+        counters.padding_tokens += num_rows - num_tokens
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
         return PendingTokens(StepPlan(chunks), tokens)

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from jax_engine.loader import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
-from jax_engine.sampler import SamplingMode, sample
+from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.row_blocks import by_blocks
+from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch
 
@@ -47,12 +51,17 @@ StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], 
 
 
 def step_function(
-    structure: ModelStructure, layout: BatchLayout, mode: SamplingMode, placement: Placement
+    structure: ModelStructure,
+    layout: BatchLayout,
+    mode: SamplingMode,
+    placement: Placement,
+    row_block: int | None = None,
 ) -> StepFunction:
     """The function that a step program compiles, for one layout and one sampling mode.
 
     It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and
-    the token drawn for each row of the batch.
+    the token drawn for each row of the batch. Token rows, and then sequences, go through it `row_block` at a time,
+    which divides the bucket's sizes; all at once without it.
     """
     num_tokens = layout.bucket.num_tokens
 
@@ -72,17 +81,69 @@ def step_function(
         )
         last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
         tokens = jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
-        hidden, cache = model(tokens, sequences.positions, state.cache, sequences)
-        assert isinstance(cache, KVPages)
+        cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
         last_rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        logits, rows = model.compute_logits(hidden[last_rows]), batch.sampling
-        if mode is not SamplingMode.GREEDY:
-            # A row's draw sums over the vocabulary dozens of times: on one device, and in the same order on any mesh.
-            logits = placement.by_rows(logits, (None, "vocab"))
-            rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
-        drawn = placement.constrain(sample(logits, rows, mode), ())
+        drawn = draw_tokens(model, hidden[last_rows], batch, mode, placement, row_block)
         kept = jnp.where(batch.samples == 1, batch.slots, layout.num_slots)
         last_tokens = state.last_tokens.at[kept].set(drawn, mode="drop")
         return DeviceState(cache, block_tables, last_tokens), drawn
 
     return step
+
+
+def run_model(
+    model: LlamaForCausalLM,
+    tokens: Int[Array, " T"],
+    cache: KVPages,
+    sequences: SequenceTable,
+    row_block: int | None,
+) -> tuple[KVPages, Float[Array, "T D"]]:
+    """The cache with the step's tokens in it, and their hidden states.
+
+    A block finds what the blocks before it wrote in the cache, so a range may lie in several.
+    """
+
+    def run(cache: KVPages, tokens: Int[Array, " R"], sequences: SequenceTable) -> tuple[KVPages, Float[Array, "R D"]]:
+        hidden, written = model(tokens, sequences.positions, cache, sequences)
+        assert isinstance(written, KVPages)
+        return written, hidden
+
+    if row_block is None:
+        return run(cache, tokens, sequences)
+
+    def block(first: Int[Array, ""], cache: KVPages) -> tuple[KVPages, Float[Array, "R D"]]:
+        return run(cache, lax.dynamic_slice_in_dim(tokens, first, row_block), sequences.block(first, row_block))
+
+    embedding = model.model.embed_tokens.weight
+    rows = jax.ShapeDtypeStruct((tokens.shape[0], embedding.shape[1]), embedding.dtype)
+    return by_blocks(block, cache, rows=rows, size=row_block, used=sequences.query_starts[-1])
+
+
+def draw_tokens(
+    model: LlamaForCausalLM,
+    hidden: Float[Array, "B D"],
+    batch: StepBatch,
+    mode: SamplingMode,
+    placement: Placement,
+    row_block: int | None,
+) -> Int[Array, " B"]:
+    """The next token of each sequence, from the hidden state of its last token."""
+
+    def draw(hidden: Float[Array, "R D"], rows: SamplingRows) -> Int[Array, " R"]:
+        logits = model.compute_logits(hidden)
+        if mode is not SamplingMode.GREEDY:
+            # A row's draw sums over the vocabulary dozens of times: on one device, and in the same order on any mesh.
+            logits = placement.by_rows(logits, (None, "vocab"))
+            rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
+        return placement.constrain(sample(logits, rows, mode), ())
+
+    if row_block is None:
+        return draw(hidden, batch.sampling)
+
+    def block(first: Int[Array, ""], nothing: None) -> tuple[None, Int[Array, " R"]]:
+        part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=row_block)
+        return nothing, draw(part(hidden), jax.tree.map(part, batch.sampling))
+
+    rows = jax.ShapeDtypeStruct(hidden.shape[:1], jnp.int32)
+    used = jnp.sum(batch.kv_lengths > 0)  # padding follows the sequences
+    return by_blocks(block, None, rows=rows, size=row_block, used=used)[1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
@@ -85,3 +86,19 @@ class SequenceTable:
         positions = (kv_lengths - lengths)[owner] + rows - query_starts[owner]
         positions = jnp.where(rows < query_starts[-1], positions, 0)
         return cls(block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
+
+    def block(self, first: Int[Array, ""], size: int) -> "SequenceTable":
+        """The table of token rows `first` to `first + size`, for a step that runs them after all rows before them.
+
+        Ranges of one token are none of its decodes, since they need not lead: sequences outside of the block are
+        there with a range of zero.
+        """
+        ends = self.query_starts[1:]
+        return SequenceTable(
+            self.block_tables,
+            jnp.clip(self.query_starts - first, 0, size),
+            self.kv_lengths - (ends - jnp.clip(first + size, self.query_starts[:-1], ends)),
+            jnp.zeros((), jnp.int32),
+            lax.dynamic_slice_in_dim(self.token_sequences, first, size),
+            lax.dynamic_slice_in_dim(self.positions, first, size),
+        )

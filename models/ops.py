@@ -84,11 +84,15 @@ class Ops:
     prepare: PrepareOp = _as_it_is
 
 
-def select_ops(backend: str, *, platform: str, mesh: Mesh | None = None) -> tuple[Ops, str]:
+def select_ops(
+    backend: str, *, platform: str, mesh: Mesh | None = None, deterministic: bool = False
+) -> tuple[Ops, str]:
     """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
     in one sentence.
 
-    On a `mesh`, heads are split over its axis `tensor`, which must divide both their numbers.
+    On a `mesh`, heads are split over its axis `tensor`, which must divide both their numbers. Of `deterministic` ones,
+    a row's result depends on its own query and on what its sequence has in the cache, bit for bit: not on the range
+    that it came in, nor on the rows beside it. They take tables without decodes (`SequenceTable.block`).
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
@@ -108,9 +112,11 @@ def select_ops(backend: str, *, platform: str, mesh: Mesh | None = None) -> tupl
     if backend == "reference":
         reason += ": the float32 specification, slow"
     if backend in ("xla", "reference"):
-        kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
+        kernel: Kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
+        if backend == "xla" and deterministic:
+            kernel = partial(kernel, tiles=xla.SMALL_TILES)
         return Ops(_PagedAttention(kernel, mesh), backend), reason
-    return _tpu_ops(backend, mesh), reason
+    return _tpu_ops(backend, mesh, deterministic=deterministic), reason
 
 
 def dense_ops() -> Ops:
@@ -118,7 +124,7 @@ def dense_ops() -> Ops:
     return Ops(_dense_attention, "dense")
 
 
-def _tpu_ops(backend: str, mesh: Mesh | None) -> Ops:
+def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
     # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
     from jax_engine.pallas_kernels import tpu
 
@@ -137,6 +143,12 @@ def _tpu_ops(backend: str, mesh: Mesh | None) -> Ops:
         head_dim: int,
         dtype: jnp.dtype,
     ) -> SequenceTable:
+        if deterministic and any(windows):
+            # A range adds up its window's edges after what lies between them, a shorter one in the order of the tokens.
+            raise ValueError(
+                f"deterministic=True with attention_backend={backend!r} is for models without sliding windows, and "
+                "this one has them; use attention_backend='xla'"
+            )
         heads = num_heads // parts, cache.num_heads // parts
         geometry = tpu.Geometry.of(*heads, head_dim, cache.page_size, cache.data.dtype, dtype)
         work = {

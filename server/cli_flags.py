@@ -89,6 +89,7 @@ STEP_FLAGS = (
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
+    Flag("deterministic", "bitwise equal results whatever shares the batch; slower; by default not", type=bool),
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
 )
 COMPILE_FIRST = Flag(

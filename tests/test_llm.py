@@ -295,6 +295,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 is not supported yet; leave it out \(.* is 1\)"),
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
+        ({"deterministic": "yes"}, "deterministic='yes' must be true or false; leave it out for false"),
         ({"enable_lora": True}, "enable_lora=True is not supported yet"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
         ({"max_num_queued_reqs": 5}, "max_num_queued_reqs=5 bounds what clients may send to a server"),

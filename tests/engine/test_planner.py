@@ -10,6 +10,7 @@ from tiny_engine import TINY
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.planner import CacheGeometry, bucket_lattice, memory_for_pages, plan_memory
+from jax_engine.step_batch import Bucket
 
 MODEL = ModelConfig.from_hf(TINY)
 GEOMETRY = CacheGeometry.of(MODEL, page_size=8, dtype=jnp.dtype("float32"))
@@ -26,6 +27,10 @@ def test_every_step_the_scheduler_may_plan_fits_a_bucket(max_num_seqs, extra):
         num_sequences = min(num_tokens, max_num_seqs)
         smallest = min(bucket for bucket in buckets if bucket.holds(num_tokens, num_sequences))
         assert smallest.num_tokens < max(2 * num_tokens, 9)
+
+
+def test_steps_in_blocks_of_rows_have_one_shape():
+    assert bucket_lattice(5, 48, row_block=32) == (Bucket(64, 32),)
 
 
 def test_a_page_is_what_the_layout_says():

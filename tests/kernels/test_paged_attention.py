@@ -127,6 +127,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ragged_case):
     np.testing.assert_array_equal(together[0], single[0])
 
 
+def test_a_block_of_a_sequence_table_is_the_table_of_its_rows():
+    """Of two decodes, a continued chunk, a fresh prompt and padding: the rows from the chunk's second on."""
+    starts, lengths = jnp.array([0, 1, 2, 5, 9, 9]), jnp.array([7, 3, 10, 4, 0])
+    table = SequenceTable.build(jnp.zeros((5, 2), jnp.int32), starts, lengths, jnp.array(2), num_tokens=12)
+    block = table.block(jnp.array(3), 4)
+    assert block.token_sequences.tolist() == [2, 2, 3, 3]
+    assert block.positions.tolist() == [8, 9, 0, 1]
+    assert block.query_starts.tolist() == [0, 0, 0, 2, 4, 4]
+    assert block.kv_lengths.tolist() == [7, 3, 10, 2, 0]
+    assert block.num_decodes == 0
+    assert table.block(jnp.array(8), 4).query_starts.tolist() == [0, 0, 0, 0, 1, 1]
+
+
 def test_sequence_table_places_every_token():
     """Positions and owners of two decodes, a continued chunk, a fresh prompt, one padding sequence and padding rows."""
     starts, lengths = jnp.array([0, 1, 2, 5, 9, 9]), jnp.array([7, 3, 10, 4, 0])

@@ -106,6 +106,20 @@ def test_every_kind_of_range(ragged_case, ranges, window):
     check(ragged_case(ranges, seed=0, **SHAPE), window=window)
 
 
+def test_a_row_is_the_same_in_any_range(ragged_case):
+    """Bitwise, where no range counts as a decode: each sequence's last row in its range, and as a range of its own."""
+    case = ragged_case([(9, 200), (40, 130), (3, 0), (30, 255)], seed=7, **SHAPE)
+    program = compiled(128, "on_wait", BLOCKS, None, None)
+    together, case["pages"] = program(case, {})
+    last = case["query_starts"][1:5] - 1
+    for name in ("queries", "keys", "values", "positions"):
+        case[name] = jnp.zeros_like(case[name]).at[:4].set(case[name][last])
+    case["query_starts"] = jnp.minimum(jnp.arange(SHAPE["num_sequences"] + 1), 4)
+    case["token_sequences"] = jnp.full(SHAPE["num_tokens"], SHAPE["num_sequences"]).at[:4].set(jnp.arange(4))
+    apart, _ = program(case, {})
+    np.testing.assert_array_equal(apart[:4], together[last])
+
+
 def test_an_empty_step_writes_nothing(ragged_case):
     case = ragged_case([(1, 0)], seed=0, **SHAPE)
     empty = {name: jnp.zeros_like(case[name]) for name in ("query_starts", "kv_lengths", "num_decodes")}
