@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                      # the built-in model, 64 requests
     python benchmarks/throughput.py --model DIR --json out.json
+    python benchmarks/throughput.py --deterministic --no-peer       # what deterministic=True costs
 
 Both sides get the same prompts and generate greedily exactly as many tokens as each request asks for; only those count.
 `transformers` pads a batch to its longest prompt and generates to its longest answer, so requests are first sorted by
@@ -98,8 +99,13 @@ def main() -> None:
     print(table(engine, peers))
     if peers:
         print(comparison(engine.mixed, peers))
+    figures = report(engine, peers)
+    if options.deterministic:
+        deterministic = measure_engine(options, workload, deterministic=True)
+        print("\ndeterministic=True", table(deterministic, []), cost(engine, deterministic), sep="\n")
+        figures["deterministic"] = report(deterministic, [])
     if options.json:
-        write_json(options.json, report(engine, peers))
+        write_json(options.json, figures)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -117,12 +123,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     sizes: dict[str, Any] = {"type": int, "nargs": "+", "default": (8, 16, 32, 64), "metavar": "N"}
     parser.add_argument("--peer-batch-sizes", help="of transformers (default: 8 16 32 64)", **sizes)
+    parser.add_argument("--deterministic", action="store_true", help="measure deterministic=True too, for its cost")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
     return parser.parse_args()
 
 
-def measure_engine(options: argparse.Namespace, workload: Sequence[WorkItem]) -> EngineReport:
+def measure_engine(
+    options: argparse.Namespace, workload: Sequence[WorkItem], *, deterministic: bool = False
+) -> EngineReport:
     """Start an engine with every step program compiled, run both workloads, end it."""
     steady = mixed_workload(
         options.max_num_seqs,
@@ -139,6 +148,7 @@ def measure_engine(options: argparse.Namespace, workload: Sequence[WorkItem]) ->
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=max(len(item.prompt_token_ids) + item.output_tokens for item in (*workload, *steady)),
+        deterministic=deterministic,
         compile_before_ready=True,
         enable_prefix_caching=False,  # timed runs repeat the same prompts
     )
@@ -242,6 +252,16 @@ def comparison(mixed: EngineRun, peers: "Sequence[PeerRun]") -> str:
         f"{ratio:.2f} times the best throughput of transformers ({best.batch_size} a batch); "
         f"{equal} of {len(mixed.answers)} answers equal token for token"
     )
+
+
+def cost(default: EngineReport, deterministic: EngineReport) -> str:
+    """The throughput that `deterministic` keeps of the default's."""
+
+    def kept(run: EngineRun, of: EngineRun) -> float:
+        return run.rates.output_tokens_per_second / of.rates.output_tokens_per_second
+
+    mixed, steady = kept(deterministic.mixed, default.mixed), kept(deterministic.steady, default.steady)
+    return f"{mixed:.2f} times the throughput of the default with mixed lengths, {steady:.2f} times with equal lengths"
 
 
 def report(engine: EngineReport, peers: "Sequence[PeerRun]") -> dict[str, Any]:

@@ -282,10 +282,12 @@ SMALL_ENGINE = ("--max-num-seqs", "4", "--max-num-batched-tokens", "16")
 def test_throughput_prints_the_engine_beside_its_peer(tiny_model: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ("--model", tiny_model, "--repeats", "1", "--peer-batch-sizes", "2", "--json", str(report))
-    printed = run_benchmark("throughput.py", *WORKLOAD, *SMALL_ENGINE, *options)
+    printed = run_benchmark("throughput.py", *WORKLOAD, *SMALL_ENGINE, *options, "--deterministic")
     assert "times the best throughput of transformers (2 a batch); 4 of 4 answers equal" in printed
     figures = json.loads(report.read_text())
     assert figures["mixed_lengths"]["rates"]["requests"] == 4
+    assert figures["deterministic"]["engine"]["programs compiled"] == 1
+    assert "times the throughput of the default with mixed lengths" in printed
     assert figures["engine"]["compiles in a request's path"] == 0
     assert figures["mixed_lengths"]["host"]["total"] > 0
 
