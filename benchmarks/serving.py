@@ -209,6 +209,8 @@ def server_figures(before: Mapping[str, float], after: Mapping[str, float]) -> d
         figures["programs compiled"] = int(after["jax_engine:programs_compiled"])
     if rows := growth.get("jax_engine:token_rows_total"):
         figures["padding, % of token rows"] = 100 * growth["jax_engine:padding_tokens_total"] / rows
+    if room := growth.get("jax_engine:kv_page_room_sampled_total"):
+        figures["KV page waste, mean %"] = 100 * growth["jax_engine:kv_page_waste_sampled_total"] / room
     if steps := growth.get("jax_engine:steps_total"):
         for part in HOST_PARTS:
             figures[f"host {part}, us/step"] = 1e6 * growth[f"jax_engine:host_seconds_total{{{part}}}"] / steps

@@ -98,7 +98,7 @@ def report(
         tpot_ms=Distribution.of([1e3 * value for value in per_token if value is not None]),
         ttft_ms_by_priority=_by_priority(finished),
         mean_queue=waited / seconds,  # Little's law
-        hit_rate=scheduler.cache.num_prefix_cache_hits / max(scheduler.cache.num_prefix_cache_queries, 1),
+        hit_rate=scheduler.cache.counters.hits / max(scheduler.cache.counters.queries, 1),
         preemptions=scheduler.num_preemptions,
         padding_share=counters.padding_rows / max(counters.token_rows, 1),
         page_waste=counters.page_tokens_unused / max(counters.page_tokens, 1),

@@ -77,6 +77,7 @@ class EngineRun:
     steps: int
     host: HostMicroseconds
     padding_share: float  # of the step programs' token rows
+    page_waste: float  # mean share of the pages in use that held no token
     preemptions: int
     answers: tuple[tuple[int, ...], ...]
 
@@ -172,12 +173,14 @@ def run_engine(llm: LLM, workload: Sequence[WorkItem], repeats: int) -> EngineRu
 
     seconds, (outputs, before, after) = median_run(generate, repeats=repeats)
     rows = after.token_rows_total - before.token_rows_total
+    room = after.page_room_sampled_total - before.page_room_sampled_total
     return EngineRun(
         rates=workload_rates(workload, seconds),
         latencies=offline_latencies(outputs),
         steps=after.steps_total - before.steps_total,
         host=HostMicroseconds.between(before, after),
         padding_share=(after.padding_tokens_total - before.padding_tokens_total) / max(rows, 1),
+        page_waste=(after.page_waste_sampled_total - before.page_waste_sampled_total) / max(room, 1),
         preemptions=after.preemptions_total - before.preemptions_total,
         answers=tuple(tuple(output.outputs[0].token_ids) for output in outputs),
     )
@@ -223,6 +226,7 @@ def table(engine: EngineReport, peers: "Sequence[PeerRun]") -> str:
     rows += [
         ["steps", *(run.steps for run in runs), *nothing],
         ["padding, % of token rows", *(100 * run.padding_share for run in runs), *nothing],
+        ["KV page waste, mean %", *(100 * run.page_waste for run in runs), *nothing],
         ["preemptions", *(run.preemptions for run in runs), *nothing],
     ]
     for part in ("schedule", "pack", "launch", "collect", "wait"):

@@ -6,7 +6,7 @@ the hash of its tokens and of all before them, and keeps its content after its l
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class BlockPool:
@@ -16,8 +16,10 @@ class BlockPool:
     Every operation takes constant time a page.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, *, on_evict: Callable[[int, bytes], None] | None = None) -> None:
+        """`on_evict` is told of each idle page that is taken, and its hash, before anything writes it."""
         self.num_pages = num_pages
+        self._on_evict = on_evict
         self._counts = [0] * num_pages
         self._hashes: list[bytes | None] = [None] * num_pages
         self._pages: dict[bytes, int] = {}  # hash -> the used or idle page that holds this content
@@ -40,7 +42,7 @@ class BlockPool:
         The caller has checked `num_free`.
         """
         assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
-        taken = [self._blank.pop() if self._blank else self._evict() for _ in range(count)]
+        taken = [self._blank.pop() if self._blank else self._take_idle() for _ in range(count)]
         for page in taken:
             self._counts[page] = 1
         return taken
@@ -62,11 +64,15 @@ class BlockPool:
         return len(pages) - bisect_left(pages, True, key=lambda page: self._counts[page] == 1)
 
     def share(self, pages: Sequence[int]) -> None:
-        """Add one user to each of these pages, which `find` gave."""
+        """Add one user to each of these pages, used or idle; who writes one has to copy it first (`is_writable`)."""
         for page in pages:
             if self._counts[page] == 0:
                 del self._idle[page]
             self._counts[page] += 1
+
+    def is_writable(self, page: int) -> bool:
+        """Whether a used page has one user and is not known by its content, so that its user may write it."""
+        return self._counts[page] == 1 and self._hashes[page] is None
 
     def register(self, page: int, page_hash: bytes) -> None:
         """Let a used page be found by its content. Of pages with equal content, the first one stays the one found."""
@@ -91,13 +97,21 @@ class BlockPool:
         if self.num_in_use:
             return False
         while self._idle:
-            self._blank.append(self._evict())
+            page, _ = self._idle.popitem()
+            self._forget(page)
+            self._blank.append(page)
         return True
 
-    def _evict(self) -> int:
+    def _take_idle(self) -> int:
         page, _ = self._idle.popitem(last=False)
+        page_hash = self._forget(page)
+        if self._on_evict is not None:
+            self._on_evict(page, page_hash)
+        return page
+
+    def _forget(self, page: int) -> bytes:
         page_hash = self._hashes[page]
         assert page_hash is not None
         del self._pages[page_hash]
         self._hashes[page] = None
-        return page
+        return page_hash

@@ -9,6 +9,8 @@ from jax_engine.sampling_params import integer, number
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
+HASH_ALGORITHMS = ("sha256", "xxhash")
+OFFLOADING_LOADS = ("auto", "always")
 
 
 def default_compilation_cache_dir() -> str:
@@ -47,6 +49,10 @@ class EngineConfig:
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True  # requests that begin alike share the pages of what they have in common
+    prefix_caching_hash_algo: str = "sha256"
+    kv_offloading_size: float = 0.0  # GiB of host memory, all devices together, for pages that the device gives up
+    swap_space: float = 0.0  # the same in vLLM's older terms: GiB for each device
+    kv_offloading_load: str = "auto"  # auto: load a page where that is faster than computing it, as measured
     attention_backend: str = "auto"
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
@@ -58,6 +64,7 @@ class EngineConfig:
         switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
         switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
         switch("deterministic", self.deterministic, default=False)
+        self._check_offloading()
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
@@ -126,6 +133,30 @@ class EngineConfig:
                 f"{self.token_budget} is less than max_model_len={max_model_len}; raise max_num_batched_tokens to "
                 f"{max_model_len}, lower max_model_len, or leave chunked prefill on"
             )
+
+    def _check_offloading(self) -> None:
+        choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, HASH_ALGORITHMS)
+        choice("kv_offloading_load", self.kv_offloading_load, OFFLOADING_LOADS)
+        for name in ("kv_offloading_size", "swap_space"):
+            number(
+                name, getattr(self, name), low=0, high=2**20, remedy="it is in GiB, and 0 keeps no pages on the host"
+            )
+        if self.kv_offloading_size and self.swap_space:
+            raise ValueError(
+                f"kv_offloading_size={self.kv_offloading_size} and swap_space={self.swap_space} are two names of one "
+                "thing; set one of them to 0"
+            )
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            name = "kv_offloading_size" if self.kv_offloading_size else "swap_space"
+            raise ValueError(
+                f"{name}={getattr(self, name)} needs enable_prefix_caching=True, since pages in host memory are found "
+                "by the prefix they hold; set it, or leave the other out"
+            )
+
+    @property
+    def host_cache_bytes(self) -> int:
+        """Host memory for pages, all devices together."""
+        return int(2**30 * (self.kv_offloading_size or self.swap_space * self.tensor_parallel_size))
 
     @property
     def token_budget(self) -> int:

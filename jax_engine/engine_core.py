@@ -16,10 +16,11 @@ from jax_engine.messages import (
     StepOutputs,
 )
 from jax_engine.runner import PendingTokens, Runner
-from jax_engine.scheduler import Scheduler
+from jax_engine.scheduler import Scheduler, StepPlan
 from jax_engine.stats import EngineStats, HostTime
 
 STATS_PERIOD = 0.1  # seconds between snapshots sent along with outputs
+WASTE_PERIOD = 4  # steps between samples of the page waste
 
 
 class EngineCore:
@@ -40,6 +41,7 @@ class EngineCore:
         self._pending: PendingTokens | None = None
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
+        self._device_since = 0.0  # when the device began with the step it is at
 
     def handle(self, command: Command) -> PrefixCacheReset | StepOutputs | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
@@ -77,13 +79,18 @@ class EngineCore:
         """
         start = time.perf_counter()
         plan = self.scheduler.schedule()
-        self._schedule_us += (time.perf_counter() - start) * 1e6
-        previous, self._pending = self._pending, self.runner.launch(plan) if plan else None
+        planned = time.perf_counter()
+        self._schedule_us += (planned - start) * 1e6
+        if self._pending is None:
+            self._device_since = planned
+        previous, self._pending = self._pending, self._launch(plan) if plan else None
         outputs: Sequence[CoreOutput] = ()
         if previous is not None:
             start = time.perf_counter()
             previous.tokens.block_until_ready()
             ready = time.perf_counter()
+            self.scheduler.cache.load_rule.observe(previous.plan.num_tokens, ready - self._device_since)
+            self._device_since = ready
             outputs = self.scheduler.commit(previous.plan, self.runner.collect(previous))
             self._wait_us += (ready - start) * 1e6
             self._collect_us += (time.perf_counter() - ready) * 1e6
@@ -93,21 +100,36 @@ class EngineCore:
         self._stats_due = now + STATS_PERIOD
         return StepOutputs(list(outputs), self.stats())
 
+    def _launch(self, plan: StepPlan) -> PendingTokens:
+        if self.runner.counters.steps % WASTE_PERIOD == 0:
+            self.scheduler.cache.sample_waste(self.scheduler.running)
+        return self.runner.launch(plan)
+
     def stats(self) -> EngineStats:
         """A snapshot of every counter."""
         scheduler, compiled, launches = self.scheduler, self.runner.compiled, self.runner.counters
-        cache = scheduler.cache
+        cache, counters = scheduler.cache, scheduler.cache.counters
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=scheduler.num_waiting,
             num_pages=cache.pool.num_pages,
             num_pages_in_use=cache.pool.num_in_use,
             num_tokens_in_pages=cache.num_tokens_in_pages(scheduler.running),
             page_size=scheduler.limits.page_size,
             steps_total=launches.steps,
             prompt_tokens_total=scheduler.num_prompt_tokens,
-            prefix_cache_queries_total=cache.num_prefix_cache_queries,
-            prefix_cache_hits_total=cache.num_prefix_cache_hits,
+            prefix_cache_queries_total=counters.queries,
+            prefix_cache_hits_total=counters.hits,
+            num_host_pages=cache.host.num_pages,
+            num_host_pages_in_use=cache.host.num_in_use,
+            host_cache_queries_total=counters.host_queries,
+            host_cache_hits_total=counters.host_hits,
+            saved_pages_total=counters.saved_pages,
+            loaded_pages_total=counters.loaded_pages,
+            copied_pages_total=counters.copied_pages,
+            recomputed_tokens_total=counters.recomputed_tokens,
+            page_room_sampled_total=counters.sampled_room,
+            page_waste_sampled_total=counters.sampled_waste,
             generation_tokens_total=scheduler.num_generation_tokens,
             padding_tokens_total=launches.padding_tokens,
             token_rows_total=launches.token_rows,

@@ -23,6 +23,8 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     eos_token_ids: tuple[int, ...]  # () with ignore_eos
     stop_token_ids: tuple[int, ...]
     arrival_time: float  # time.monotonic()
+    # Common to requests of the same prompt and salt, one of which computes it for all: the id of the first.
+    prompt_group: str | None = None
     cache_salt: str | None = None  # pages are shared only among requests of one salt
     priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
 

@@ -141,6 +141,22 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     return MemoryPlan(min(fits, useful), context, reason)
 
 
+def host_pages(config: EngineConfig, geometry: CacheGeometry) -> int:
+    """Pages that the configured host memory holds.
+
+    Raises:
+        ValueError: not one.
+    """
+    page_bytes = geometry.page_bytes * geometry.num_parts
+    if 0 < config.host_cache_bytes < page_bytes:
+        name = "kv_offloading_size" if config.kv_offloading_size else "swap_space"
+        raise ValueError(
+            f"{name}={getattr(config, name)} is {config.host_cache_bytes} bytes in all, less than one KV page "
+            f"({page_bytes} bytes); raise it, or set it to 0"
+        )
+    return config.host_cache_bytes // page_bytes
+
+
 def memory_for_pages(step: jax.stages.Compiled, limit: int, utilization: float, cache_bytes: int) -> int:
     """Bytes of a device left for pages: its `limit` times `utilization`, less what the largest step takes (weights,
     temporaries, code).

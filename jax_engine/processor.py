@@ -128,6 +128,7 @@ class InputProcessor:
                     eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
                     stop_token_ids=tuple(params.stop_token_ids or ()),
                     arrival_time=arrival_time,
+                    prompt_group=f"{number}.0" if params.n > 1 else None,
                     cache_salt=cache_salt,
                     priority=priority,
                 )

@@ -2,11 +2,30 @@
 
 import hashlib
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jax_engine.messages import CoreRequest
 
 Urgency = tuple[float, int]  # the lower, the sooner; no two requests have the same
+Digest = Callable[[bytes], bytes]  # of fixed length
+
+
+def sha256(data: bytes) -> bytes:
+    """The cryptographic hash: nobody can make two contents that are taken for one another."""
+    return hashlib.sha256(data).digest()
+
+
+def digest_function(algorithm: str) -> Digest:
+    """What pages are known by, of `config.HASH_ALGORITHMS`.
+
+    "xxhash" is XXH3 of 128 bits: faster, and no protection from someone who makes prompts that collide with another's.
+    """
+    if algorithm == "sha256":
+        return sha256
+    import xxhash  # needed by those who ask for it alone
+
+    return xxhash.xxh3_128_digest
 
 
 @dataclass(eq=False, slots=True)
@@ -19,6 +38,7 @@ class Request:
 
     asked: CoreRequest
     order: int  # of arrival
+    digest: Digest = sha256
     urgency: Urgency = (0.0, 0)  # by the scheduling policy; set once, and kept when it is preempted
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
@@ -26,6 +46,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     slot: int = -1  # row of the device state while running
     num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run
+    num_once_computed: int = 0  # the most that `num_computed` has been: what lies below is computed again
     num_pending: int = 0
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
@@ -59,13 +80,13 @@ class Request:
         while len(hashes) <= index:
             start = len(hashes) * page_size
             content = array("q", self.tokens[start : start + page_size]).tobytes()
-            hashes.append(hashlib.sha256((hashes[-1] if hashes else self._salt_hash()) + content).digest())
+            hashes.append(self.digest((hashes[-1] if hashes else self._salt_hash()) + content))
         return hashes[index]
 
     def _salt_hash(self) -> bytes:
         """In place of the hash before the first page's; of fixed length, so that no salt looks like tokens."""
         salt = self.asked.cache_salt
-        return hashlib.sha256(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass")).digest()
+        return self.digest(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass"))
 
     def append(self, token: int) -> str | None:
         """Take one new token from the device; the finish reason if it is the last."""

@@ -18,8 +18,9 @@ from jax_engine.config import EngineConfig
 from jax_engine.loader import load_config, load_leaves
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
+from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
 from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.planner import MemoryPlan, bucket_lattice, longest_context, memory_for_pages, plan_memory
+from jax_engine.planner import MemoryPlan, bucket_lattice, host_pages, longest_context, memory_for_pages, plan_memory
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
@@ -103,6 +104,8 @@ class Runner:
         self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory), modes)
         self._leaves = self._load_while_compiling(folder, config)
         self._state = self.placed.zero_state(self._state_size(self.memory))
+        self._page_copier = PageCopier(self._state.cache)
+        self._seconds_per_loaded_page = self._time_loads(config, device)
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
         tables = self._state.block_tables
         self._updates_shape = (tables.shape[1], 3)  # one whole block table
@@ -125,12 +128,17 @@ class Runner:
             policy=config.scheduling_policy,
             enable_chunked_prefill=config.enable_chunked_prefill,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
+            hash_algorithm=config.prefix_caching_hash_algo,
+            num_host_pages=host_pages(config, self._geometry),
+            seconds_per_loaded_page=self._seconds_per_loaded_page,
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
         """Start one step on the device; returns before it has run. Donates and replaces the device state."""
         start = time.perf_counter()
         chunks = order_chunks(plan.chunks)
+        if plan.copies:
+            self._state = replace(self._state, cache=self._page_copier.run(self._state.cache, plan.copies))
         self._take_parameters(chunks)
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
@@ -183,6 +191,21 @@ class Runner:
             tables = self._write_block_tables(tables, padded)
         self._state = replace(self._state, block_tables=tables)
 
+    def _time_loads(self, config: EngineConfig, device: jax.Device) -> float:
+        """How long a page takes from host memory to the device; 0 where that is not to matter."""
+        if not config.host_cache_bytes:
+            return 0.0
+        check_host_memory(device)
+        seconds, cache = self._page_copier.seconds_per_load(self._state.cache)
+        self._state = replace(self._state, cache=cache)
+        logger.info(
+            "KV cache in host memory: %d pages, %.1f MiB; a page comes back in %.0f us",
+            host_pages(config, self._geometry),
+            config.host_cache_bytes / 2**20,
+            seconds * 1e6,
+        )
+        return 0.0 if config.kv_offloading_load == "always" else seconds
+
     def _load_while_compiling(self, folder: Path, config: EngineConfig) -> tuple[jax.Array, ...]:
         """Read the weights while the largest program compiles; an error in them does not wait for the compiler."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
@@ -215,6 +238,7 @@ class Runner:
         if limit is None:
             raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
         available = memory_for_pages(largest, limit, config.gpu_memory_utilization, cache_bytes)
+        available -= staging_pages(host=config.host_cache_bytes > 0) * self._geometry.page_bytes
         return plan_memory(config, model, self._geometry, available)
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from jax_engine.host_pool import NO_COPIES, LoadRule, PageCopies
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
-from jax_engine.request import Request
+from jax_engine.prompt_groups import PromptGroups
+from jax_engine.request import Request, digest_function
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
 _urgency = attrgetter("urgency")
@@ -37,6 +39,7 @@ class StepPlan:
     """What one step computes."""
 
     chunks: Sequence[Chunk]
+    copies: PageCopies = NO_COPIES  # of whole pages, before the chunks
 
     @property
     def num_tokens(self) -> int:
@@ -58,6 +61,9 @@ class SchedulerLimits:
     policy: str = "fcfs"  # of waiting_queue.POLICIES
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step, which the budget must hold
     long_prefill_token_threshold: int = 0  # longest chunk; 0: the budget
+    hash_algorithm: str = "sha256"
+    num_host_pages: int = 0
+    seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
 
 
 @dataclass(slots=True)
@@ -81,8 +87,16 @@ class Scheduler:
         self.limits = limits
         self._clock = clock
         self.cache = KVCacheManager(
-            limits.num_pages, limits.page_size, enable_prefix_caching=limits.enable_prefix_caching
+            limits.num_pages,
+            limits.page_size,
+            enable_prefix_caching=limits.enable_prefix_caching,
+            num_host_pages=limits.num_host_pages,
+            load_rule=LoadRule(
+                limits.seconds_per_loaded_page, page_size=limits.page_size, large_step=limits.token_budget // 2
+            ),
         )
+        self.groups = PromptGroups()
+        self._digest = digest_function(limits.hash_algorithm)
         self.requests: dict[str, Request] = {}
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # the most urgent first
@@ -96,10 +110,11 @@ class Scheduler:
 
     def add(self, asked: CoreRequest) -> None:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
-        request = Request(asked, order=self._num_added)
+        request = Request(asked, order=self._num_added, digest=self._digest)
         self._num_added += 1
         request.urgency = self._urgency_of(request)
         self.requests[asked.request_id] = request
+        self.groups.add(request)
         self.waiting.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -114,6 +129,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self.groups.num_held
+
     def schedule(self) -> StepPlan | None:
         """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
         chunk of a prompt, so that a long prompt never keeps others from decoding.
@@ -122,6 +141,8 @@ class Scheduler:
         already is in it gives way, and the most urgent of all never does. It ends at some time, and so does everyone.
         """
         self.cache.register_filled()
+        for request in self.groups.begin_step():
+            self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
         step = _Step(tokens=self.limits.token_budget - num_decodes)
         for request in tuple(self.running):
@@ -130,7 +151,7 @@ class Scheduler:
             if request.slot >= 0:
                 self._continue(step, request)
         self._admit(step)
-        return StepPlan(step.chunks) if step.chunks else None
+        return StepPlan(step.chunks, self.cache.take_copies()) if step.chunks else None
 
     def commit(self, plan: StepPlan, tokens: Sequence[int]) -> list[CoreOutput]:
         """Take a step's sampled token per chunk (ignored where the chunk does not sample) and report what is new."""
@@ -175,7 +196,7 @@ class Scheduler:
             self._give_way(step, self._victim(less_urgent))
         length = min(length, room)
         step.tokens -= 0 if is_decode else length
-        step.chunks.append(self._chunk(request, length, first_new_page=len(request.pages)))
+        step.chunks.append(self._chunk(request, length))
 
     def _admit(self, step: "_Step", before: Request | None = None) -> None:
         """Start waiting requests in order of urgency while budget, slots and pages last; those alone that are more
@@ -192,7 +213,10 @@ class Scheduler:
                 is_due = request.urgency < before.urgency
             if not is_due:
                 return
-            step.is_blocked = not self._start(step, request)
+            if self.groups.holds(request):
+                self.waiting.remove(request)
+            else:
+                step.is_blocked = not self._start(step, request)
 
     def _start(self, step: "_Step", request: Request) -> bool:
         """Give the most urgent waiting request a slot and the pages of its first range. For one of higher priority than
@@ -202,11 +226,10 @@ class Scheduler:
         if not outranked and not (step.tokens and self._free_slots):
             return False
         while True:
-            cached = self.cache.cached_prefix(request)
-            num_cached_tokens = len(cached) * self.limits.page_size
-            length = self._chunk_length(request.num_uncomputed - num_cached_tokens, step.tokens)
+            cached = self.cache.cached_prefix(request, self.groups.donor(request))
+            length = self._chunk_length(request.num_uncomputed - cached.num_tokens, step.tokens)
             reserve = int(self.limits.watermark * self.limits.num_pages) if self.running else 0
-            num_tokens = num_cached_tokens + length
+            num_tokens = cached.num_tokens + length
             if length and self._free_slots and self.cache.can_start(cached, num_tokens, reserve=reserve):
                 break
             obtainable = sum(map(self.cache.num_own_pages, outranked))
@@ -218,13 +241,14 @@ class Scheduler:
             self._give_way(step, victim)
         self.waiting.remove(request)
         self.cache.start(request, cached)
+        self.groups.started(request)
         request.slot = self._free_slots.pop()
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
-            self.cache.count_lookup(request)
+            self.cache.count_lookup(request, cached)
         insort(self.running, request, key=_urgency)
         step.tokens -= length
-        step.chunks.append(self._chunk(request, length, first_new_page=0))
+        step.chunks.append(self._chunk(request, length, takes_slot=True))
         return True
 
     def _chunk_length(self, num_uncomputed: int, num_tokens: int) -> int:
@@ -235,10 +259,12 @@ class Scheduler:
             return num_uncomputed if num_uncomputed <= num_tokens else 0
         return min(num_uncomputed, num_tokens, self.limits.long_prefill_token_threshold or num_tokens)
 
-    def _chunk(self, request: Request, length: int, *, first_new_page: int) -> Chunk:
+    def _chunk(self, request: Request, length: int, *, takes_slot: bool = False) -> Chunk:
         """Plan a request's next `length` tokens, for which there are pages."""
         start = request.num_computed
-        self.cache.grow(request, length)
+        first_new_page = self.cache.grow(request, length)
+        if takes_slot:
+            first_new_page = 0
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         samples = request.num_computed == request.length
         request.num_pending += samples
@@ -275,7 +301,8 @@ class Scheduler:
         del self.requests[request.asked.request_id]
         if request.slot >= 0:
             self._release(request)
-        else:
+            self.groups.discard(request)
+        elif not self.groups.discard(request):
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:

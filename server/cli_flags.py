@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jax_engine.config import DTYPES, LOAD_FORMATS, SCHEDULING_POLICIES, EngineConfig
+from jax_engine.config import (
+    DTYPES,
+    HASH_ALGORITHMS,
+    LOAD_FORMATS,
+    OFFLOADING_LOADS,
+    SCHEDULING_POLICIES,
+    EngineConfig,
+)
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -56,6 +63,23 @@ MEMORY_FLAGS = (
     Flag("gpu_memory_utilization", "share of the device's memory to use", type=float, metavar="SHARE"),
     Flag("kv_cache_memory_bytes", "size of the KV cache instead: 512M, 2G", type=count, metavar="BYTES"),
     Flag("enable_prefix_caching", "share the KV pages of equal beginnings; by default it does", type=bool),
+    Flag(
+        "prefix_caching_hash_algo",
+        "what prefixes are known by; xxhash is faster, and unsafe between users who do not trust each other",
+        choices=HASH_ALGORITHMS,
+    ),
+    Flag(
+        "kv_offloading_size",
+        "GiB of host memory, for all devices, that keep KV pages which the devices give up",
+        type=float,
+        metavar="GIB",
+    ),
+    Flag("swap_space", "the same as GiB for each device", type=float, metavar="GIB"),
+    Flag(
+        "kv_offloading_load",
+        "pages come back from host memory if that is measured to be faster than computing them, or always",
+        choices=OFFLOADING_LOADS,
+    ),
     Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
 )
 SCHEDULING_FLAGS = (

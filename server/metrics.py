@@ -117,6 +117,8 @@ class Metrics(Collector):
                 "Share of the pages in use that holds no token.",
                 1 - stats.num_tokens_in_pages / in_pages if in_pages else 0.0,
             ),
+            "jax_engine:host_pages": ("KV pages that host memory has room for.", stats.num_host_pages),
+            "jax_engine:host_pages_in_use": ("KV pages in host memory.", stats.num_host_pages_in_use),
             "jax_engine:programs_compiled": ("Step programs ready.", stats.programs_compiled),
             "jax_engine:programs_planned": ("Step programs there will be.", stats.programs_planned),
         }
@@ -141,7 +143,33 @@ class Metrics(Collector):
                 "Tokens looked up in the prefix cache.",
                 stats.prefix_cache_queries_total,
             ),
-            "vllm:prefix_cache_hits": ("Tokens found in the prefix cache.", stats.prefix_cache_hits_total),
+            "vllm:prefix_cache_hits": (
+                "Tokens found in the prefix cache's pages on the device.",
+                stats.prefix_cache_hits_total,
+            ),
+            "vllm:external_prefix_cache_queries": (
+                "Tokens looked up in host memory, since the device's pages did not hold them.",
+                stats.host_cache_queries_total,
+            ),
+            "vllm:external_prefix_cache_hits": ("Tokens found in host memory.", stats.host_cache_hits_total),
+            "jax_engine:saved_pages": ("KV pages copied to host memory.", stats.saved_pages_total),
+            "jax_engine:loaded_pages": ("KV pages copied back to the device.", stats.loaded_pages_total),
+            "jax_engine:copied_pages": (
+                "Shared KV pages copied because one of their sequences was to write them.",
+                stats.copied_pages_total,
+            ),
+            "jax_engine:kv_page_room_sampled": (
+                "Tokens that the pages in use have room for, summed over every few steps.",
+                stats.page_room_sampled_total,
+            ),
+            "jax_engine:kv_page_waste_sampled": (
+                "What of kv_page_room_sampled held no token: the ratio is the mean waste.",
+                stats.page_waste_sampled_total,
+            ),
+            "jax_engine:recomputed_tokens": (
+                "Tokens computed once more after a preemption.",
+                stats.recomputed_tokens_total,
+            ),
             "vllm:generation_tokens": ("Tokens generated.", stats.generation_tokens_total),
             "vllm:num_preemptions": ("Times a sequence lost its pages to another.", stats.preemptions_total),
             "jax_engine:requests_refused": (

@@ -136,6 +136,9 @@ def test_server_figures_are_of_the_time_between_two_readings() -> None:
     assert figures["padding, % of token rows"] == pytest.approx(15)
     assert figures["programs compiled"] == 4
     assert figures["host pack, us/step"] == pytest.approx(200)
+    room, waste = "jax_engine:kv_page_room_sampled_total", "jax_engine:kv_page_waste_sampled_total"
+    figures = server_figures({room: 100.0, waste: 10.0}, {room: 600.0, waste: 25.0})
+    assert figures == {"KV page waste, mean %": pytest.approx(3)}
 
 
 def test_a_server_without_our_metrics_has_no_figures() -> None:

@@ -191,6 +191,15 @@ def keys(model: InputProcessor, **params: Any) -> list[tuple[int, int]]:
     return [sequence.prng_key for sequence in model.prepare("r", [5], SamplingParams(**params)).core_requests]
 
 
+def test_completions_of_one_prompt_are_a_group() -> None:
+    model = processor()
+    groups = [
+        [sequence.prompt_group for sequence in model.prepare("r", [5], SamplingParams(n=n)).core_requests]
+        for n in (3, 1, 2)
+    ]
+    assert groups == [["0.0"] * 3, [None], ["2.0"] * 2]
+
+
 def test_a_seed_decides_the_random_numbers_and_each_completion_has_its_own() -> None:
     busy = processor(seed=3)
     for _ in range(5):

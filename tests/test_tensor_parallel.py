@@ -48,6 +48,7 @@ def tokens_of(folder: Path, **settings: Any) -> dict[str, list[int]]:
     drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 20}
     seeded = [core_request(f"seeded {i}", prompt, 12, prng_key=(i, 3), **drawn) for i, prompt in enumerate(prompts[5:])]
     tokens = run_requests(core, greedy + seeded)
+    assert core.stats().loaded_pages_total > 0 or "kv_offloading_size" not in settings
     core.shutdown()
     return tokens
 
@@ -90,6 +91,11 @@ def report(folder: str) -> None:
         tokens[name] = tokens_of(Path(folder) / name)
     for name, size, scan in RUNS:
         tokens[f"{name} {size} {scan}"] = tokens_of(Path(folder) / name, tensor_parallel_size=size, scan_layers=scan)
+    # Ten pages of 2 KiB on each of four devices, and a hundred of all four parts in host memory.
+    offloading = {"kv_cache_memory_bytes": 10 * 2048, "kv_offloading_size": 100 * 4 * 2048 / 2**30}
+    tokens["offloaded"] = tokens_of(
+        Path(folder) / "even", tensor_parallel_size=4, kv_offloading_load="always", **offloading
+    )
     mesh = tensor_mesh(8, jax.devices())
     counted = {
         f"{layers} {scan}": collectives(
@@ -122,6 +128,11 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_tokens_are_those_of_one_device(eight_devices, name, size, scan):
     """Greedy and seeded, heads whole and shared, vocabulary split or, where it is uneven, whole on each device."""
     assert eight_devices["tokens"][f"{name} {size} {scan}"] == eight_devices["tokens"][name]
+
+
+@pytest.mark.slow
+def test_pages_that_were_in_host_memory_are_those_of_each_device(eight_devices):
+    assert eight_devices["tokens"]["offloaded"] == eight_devices["tokens"]["even"]
 
 
 @pytest.mark.slow

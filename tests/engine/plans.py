@@ -34,10 +34,9 @@ def tokens_of(plan: StepPlan) -> list[int]:
     return [token_at(chunk.request.asked.request_id, chunk.start + chunk.length) for chunk in plan.chunks]
 
 
-def finish(scheduler: Scheduler) -> dict[str, int]:
-    """Run until nothing is left, one step ahead; how many tokens each request found cached."""
+def finish(scheduler: Scheduler, previous: StepPlan | None = None) -> dict[str, int]:
+    """Run until nothing is left, one step ahead of `previous`; how many tokens each request found cached."""
     cached: dict[str, int] = {}
-    previous = None
     while scheduler.has_work or previous is not None:
         plan = scheduler.schedule()
         if previous is not None:

@@ -84,6 +84,11 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == NUM_PAGES - len(users)
 
     @invariant()
+    def a_page_is_written_by_its_only_user_before_it_is_known(self) -> None:
+        for page, count in self.users().items():
+            assert self.pool.is_writable(page) == (count == 1 and page not in self.content)
+
+    @invariant()
     def a_page_is_found_by_its_content_alone(self) -> None:
         by_content = {content: page for page, content in self.content.items()}
         assert {content: self.pool.find(content) for content in CONTENTS} == {

@@ -110,22 +110,27 @@ def test_an_abort_frees_everything(when):
     aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=3),
     arrivals=st.lists(st.integers(0, 12), min_size=10, max_size=10),
     caching=st.booleans(),
+    num_host_pages=st.integers(0, 12),
     num_prompts=st.integers(1, 10),
+    grouped=st.booleans(),
     policy=st.sampled_from(SCHEDULING_POLICIES),
     priorities=st.lists(st.integers(-1, 1), min_size=10, max_size=10),
     cut=st.sampled_from([0, 0, 3, None]),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
-    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts, policy, priorities, cut
+    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts, grouped, num_host_pages, policy, priorities, cut
 ):
     """Random arrivals, aborts and page shortage under every policy, one step run ahead throughout, as the engine does
-    it; prompts begin alike or not, are cut (None: not) or not, and pages are written and read as a device would.
+    it; prompts begin alike or not, or are shared by a group, are cut (None: not) or not, and pages are written, copied
+    and read as a device would.
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
     budget += 0 if cut is not None else 28  # the longest sequence has 32 tokens
-    scheduler = Scheduler(
-        limits(num_pages=num_pages, token_budget=budget, enable_prefix_caching=caching, policy=policy, **prompts)
-    )
+    tiers = {"enable_prefix_caching": caching, "num_host_pages": num_host_pages if caching else 0}
+    scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget, policy=policy, **tiers, **prompts))
+    if grouped:
+        lengths = [num_prompt for num_prompt, _ in sizes]
+        sizes = [(lengths[index % num_prompts % len(sizes)], limit) for index, (_, limit) in enumerate(sizes)]
     device = FakeDevice(num_pages, scheduler.limits.page_size)
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
@@ -137,6 +142,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
             if arrivals[index] == step:
                 prompt = [1000 + index % num_prompts, *range(1, num_prompt)]
                 fields = {"arrival_time": step / 500, "priority": priorities[index] if policy == "priority" else 0}
+                fields["prompt_group"] = f"g{index % num_prompts}" if grouped else None
                 scheduler.add(core_request(f"r{index}", prompt, max_tokens, **fields))
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
         plan = checked_plan(scheduler)
@@ -152,6 +158,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
             break
     assert not scheduler.has_work, "work was left undone"
     assert scheduler.cache.pool.num_in_use == 0
+    assert (scheduler.groups.num_held, scheduler.groups._groups) == (0, {})
     for name, (num_prompt, max_tokens) in expected.items():
         whole = [token_at(name, num_prompt + offset) for offset in range(max_tokens)]
         assert outputs[name] == whole[: len(outputs[name])]
@@ -192,9 +199,16 @@ class FakeDevice:
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
         self.pages: list[list[tuple[int, ...] | None]] = [[None] * page_size for _ in range(num_pages)]
+        self.host_pages: dict[int, list[tuple[int, ...] | None]] = {}
         self.tables: dict[int, list[int]] = {}
 
     def run(self, plan: StepPlan) -> None:
+        for page, host_page in plan.copies.saves:
+            self.host_pages[host_page] = list(self.pages[page])
+        for source, target in plan.copies.copies:
+            self.pages[target] = list(self.pages[source])
+        for host_page, page in plan.copies.loads:
+            self.pages[page] = list(self.host_pages[host_page])
         for chunk in plan.chunks:
             if chunk.first_new_page == 0 and chunk.new_pages:
                 self.tables[chunk.slot] = []
@@ -231,8 +245,11 @@ def check_pages(scheduler: Scheduler) -> None:
     page_size = scheduler.limits.page_size
     users = Counter(page for request in scheduler.running for page in request.pages)
     assert scheduler.cache.pool._counts == [users[page] for page in range(scheduler.limits.num_pages)]
-    assert scheduler.limits.enable_prefix_caching or set(users.values()) <= {1}
-    assert 0 <= scheduler.cache.num_tokens_in_pages(scheduler.running) <= len(users) * page_size
+    shares = scheduler.limits.enable_prefix_caching or any(request.asked.prompt_group for request in scheduler.running)
+    assert shares or set(users.values()) <= {1}
+    # What holds no token is at most the end of each sequence's last page.
+    waste = len(users) * page_size - scheduler.cache.num_tokens_in_pages(scheduler.running)
+    assert waste == sum(-request.num_computed % page_size for request in scheduler.running)
     for request in scheduler.running:
         assert len(request.pages) == -(-request.num_computed // page_size)
 
@@ -244,7 +261,7 @@ def test_the_longest_prefix_of_full_pages_is_taken_but_never_the_last_token(leng
         scheduler.add(core_request(name, list(range(length)), 1))
         found = finish(scheduler)
     assert found == {"b": cached}
-    assert (scheduler.cache.num_prefix_cache_queries, scheduler.cache.num_prefix_cache_hits) == (2 * length, cached)
+    assert (scheduler.cache.counters.queries, scheduler.cache.counters.hits) == (2 * length, cached)
     assert scheduler.num_prompt_tokens == 2 * length - cached
     assert scheduler.cache.pool.num_in_use == 0
 
@@ -280,6 +297,15 @@ def test_pages_are_shared_within_one_salt_only(salt, cached):
     finish(scheduler)
     scheduler.add(core_request("b", list(range(10)), 1, cache_salt=salt))
     assert finish(scheduler) == {"b": cached}
+
+
+@pytest.mark.parametrize(("algorithm", "size"), [("sha256", 32), ("xxhash", 16)])
+def test_prefixes_are_found_by_either_hash(algorithm, size):
+    scheduler = Scheduler(limits(hash_algorithm=algorithm))
+    for name, salt, cached in (("a", "one", 0), ("b", "one", 8), ("c", "two", 0), ("d", None, 0), ("e", None, 8)):
+        scheduler.add(core_request(name, list(range(10)), 1, cache_salt=salt))
+        assert finish(scheduler) == {name: cached}
+    assert {len(page_hash) for page_hash in scheduler.cache.pool._pages} == {size}
 
 
 def test_a_page_counts_with_all_that_comes_before_it():
@@ -338,7 +364,7 @@ def test_switched_off_nothing_is_looked_up_or_shared():
     for _ in range(2):
         scheduler.add(asked("a", 9, 1))
         assert finish(scheduler) == {"a": 0}
-    assert (scheduler.cache.num_prefix_cache_queries, scheduler.cache.num_prefix_cache_hits) == (0, 0)
+    assert (scheduler.cache.counters.queries, scheduler.cache.counters.hits) == (0, 0)
 
 
 def test_hashing_is_linear_in_the_length():

@@ -38,4 +38,4 @@ def test_a_simulation_takes_the_engines_steps(core: InProcessCore) -> None:
     assert simulated.counters.padding_rows == after.padding_tokens_total - before.padding_tokens_total
     assert simulated.scheduler.num_prompt_tokens == after.prompt_tokens_total - before.prompt_tokens_total
     hits = after.prefix_cache_hits_total - before.prefix_cache_hits_total
-    assert simulated.scheduler.cache.num_prefix_cache_hits == hits > 0
+    assert simulated.scheduler.cache.counters.hits == hits > 0

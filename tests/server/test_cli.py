@@ -47,6 +47,7 @@ def test_flags_become_the_configuration():
             "--compile-before-ready",
             "--no-enable-prefix-caching",
         ),
+        *("--prefix-caching-hash-algo", "xxhash"),
     )
     assert engine_config(options) == EngineConfig(
         model="my-model",
@@ -57,7 +58,11 @@ def test_flags_become_the_configuration():
         gpu_memory_utilization=0.5,
         compile_before_ready=True,
         enable_prefix_caching=False,
+        prefix_caching_hash_algo="xxhash",
     )
+    options = parse("serve", "--kv-offloading-size", "1.5", "--kv-offloading-load", "always")
+    assert engine_config(options) == EngineConfig(kv_offloading_size=1.5, kv_offloading_load="always")
+    assert engine_config(parse("serve", "--swap-space", "4")) == EngineConfig(swap_space=4.0)
 
 
 def test_without_flags_the_configuration_is_the_default():

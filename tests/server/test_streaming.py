@@ -149,6 +149,10 @@ def test_engine_counters_reach_the_metrics():
         programs_compiled=2,
         programs_planned=8,
         padding_tokens_total=5,
+        num_host_pages=7,
+        host_cache_hits_total=32,
+        loaded_pages_total=2,
+        page_waste_sampled_total=9,
         host_time=HostTime(steps=1, schedule=2e6),
     )
     text = Metrics("m").render(stats).decode()
@@ -157,6 +161,10 @@ def test_engine_counters_reach_the_metrics():
         'vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.4',
         'jax_engine:kv_page_waste{engine="0",model_name="m"} 0.25',
         'jax_engine:padding_tokens_total{engine="0",model_name="m"} 5.0',
+        'jax_engine:host_pages{engine="0",model_name="m"} 7.0',
+        'vllm:external_prefix_cache_hits_total{engine="0",model_name="m"} 32.0',
+        'jax_engine:loaded_pages_total{engine="0",model_name="m"} 2.0',
+        'jax_engine:kv_page_waste_sampled_total{engine="0",model_name="m"} 9.0',
         'jax_engine:host_seconds_total{engine="0",model_name="m",part="schedule"} 2.0',
     ):
         assert line in text.splitlines()

@@ -1,0 +1,130 @@
+"""Whole pages of the device's cache: read out, written, sent to host memory and back."""
+
+import time
+from functools import cached_property
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Int
+
+from jax_engine.host_pool import PageCopies
+from jax_engine.models.kv_pages import KVPages
+
+HOST_MEMORY = "pinned_host"
+STAGED_PAGES = 16  # on their way at once in one launch; see `staging_pages`
+TIMED_PAGES = 4
+
+Page = tuple[jax.Array, ...]  # of all layers: one array for each leaf of the cache
+
+
+def staging_pages(*, host: bool) -> int:
+    """Pages' worth of device memory that copies may take beside the cache: those of two launches, since the host is one
+    step ahead.
+    """
+    return 2 * STAGED_PAGES if host else STAGED_PAGES
+
+
+class PageCopier:
+    """Two small programs, compiled at start, that read and write one page of all layers; and the pages in host memory.
+
+    Everything is asynchronous. Programs run in the order in which they are launched, so a page is read before a later
+    program overwrites it; a transfer to or from the host runs beside them, and only who needs its result waits for it.
+    Mutable; owned by the runner.
+    """
+
+    def __init__(self, cache: KVPages) -> None:
+        leaves = jax.tree.leaves(cache)
+        self._on_device = tuple(_page_sharding(leaf.sharding, leaf.ndim) for leaf in leaves)
+        page = tuple(
+            jax.ShapeDtypeStruct((leaf.shape[0], *leaf.shape[2:]), leaf.dtype, sharding=sharding)
+            for leaf, sharding in zip(leaves, self._on_device, strict=True)
+        )
+        index = np.int32(0)
+        self._read = jax.jit(read_page, out_shardings=self._on_device).lower(cache, index).compile()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
+        write = jax.jit(write_page, donate_argnums=0, out_shardings=shardings)
+        self._write = write.lower(cache, index, page).compile()
+        self._host_pages: dict[int, Page] = {}
+        self._sending: list[Page] = []  # to host memory, begun by the latest launch that had copies
+        self._sent_before: list[Page] = []  # and by the one before it
+        self._num_staged = 0
+
+    def run(self, cache: KVPages, copies: PageCopies) -> KVPages:
+        """Launch a step's copies; returns the cache (donated) that the step has to use."""
+        jax.block_until_ready(self._sent_before)  # done by now, unless the link falls behind
+        self._sent_before, self._sending = self._sending, []
+        self._num_staged = 0
+        for page, host_page in copies.saves:
+            self._stage(cache)
+            self._host_pages[host_page] = self._save(cache, page)
+        for source, target in copies.copies:
+            self._stage(cache)
+            cache = self._write(cache, np.int32(target), self._read(cache, np.int32(source)))
+        for host_page, page in copies.loads:
+            self._stage(cache)
+            cache = self._load(cache, self._host_pages[host_page], page)
+        return cache
+
+    def seconds_per_load(self, cache: KVPages) -> tuple[float, KVPages]:
+        """How long a page takes from host memory into the cache (donated), measured; and the cache, unchanged."""
+        content = self._save(cache, 0)
+        seconds = []
+        for _ in range(3):
+            jax.block_until_ready((content, cache))
+            start = time.perf_counter()
+            for _ in range(TIMED_PAGES):
+                cache = self._load(cache, content, 0)
+            jax.block_until_ready(cache)
+            seconds.append((time.perf_counter() - start) / TIMED_PAGES)
+        return min(seconds), cache
+
+    @cached_property
+    def _in_host(self) -> tuple[Sharding, ...]:
+        return tuple(sharding.with_memory_kind(HOST_MEMORY) for sharding in self._on_device)
+
+    def _save(self, cache: KVPages, page: int) -> Page:
+        sent: Page = jax.device_put(self._read(cache, np.int32(page)), self._in_host)
+        self._sending.append(sent)
+        return sent
+
+    def _load(self, cache: KVPages, content: Page, page: int) -> KVPages:
+        return self._write(cache, np.int32(page), jax.device_put(content, self._on_device))
+
+    def _stage(self, cache: KVPages) -> None:
+        """Make room for one more page on its way, if need be by waiting for those before it."""
+        if self._num_staged == STAGED_PAGES:
+            jax.block_until_ready((cache, self._sending))
+            self._num_staged = 0
+        self._num_staged += 1
+
+
+def read_page(cache: KVPages, page: Int[Array, ""]) -> Page:
+    """One page of all layers: each leaf `[L, P, ...]` of the cache without its axis of pages."""
+    return tuple(lax.dynamic_index_in_dim(leaf, page, 1, keepdims=False) for leaf in jax.tree.leaves(cache))
+
+
+def write_page(cache: KVPages, page: Int[Array, ""], content: Page) -> KVPages:
+    """`cache` with one page of all layers replaced by what `read_page` gave."""
+    leaves, structure = jax.tree.flatten(cache)
+    written = [lax.dynamic_update_index_in_dim(leaf, new, page, 1) for leaf, new in zip(leaves, content, strict=True)]
+    return jax.tree.unflatten(structure, written)
+
+
+def check_host_memory(device: jax.Device) -> None:
+    """Raise a ValueError unless JAX can keep arrays in this platform's host memory."""
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"kv_offloading_size needs memory of the kind {HOST_MEMORY!r}, and {device.device_kind} has "
+            f"{', '.join(kinds)}; leave it (and swap_space) out"
+        )
+
+
+def _page_sharding(sharding: Sharding, ndim: int) -> Sharding:
+    """Where a page lies whose cache lies as `sharding` says."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = list(sharding.spec) + [None] * (ndim - len(sharding.spec))
+    return NamedSharding(sharding.mesh, PartitionSpec(axes[0], *axes[2:]))
