@@ -118,7 +118,7 @@ def measure_core(
     config = EngineConfig(
         model=str(model.folder),
         max_num_seqs=max(sequences),
-        max_num_batched_tokens=max(*sequences, 512),
+        max_num_batched_tokens=max(*sequences, 64),
         kv_cache_memory_bytes=64 * 2**20,  # enough: the sequences share their prompt's pages
     )
     core = InProcessCore(config)
@@ -229,7 +229,7 @@ def measure_http(
     model: CountingModel, streams: Sequence[int], output_tokens: int, server_arguments: Sequence[str]
 ) -> list[StreamRates]:
     """Tokens a second through a server of its own, for every number of streams."""
-    arguments = ["--max-num-seqs", str(max(streams)), "--max-num-batched-tokens", str(max(*streams, 256))]
+    arguments = ["--max-num-seqs", str(max(streams)), "--max-num-batched-tokens", str(max(*streams, 64))]
     arguments += ["--kv-cache-memory-bytes", "64M", "--disable-log-requests", *server_arguments]
     with running_server(str(model.folder), arguments) as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         target = Target(url)

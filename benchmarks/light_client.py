@@ -1,6 +1,6 @@
 """A client that only keeps what it receives, and looks at it when the stream has ended: to find a server's limit.
 
-It costs a few microseconds a chunk, which is all that it takes from the server's cores. `http_client.py` tells when each
+It costs a few microseconds a chunk, all that it takes from the cores of the server. `http_client.py` tells when each
 token came; this one does not.
 """
 
@@ -8,7 +8,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from http_client import RequestError, Target
 
@@ -47,8 +47,7 @@ class _Connection(asyncio.Protocol):
         self._request = request
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        transport.write(self._request)
+        cast(asyncio.Transport, transport).write(self._request)  # uvloop's do not inherit from it
 
     def data_received(self, data: bytes) -> None:
         self.received.append(data)

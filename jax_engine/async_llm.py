@@ -1,13 +1,14 @@
 """Online inference: requests come and go at any time, outputs stream, the engine core runs in its own process."""
 
 import asyncio
+import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreProcess, EngineDeadError
+from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError
 from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestState
@@ -78,17 +79,25 @@ class RequestStream:
 
 
 class AsyncLLM:
-    """An engine for serving. Mutable; belongs to one event loop. Make it with `start`."""
+    """An engine for serving. Mutable; belongs to one event loop. Make it with `start`, or with `attach`."""
 
-    def __init__(self, config: EngineConfig, core: CoreProcess, text: ModelText) -> None:
-        """Use `start`."""
+    def __init__(
+        self, config: EngineConfig, core: CoreConnection, text: ModelText, *, number: int = 0, count: int = 1
+    ) -> None:
+        """Use `start` or `attach`."""
         self.config = config
         self.info = core.info
         self.model_path = text.path
         self.tokenizer = text.tokenizer
         self.dead_reason: str | None = None
         self._core = core
-        self._inputs = InputProcessor(text, core.info, seed=config.seed, scheduling_policy=config.scheduling_policy)
+        self._inputs = InputProcessor(
+            text,
+            core.info,
+            seed=config.seed,
+            scheduling_policy=config.scheduling_policy,
+            numbers=itertools.count(number, count),
+        )
         self._outputs = OutputProcessor(text.tokenizer)
         self._streams: dict[str, RequestStream] = {}
         self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
@@ -118,6 +127,17 @@ class AsyncLLM:
                 await starting.result().shutdown(timeout=0)
             raise
         return cls(config, core, text)
+
+    @classmethod
+    async def attach(cls, config: EngineConfig, core: CoreConnection, *, number: int, count: int) -> "AsyncLLM":
+        """Front end `number` (from 0) of `count` to a core that someone else starts and ends; returns when it serves.
+
+        Raises:
+            ValueError: the model or the settings cannot be served.
+            EngineDeadError: the core failed for another reason.
+        """
+        text, _ = await asyncio.gather(asyncio.to_thread(ModelText.load, config), core.wait_until_ready())
+        return cls(config, core, text, number=number, count=count)
 
     @property
     def is_dead(self) -> bool:
@@ -246,7 +266,7 @@ class AsyncLLM:
         return {"prompt": text, "add_special_tokens": False}
 
     async def shutdown(self) -> None:
-        """End the engine core; requests still running get an EngineDeadError."""
+        """End the engine core, if it was started here; requests still running get an EngineDeadError."""
         self._dead_callbacks.clear()
         self._receiving.cancel()
         await asyncio.wait({self._receiving})

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any
 
 import msgspec
 import zmq
@@ -28,19 +28,16 @@ from jax_engine.messages import (
 )
 from jax_engine.stats import EngineStats
 
-if TYPE_CHECKING:
-    pass
-
-COMMANDS, EVENTS = "commands", "events"  # names of the two sockets in the folder that both processes share
+COMMANDS, EVENTS = "commands", "events"  # names of the two sockets of a channel, in a folder that both processes share
 
 
 class EngineDeadError(RuntimeError):
     """The engine core has ended; no request can be served any more. The message says why."""
 
 
-def endpoint(folder: str, name: str) -> str:
-    """The address of one of the two sockets."""
-    return f"ipc://{folder}/{name}"
+def endpoint(folder: str, name: str, channel: int) -> str:
+    """The address of one of a channel's two sockets."""
+    return f"ipc://{folder}/{name}-{channel}"
 
 
 class InProcessCore:
@@ -80,54 +77,39 @@ class InProcessCore:
         self._core.shutdown()
 
 
-class CoreProcess:
-    """The core in a process of its own: what `AsyncLLM` uses. Mutable; owned by it, in one event loop."""
+class CoreConnection:
+    """A front end's two sockets to a core in another process. Mutable; owned by one `AsyncLLM`, in one event loop."""
 
-    def __init__(self, process: Process, folder: str, context: zmq.asyncio.Context) -> None:
-        """Use `start`."""
-        self.process = process
-        self._folder = folder
-        self._context = context
+    def __init__(self, folder: str, channel: int, ended: "asyncio.Future[str]") -> None:
+        """`folder` and `channel` name the sockets; `ended` gets the reason when the core has ended."""
+        self.folder = folder
+        self.info = Ready(0, 0, 0, 0)
+        self._ended = ended
+        self._context = zmq.asyncio.Context()
         # Sends must not wait for the event loop: the plain socket underneath is used, with no limit on its queue.
-        self._commands: zmq.Socket[bytes] = zmq.Socket.shadow(_bind(context, folder, COMMANDS, zmq.PUSH))
-        self._events = _bind(context, folder, EVENTS, zmq.PULL)
+        commands = _bind(self._context, endpoint(folder, COMMANDS, channel), zmq.PUSH)
+        self._commands: zmq.Socket[bytes] = zmq.Socket.shadow(commands)
+        self._events = _bind(self._context, endpoint(folder, EVENTS, channel), zmq.PULL)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
-        self._exited = asyncio.create_task(process.wait())
-        self.info = Ready(0, 0, 0, 0)
 
-    @classmethod
-    async def start(cls, config: EngineConfig) -> "CoreProcess":
-        """Start the core and wait until it serves.
+    async def wait_until_ready(self) -> None:
+        """Return once the core serves, and take its `info`.
 
         Raises:
             ValueError: the model or the settings cannot be served.
             EngineDeadError: the core failed for another reason.
         """
-        folder = tempfile.mkdtemp(prefix="jax_engine_")
-        # The child's standard input carries the settings, and its end tells the child that this process is gone.
-        # -P: a folder named jax_engine where the user happens to stand is not the package.
-        command = (sys.executable, "-P", "-m", "jax_engine.core_process", folder)
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
-        core = cls(process, folder, zmq.asyncio.Context())
-        level = logging.getLogger("jax_engine").getEffectiveLevel()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps({"config": asdict(config), "log_level": level}).encode() + b"\n")
-        try:
-            event = await core._next_event()
-        except BaseException:  # cancelled, or dead already: nothing of it may stay behind
-            await core.shutdown(timeout=0)
-            raise
+        event = await self._next_event()
         assert isinstance(event, Ready)
-        core.info = event
-        return core
+        self.info = event
 
     def send(self, command: Command) -> None:
         """Queue a command; never blocks. To a dead core it does nothing: `receive` reports the death."""
         try:
             self._commands.send(self._encoder.encode(command), flags=zmq.NOBLOCK)
         except zmq.ZMQError:
-            if self.process.returncode is None:
+            if not self._ended.done():
                 raise
 
     async def receive(self) -> StepOutputs | PrefixCacheReset:
@@ -136,25 +118,19 @@ class CoreProcess:
         assert not isinstance(event, Ready)
         return event
 
-    async def shutdown(self, timeout: float = 5.0) -> None:
-        """End the core, by force after `timeout` seconds, and release sockets and files."""
-        if self.process.returncode is None and timeout > 0:
-            self.send(Shutdown())
-            await asyncio.wait({self._exited}, timeout=timeout)
-        if self.process.returncode is None:
-            self.process.kill()
-        await self._exited
+    async def shutdown(self) -> None:
+        """Release the sockets."""
         self._events.close(linger=0)
         self._commands.close(linger=0)
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _next_event(self) -> Ready | StepOutputs | PrefixCacheReset:
         received = asyncio.ensure_future(self._events.recv())
         try:
-            await asyncio.wait({received, self._exited}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {received, self._ended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not received.done() and not await self._events.poll(timeout=0):
-                raise EngineDeadError(_epitaph(self._exited.result()))
+                raise EngineDeadError(self._ended.result())
             event = self._decoder.decode(await received)
         finally:
             received.cancel()
@@ -163,17 +139,70 @@ class CoreProcess:
         return event
 
 
-def _bind(context: zmq.asyncio.Context, folder: str, name: str, kind: int) -> zmq.asyncio.Socket:
+class CoreProcess(CoreConnection):
+    """A core in a process of its own, and the first connection to it. Mutable; owned by whoever started it, in one
+    event loop.
+    """
+
+    def __init__(self, process: Process, folder: str) -> None:
+        """Use `spawn` or `start`."""
+        super().__init__(folder, 0, asyncio.create_task(_epitaph_of("the engine core", process)))
+        self.process = process
+
+    @classmethod
+    async def spawn(cls, config: EngineConfig, *, num_channels: int = 1) -> "CoreProcess":
+        """Start a core that takes commands from `num_channels` connections; returns before it serves."""
+        folder = tempfile.mkdtemp(prefix="jax_engine_")
+        # The child's standard input carries the settings, and its end tells the child that this process is gone.
+        # -P: a folder named jax_engine where the user happens to stand is not the package.
+        command = (sys.executable, "-P", "-m", "jax_engine.core_process", folder)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
+        core = cls(process, folder)
+        level = logging.getLogger("jax_engine").getEffectiveLevel()
+        assert process.stdin is not None
+        settings = {"config": asdict(config), "log_level": level, "num_channels": num_channels}
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        return core
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> "CoreProcess":
+        """Start a core for one front end and wait until it serves, with the errors of `wait_until_ready`."""
+        core = await cls.spawn(config)
+        try:
+            await core.wait_until_ready()
+        except BaseException:  # cancelled, or dead already: nothing of it may stay behind
+            await core.shutdown(timeout=0)
+            raise
+        return core
+
+    async def shutdown(self, timeout: float = 5.0) -> None:
+        """End the core, by force after `timeout` seconds, and release sockets and files."""
+        if self.process.returncode is None and timeout > 0:
+            self.send(Shutdown())
+            await asyncio.wait({self._ended}, timeout=timeout)
+        if self.process.returncode is None:
+            self.process.kill()
+        await self._ended
+        await super().shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+async def _epitaph_of(what: str, process: Process) -> str:
+    """Why a process that said nothing has ended, once it has."""
+    return epitaph(what, await process.wait())
+
+
+def _bind(context: zmq.asyncio.Context, address: str, kind: int) -> zmq.asyncio.Socket:
     socket = context.socket(kind)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
-    socket.bind(endpoint(folder, name))
+    socket.bind(address)
     return socket
 
 
-def _epitaph(status: int) -> str:
-    """Why a core that said nothing is gone."""
+def epitaph(what: str, status: int) -> str:
+    """How the process `what` ended, by its exit status."""
     if status < 0:
         hint = " (out of memory?)" if status == -signal.SIGKILL else ""
-        return f"the engine core was ended by signal {signal.Signals(-status).name}{hint}"
-    return f"the engine core exited with status {status}; its log says why"
+        return f"{what} was ended by signal {signal.Signals(-status).name}{hint}"
+    return f"{what} exited with status {status}; its log says why"

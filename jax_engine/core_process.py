@@ -1,9 +1,10 @@
 """The engine core's own process: `python -m jax_engine.core_process FOLDER`, started by `core_client.CoreProcess`.
 
-It reads its settings from standard input, commands from one socket, and writes events to another. It ends when it is
-told to, when it fails, or when its parent is gone.
+It reads its settings from standard input, commands from one socket of each front end, and writes events to another. It
+ends when it is told to, when it fails, or when its parent is gone.
 """
 
+import gc
 import json
 import logging
 import os
@@ -18,63 +19,102 @@ import zmq
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
-from jax_engine.messages import Command, Event, Failed, Shutdown, StepOutputs
+from jax_engine.messages import Abort, Add, Command, CoreOutput, Event, Failed, Shutdown, StepOutputs
 
 COMPILE_REPORT_MS = 500  # how often an idle core reports compile progress
 
 
 class CoreServer:
-    """The sockets, and the loop between them and the engine core. Mutable; owned by `main`."""
+    """The sockets, and the loop between them and the engine core. Mutable; owned by `main`.
 
-    def __init__(self, folder: str) -> None:
+    A channel is one front end's pair of sockets. What a request produces goes to the channel that it came by.
+    """
+
+    def __init__(self, folder: str, num_channels: int) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._commands = _connect(context, folder, COMMANDS, zmq.PULL)
-        self._events = _connect(context, folder, EVENTS, zmq.PUSH)
+        channels = range(num_channels)
+        commands = [_connect(context, endpoint(folder, COMMANDS, channel), zmq.PULL) for channel in channels]
+        self._events = [_connect(context, endpoint(folder, EVENTS, channel), zmq.PUSH) for channel in channels]
+        self._poller = zmq.Poller()
+        for socket in commands:
+            self._poller.register(socket, zmq.POLLIN)
+        self._channel_of = {socket: channel for channel, socket in enumerate(commands)}
+        self._owners: dict[str, int] = {}  # running request -> channel; not kept for a single channel
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 
-    def send(self, event: Event) -> None:
-        self._events.send(self._encoder.encode(event))
+    def send_to_all(self, event: Event) -> None:
+        message = self._encoder.encode(event)
+        for socket in self._events:
+            socket.send(message)
 
     def serve(self, core: EngineCore) -> None:
         """Run steps while there is work, until a shutdown is asked for."""
-        self.send(core.info)
+        self.send_to_all(core.info)
         while self._take_commands(core):
             if core.has_work:
-                outputs = core.step()
-                if outputs.outputs or outputs.stats is not None:
-                    self.send(outputs)
+                step = core.step()
+                if len(self._events) > 1:
+                    self._distribute(step)
+                elif step.outputs or step.stats is not None:
+                    self.send_to_all(step)
 
     def report_failure(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """An exception hook: tell the front end, then log as usual."""
-        self.send(Failed(f"the engine core failed: {kind.__name__}: {error}"))
-        self._events.close(linger=1000)
+        """An exception hook: tell the front ends, then log as usual."""
+        self.send_to_all(Failed(f"the engine core failed: {kind.__name__}: {error}"))
+        for socket in self._events:
+            socket.close(linger=1000)
         sys.__excepthook__(kind, error, trace)
+
+    def _distribute(self, step: StepOutputs) -> None:
+        """Send each channel the outputs of its own requests; the statistics go to all."""
+        by_channel: list[list[CoreOutput]] = [[] for _ in self._events]
+        for output in step.outputs:
+            by_channel[self._owners[output.request_id]].append(output)
+            if output.finish_reason is not None:
+                del self._owners[output.request_id]
+        for socket, outputs in zip(self._events, by_channel, strict=True):
+            if outputs or step.stats is not None:
+                socket.send(self._encoder.encode(StepOutputs(outputs, step.stats)))
 
     def _take_commands(self, core: EngineCore) -> bool:
         """Hand all commands that have come to the core; with nothing to do, wait for one. False: shut down."""
         compiling = core.runner.compiled.num_ready < len(core.runner.compiled.programs)
         idle_ms = COMPILE_REPORT_MS if compiling else None
-        if not self._commands.poll(0 if core.has_work else idle_ms) and not core.has_work:
-            self.send(StepOutputs([], core.stats()))
-            return True
-        while self._commands.poll(0):
-            command = self._decoder.decode(self._commands.recv())
-            if isinstance(command, Shutdown):
-                return False
-            reply = core.handle(command)
-            if reply is not None:
-                self.send(reply)
-            if not core.has_work:  # the last request was aborted: say that its pages are free
-                self.send(StepOutputs([], core.stats()))
+        ready = self._poller.poll(0 if core.has_work else idle_ms)
+        if not ready and not core.has_work:
+            self.send_to_all(StepOutputs([], core.stats()))
+        while ready:
+            for socket, _ in ready:
+                command = self._decoder.decode(socket.recv())
+                if isinstance(command, Shutdown):
+                    return False
+                self._handle(core, command, self._channel_of[socket])
+            ready = self._poller.poll(0)
         return True
 
+    def _handle(self, core: EngineCore, command: Command, channel: int) -> None:
+        if len(self._events) > 1:
+            self._note_owners(command, channel)
+        reply = core.handle(command)
+        if reply is not None:
+            self._events[channel].send(self._encoder.encode(reply))
+        if not core.has_work:  # the last request was aborted: say that its pages are free
+            self.send_to_all(StepOutputs([], core.stats()))
 
-def _connect(context: "zmq.Context[zmq.Socket[bytes]]", folder: str, name: str, kind: int) -> "zmq.Socket[bytes]":
+    def _note_owners(self, command: Command, channel: int) -> None:
+        if isinstance(command, Add):
+            self._owners.update((request.request_id, channel) for request in command.requests)
+        elif isinstance(command, Abort):
+            for request_id in command.request_ids:  # no output follows
+                self._owners.pop(request_id, None)
+
+
+def _connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, kind: int) -> "zmq.Socket[bytes]":
     socket = context.socket(kind)
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
-    socket.connect(endpoint(folder, name))
+    socket.connect(address)
     return socket
 
 
@@ -98,13 +138,16 @@ def main() -> None:
     logging.getLogger("jax").setLevel(
         max(settings["log_level"], logging.WARNING)
     )  # it reports every platform that it does not find
-    server = CoreServer(sys.argv[1])
+    server = CoreServer(sys.argv[1], settings["num_channels"])
     sys.excepthook = server.report_failure
     try:
         core = EngineCore(EngineConfig(**settings["config"]))
     except ValueError as error:
-        server.send(Failed(str(error), user_error=True))
+        server.send_to_all(Failed(str(error), user_error=True))
         sys.exit(2)
+    # What start-up made stays: the garbage collector need not look at it again and again, each time for milliseconds.
+    gc.collect()
+    gc.freeze()
     server.serve(core)
     core.shutdown()
 

@@ -98,6 +98,7 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         self.strings = tuple(strings)
         self.fallbacks = tuple(_fallbacks(string) for string in self.strings)
+        self.first_characters = frozenset(string[0] for string in self.strings)
 
 
 class StopMatcher:
@@ -118,6 +119,8 @@ class StopMatcher:
 
         With `armed` False a stop string that ends within `new` does not count.
         """
+        if not self._held and self._stops.first_characters.isdisjoint(new):
+            return new, None
         text = self._held + new
         for position in range(len(self._held), len(text)):
             found = self._advance(text[position])

@@ -29,7 +29,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
 
 
-class CoreOutput(msgspec.Struct, array_like=True, frozen=True):
+class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
     end of sequence), "length", "abort", "error", or "refused" when the queue is full."""
 

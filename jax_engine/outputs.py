@@ -1,10 +1,12 @@
-"""What a request returns; vLLM's objects and names."""
+"""What a request returns; vLLM's objects and names.
 
-from dataclasses import dataclass, field
+Structs rather than frozen dataclasses: one of each is made for every streamed token, at a fifth of the cost.
+"""
+
+import msgspec
 
 
-@dataclass(frozen=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct, frozen=True):
     """One completion of a prompt, as far as it has got."""
 
     index: int
@@ -17,8 +19,7 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
-@dataclass(frozen=True)
-class RequestMetrics:
+class RequestMetrics(msgspec.Struct, frozen=True):
     """Monotonic times of one request, in seconds of one clock; None for what has not happened."""
 
     arrival_time: float
@@ -28,14 +29,13 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, frozen=True):
     """A prompt and its completions; texts and token ids hold what `SamplingParams.output_kind` asks for."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    outputs: list[CompletionOutput] = field(default_factory=list)
+    outputs: list[CompletionOutput] = []  # msgspec gives each instance its own
     finished: bool = False
     metrics: RequestMetrics | None = None
     # Prompt tokens that an earlier request had left in the prefix cache; with several completions, those of the first.

@@ -5,7 +5,7 @@ import itertools
 import logging
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -82,15 +82,25 @@ class PreparedRequest:
 class InputProcessor:
     """Checks prompts and sampling parameters against one model. Threads may share it."""
 
-    def __init__(self, text: ModelText, info: Ready, *, seed: int = 0, scheduling_policy: str = "fcfs") -> None:
-        """`seed` is the engine's, for requests without one."""
+    def __init__(
+        self,
+        text: ModelText,
+        info: Ready,
+        *,
+        seed: int = 0,
+        scheduling_policy: str = "fcfs",
+        numbers: Iterator[int] | None = None,
+    ) -> None:
+        """`seed` is the engine's, for requests without one. The `numbers` tell requests apart, in the core and in what
+        unseeded ones draw: of several front ends of one core, each has its own.
+        """
         self.eos_token_ids = end_of_sequence_ids(text.generation_config, text.tokenizer.eos_token_id)
         self.default_params = default_sampling_params(text.generation_config)
         self._tokenizer = text.tokenizer
         self._info = info
         self._seed = seed
         self._scheduling_policy = scheduling_policy
-        self._numbers = itertools.count()
+        self._numbers = itertools.count() if numbers is None else numbers
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> PreparedRequest:
         """Turn one prompt into what the core takes.

@@ -71,6 +71,7 @@ HTTP_FLAGS = (
     Flag("port", "port to listen on; 0 takes a free one", type=int, metavar="PORT"),
     Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
     Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
+    Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
 )
 SAMPLING_FLAGS = (
     Flag("n", "answers for each prompt", type=int, metavar="N"),
@@ -199,12 +200,17 @@ def run_serve(options: argparse.Namespace) -> int:
         log_requests=not options.disable_log_requests,
     )
     set_up_logging(options.log_level)
-    from jax_engine.server.listening import listening_socket
+    from jax_engine.server.listening import listening_sockets
 
-    listening = listening_socket(settings.host, settings.port)  # before anything slow: the port may be in use
+    # Before anything slow: the port may be in use.
+    listening = listening_sockets(settings.host, settings.port, settings.api_server_count)
+    if settings.api_server_count > 1:
+        from jax_engine.server.supervisor import supervise
+
+        return supervise(config, settings, listening, log_level=options.log_level)
     from jax_engine.server.serve import serve
 
-    return serve(config, settings, listening)
+    return serve(config, settings, listening[0])
 
 
 def read_template(path: str | None) -> str | None:

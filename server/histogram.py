@@ -3,30 +3,36 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from jax_engine.server.cells import CellMemory
+
 
 class Histogram:
-    """Counts of observations by upper bound. Mutable; owned by `Metrics` and touched by the event loop alone."""
+    """Counts of observations by upper bound. Mutable; owned by `Metrics` and touched by the event loop alone.
 
-    def __init__(self, bounds: Sequence[float]) -> None:
+    It reports the observations of all front ends; see `cells.py`.
+    """
+
+    def __init__(self, bounds: Sequence[float], memory: CellMemory) -> None:
         assert list(bounds) == sorted(set(bounds)), bounds
         self.bounds = tuple(bounds)
-        self._counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
+        self._cells = memory.take(len(self.bounds) + 2)  # counts, that above all bounds, the sum of the values
+        self._own = self._cells.own
 
     def observe(self, value: float, times: int = 1) -> None:
         """Count `times` observations of `value`; a value on a bound belongs to that bound's bucket."""
-        self._counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
+        self._own[bisect_left(self.bounds, value)] += times
+        self._own[-1] += value * times
 
     @property
-    def count(self) -> int:
-        return sum(self._counts)
+    def total(self) -> float:
+        """The sum of all values."""
+        return self._cells.total(-1)
 
     def cumulative(self) -> list[tuple[str, int]]:
         """(upper bound as Prometheus writes it, observations up to it), ending with +Inf."""
         pairs, seen = [], 0
-        for bound, count in zip((*map(float, self.bounds), float("inf")), self._counts, strict=True):
-            seen += count
+        for index, bound in enumerate((*map(float, self.bounds), float("inf"))):
+            seen += int(self._cells.total(index))
             pairs.append(("+Inf" if bound == float("inf") else repr(bound), seen))
         return pairs
 

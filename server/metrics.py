@@ -1,15 +1,16 @@
 """Prometheus metrics: vLLM's names, labels and bucket bounds for what exists here, and our own under `jax_engine:`."""
 
-from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jax_engine.outputs import RequestMetrics
 from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.cells import CellMemory
 from jax_engine.server.histogram import Histogram, one_two_five
+from jax_engine.server.process_figures import ProcessFigures
 from jax_engine.stats import EngineStats
 
 FIRST_TOKEN_BOUNDS = (
@@ -31,31 +32,36 @@ LABELS = ("model_name", "engine")
 
 
 class Metrics(Collector):
-    """Everything that `/metrics` shows. Mutable; owned by the `Service`, touched by its event loop alone."""
+    """Everything that `/metrics` shows. Mutable; owned by the `Service`, touched by its event loop alone.
 
-    def __init__(self, model_name: str) -> None:
-        self.time_to_first_token = Histogram(FIRST_TOKEN_BOUNDS)
-        self.inter_token_latency = Histogram(TOKEN_GAP_BOUNDS)
-        self.request_time_per_output_token = Histogram(TOKEN_GAP_BOUNDS)
-        self.e2e_request_latency = Histogram(REQUEST_BOUNDS)
-        self.request_queue_time = Histogram(REQUEST_BOUNDS)
-        self.request_inference_time = Histogram(REQUEST_BOUNDS)
-        self.request_prefill_time = Histogram(REQUEST_BOUNDS)
-        self.request_decode_time = Histogram(REQUEST_BOUNDS)
-        self.request_prompt_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
-        self.request_generation_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
-        self.request_params_max_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT))
-        self.request_params_n = Histogram(COMPLETIONS_BOUNDS)
+    With several front ends it shows what all of them count in `memory`.
+    """
+
+    def __init__(self, model_name: str, memory: CellMemory | None = None) -> None:
+        memory = memory or CellMemory.alone()
+        self.time_to_first_token = Histogram(FIRST_TOKEN_BOUNDS, memory)
+        self.inter_token_latency = Histogram(TOKEN_GAP_BOUNDS, memory)
+        self.request_time_per_output_token = Histogram(TOKEN_GAP_BOUNDS, memory)
+        self.e2e_request_latency = Histogram(REQUEST_BOUNDS, memory)
+        self.request_queue_time = Histogram(REQUEST_BOUNDS, memory)
+        self.request_inference_time = Histogram(REQUEST_BOUNDS, memory)
+        self.request_prefill_time = Histogram(REQUEST_BOUNDS, memory)
+        self.request_decode_time = Histogram(REQUEST_BOUNDS, memory)
+        self.request_prompt_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
+        self.request_generation_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
+        self.request_params_max_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
+        self.request_params_n = Histogram(COMPLETIONS_BOUNDS, memory)
         self.stats = EngineStats()  # replaced by the latest snapshot before each rendering
-        self._finished = Counter(dict.fromkeys(FINISH_REASONS, 0))
+        self._finished = memory.take(len(FINISH_REASONS))
+        self._processes = ProcessFigures(memory)
         self._labels = (model_name, "0")
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._registry.register(self._processes)
 
     def count_finished(self, finish_reason: str) -> None:
         """One completion has ended."""
-        self._finished[finish_reason] += 1
+        self._finished.own[FINISH_REASONS.index(finish_reason)] += 1
 
     def observe_finished(
         self, params: SamplingParams, times: RequestMetrics, now: float, *, prompt_tokens: int, output_tokens: int
@@ -94,8 +100,8 @@ class Metrics(Collector):
         finished = CounterMetricFamily(
             "vllm:request_success", "Completions that ended, by reason.", labels=(*LABELS, "finished_reason")
         )
-        for reason, count in self._finished.items():
-            finished.add_metric((*self._labels, reason), count)
+        for index, reason in enumerate(FINISH_REASONS):
+            finished.add_metric((*self._labels, reason), self._finished.total(index))
         yield finished
         host = CounterMetricFamily("jax_engine:host_seconds", "Host time of steps.", labels=(*LABELS, "part"))
         times = self.stats.host_time

@@ -1,14 +1,17 @@
 """What the routes share: the engine and its state, the settings, the metrics, the requests in flight."""
 
 import asyncio
+import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from enum import Enum
+from functools import partial
 
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
+from jax_engine.server.cells import CellMemory
 from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.in_flight import InFlight
 from jax_engine.server.metrics import Metrics
@@ -17,6 +20,8 @@ from jax_engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
+# uvicorn's own limit on the grace period is only there for what our end of it does not reach, such as a slow upload.
+BACKSTOP_SECONDS = 5
 EXIT_OK, EXIT_ENGINE_DEAD, EXIT_USER_ERROR = 0, 1, 2
 
 
@@ -32,18 +37,29 @@ class Service:
     """One server's engine and what goes with it. Mutable; owned by the app, in one event loop."""
 
     def __init__(
-        self, engine_config: EngineConfig, settings: ServerSettings, *, on_failure: Callable[[], None]
+        self,
+        engine_config: EngineConfig,
+        settings: ServerSettings,
+        *,
+        on_failure: Callable[[], None],
+        start_engine: Callable[[], Awaitable[AsyncLLM]] | None = None,
+        memory: CellMemory | None = None,
     ) -> None:
-        """`on_failure` is called once when the engine cannot start or has died; the process should then end."""
+        """`on_failure` is called once when the engine cannot start or has died; the process should then end.
+
+        A front end that is one of several says how it gets its engine (`start_engine`; left out, it starts one of its
+        own), and counts in `memory`.
+        """
         self.engine_config = engine_config
         self.settings = settings
-        self.metrics = Metrics(settings.model_name)
+        self.metrics = Metrics(settings.model_name, memory)
         self.in_flight = InFlight()
         self.created = int(time.time())
         self.state = State.STARTING
         self.exit_code = EXIT_OK
         self.reason = "the engine is starting: the model loads and its step programs compile"
         self._on_failure = on_failure
+        self._start_engine = start_engine or partial(AsyncLLM.start, engine_config)
         self._engine: AsyncLLM | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -87,7 +103,7 @@ class Service:
 
     async def _start(self) -> None:
         try:
-            engine = await AsyncLLM.start(self.engine_config)
+            engine = await self._start_engine()
         except ValueError as error:
             self.fail(str(error), EXIT_USER_ERROR)
         except EngineDeadError as error:
@@ -96,6 +112,9 @@ class Service:
             logger.exception("the engine cannot start")
             self.fail(f"the engine cannot start: {type(error).__name__}", EXIT_ENGINE_DEAD)
         else:
+            # Neither the libraries nor the tokenizer are garbage to look for, for a tenth of a second, between tokens.
+            gc.collect()
+            gc.freeze()
             self._engine, self.state = engine, State.READY
             info = engine.info
             logger.info(

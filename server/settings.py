@@ -26,6 +26,7 @@ class ServerSettings:
     max_request_body_bytes: int = DEFAULT_MAX_REQUEST_BODY_BYTES
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT  # seconds that requests in flight have after SIGTERM
     log_requests: bool = True
+    api_server_count: int = 1  # processes that answer HTTP, all before one engine core
 
     def __post_init__(self) -> None:
         integer("port", self.port, low=0, high=65535, remedy="8000 is the default, 0 takes any free port")
@@ -37,6 +38,7 @@ class ServerSettings:
             remedy=f"{DEFAULT_MAX_REQUEST_BODY_BYTES} is the default",
         )
         number("shutdown_timeout", self.shutdown_timeout, low=0, high=86400, remedy="seconds; 0 ends at once")
+        integer("api_server_count", self.api_server_count, low=1, high=64, remedy="1 is the default; each takes a core")
         if not all(self.api_keys):
             raise ValueError("api_key has an empty entry; give a key or leave the option out")
         if not self.served_model_names or not all(self.served_model_names):

@@ -7,6 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.cells import CellMemory
 from jax_engine.server.frames import ChatFrames, CompletionFrames, LineFrames
 from jax_engine.server.histogram import Histogram, one_two_five
 from jax_engine.server.metrics import Metrics
@@ -58,7 +59,7 @@ def test_lines_are_json_objects():
 
 
 def test_histogram_counts_up_to_and_including_a_bound():
-    histogram = Histogram([1, 2.5])
+    histogram = Histogram([1, 2.5], CellMemory.alone())
     for value in (0.5, 1, 2, 3):
         histogram.observe(value)
     histogram.observe(2.5, 3)
