@@ -137,6 +137,38 @@ def test_only_config_reads_the_environment() -> None:
     assert readers == []
 
 
+def wall_clock_readings(tree: ast.AST) -> Iterator[tuple[int, bool]]:
+    """(line, whether it is a `created` field) of every use of the wall clock."""
+    wall = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("date", "today")}
+    created: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            named = zip(node.keys, node.values, strict=True)
+            values = [value for key, value in named if isinstance(key, ast.Constant) and key.value == "created"]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith(".created"):
+            values = [node.value]
+        else:
+            continue
+        created |= {id(inner) for value in values for inner in ast.walk(value)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (ast.unparse(node.value).rpartition(".")[2], node.attr) in wall:
+            yield node.lineno, id(node) in created
+        elif isinstance(node, ast.ImportFrom) and any((node.module, alias.name) in wall for alias in node.names):
+            yield node.lineno, False
+
+
+def test_the_wall_clock_is_only_for_what_is_shown_as_a_date() -> None:
+    """It jumps when it is set; durations, timeouts and intervals are of the monotonic clock."""
+    readings = {relative(file): list(wall_clock_readings(parse(file))) for file in PACKAGE_FILES}
+    assert [f"{name}:{line}" for name, found in readings.items() for line, is_date in found if not is_date] == []
+    assert any(is_date for found in readings.values() for _, is_date in found), "answers carry their date"
+
+
+def test_a_duration_of_the_wall_clock_is_found() -> None:
+    source = "from time import time\nstart = time.time()\nself.created = int(time.time())\nx = datetime.now()\n"
+    assert sorted(wall_clock_readings(ast.parse(source))) == [(1, False), (2, False), (3, True), (4, False)]
+
+
 def swallows_everything(handler: ast.ExceptHandler) -> bool:
     """Whether `handler` catches every exception and does not end by raising again."""
     caught = (

@@ -1,5 +1,6 @@
 """Input: every form of a prompt becomes the right token ids, every mistake an error that says what to do."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -217,6 +218,15 @@ def test_without_a_seed_requests_differ_and_an_engine_repeats_itself() -> None:
     assert len(set(first)) == 10
     assert [keys(same)[0] for _ in range(10)] == first
     assert not {keys(other)[0] for _ in range(10)} & set(first)
+
+
+def test_without_a_seed_the_front_ends_of_one_engine_draw_different_numbers() -> None:
+    text = ModelText(path=Path(), tokenizer=TOKENIZER, generation_config={})
+    ends = [InputProcessor(text, INFO, numbers=itertools.count(number, 2)) for number in range(2)]
+    drawn = [key for model in ends for _ in range(3) for key in keys(model)]
+    assert len(set(drawn)) == 6
+    alone = InputProcessor(text, INFO)
+    assert {key for _ in range(6) for key in keys(alone)} == set(drawn), "as one front end would have drawn"
 
 
 def test_core_ids_are_new_even_for_a_repeated_request_id() -> None:

@@ -1,10 +1,16 @@
-"""What clients leave behind: nothing."""
+"""What clients leave behind: nothing. And what one costs that stays, but does not read: no more than one that does."""
 
 import asyncio
 import contextlib
+import json
 import random
+import socket
+import time
+from urllib.parse import urlsplit
 
 import httpx
+
+NUM_STALLED = 8  # completions of one stream, 1,900 tokens each: 5 MB of events
 
 
 async def stream_tokens(client, base_url, number, *, abort_after):
@@ -67,3 +73,38 @@ def test_a_bad_second_prompt_stops_the_first(server):
     body = {"prompt": ["Once upon a time", ""], "max_tokens": 1900, "ignore_eos": True}
     assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 400
     server.wait_for(server.all_pages_are_free, what="freeing all pages")
+
+
+def open_stream_and_stop_reading(server, body):
+    """A connection that asked for a stream, with as little room for what comes as the system allows."""
+    stalled = socket.socket()
+    stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    address = urlsplit(server.url)
+    stalled.connect((address.hostname, address.port))
+    content = json.dumps(body).encode()
+    # A long request id, which every event repeats: the system's own buffer takes 1.7 MB before it is full.
+    headers = {"Host": "test", "Connection": "close", "Content-Length": len(content), "X-Request-Id": "x" * 128}
+    lines = ["POST /v1/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
+    stalled.sendall("\r\n".join(lines).encode() + content)
+    return stalled
+
+
+def test_a_client_that_stops_reading_is_owed_little_and_slows_nobody(server):
+    """Its tokens are generated and wait as numbers; of text, the server holds a connection's buffer and one chunk."""
+    body = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True, "temperature": 0}
+    body |= {"n": NUM_STALLED, "stream": True, "stream_options": {"include_usage": True}}
+    with open_stream_and_stop_reading(server, body) as stalled:
+        server.wait_for(lambda: server.metric("vllm:num_requests_running") == NUM_STALLED, what="running")
+        start = time.monotonic()
+        other = httpx.post(f"{server.url}/v1/completions", json={**body, "max_tokens": 50, "n": 1}, timeout=60)
+        assert other.text.endswith("data: [DONE]\n\n")
+        assert server.metric("vllm:num_requests_running") >= NUM_STALLED, "it was answered beside the stalled ones"
+        assert time.monotonic() - start < 30
+        server.wait_for(server.all_pages_are_free, what="generating to the end, unread")
+        stalled.settimeout(60)
+        data = b"".join(iter(lambda: stalled.recv(1 << 16), b""))
+    events = [part for part in data.decode().split("data: ") if part.startswith("{")]
+    usage = json.loads(events[-1].split("\n\n")[0])["usage"]
+    assert usage["completion_tokens"] == NUM_STALLED * 1900
+    # What no buffer had room for came together, in one chunk for each completion.
+    assert len(events) < usage["completion_tokens"] * 2 / 3, "the server has buffered an event for every token"

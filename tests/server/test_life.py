@@ -100,6 +100,10 @@ def test_core_killed_is_an_error_to_all_who_wait(start_server, waiting_requests)
     assert httpx.post(f"{server.url}/v1/completions", json=LONG).status_code == 503
     assert server.process.wait(60) == 1
     assert server.log().splitlines()[-1].startswith("jax-engine serve: error: the engine has died")
+    # Whoever starts it again, as a service manager does, has a server again, on the same port.
+    again = start_server("--port", server.url.rpartition(":")[2])
+    assert again.url == server.url
+    assert httpx.post(f"{again.url}/v1/completions", json={"prompt": "Once", "max_tokens": 2}).status_code == 200
 
 
 def test_sigterm_tells_requests_that_outlast_the_grace_period(start_server, waiting_requests):

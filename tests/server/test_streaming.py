@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.server.cells import CellMemory
+from jax_engine.server.cells import ROW_BYTES, CellMemory
 from jax_engine.server.frames import ChatFrames, CompletionFrames, LineFrames
 from jax_engine.server.histogram import Histogram, one_two_five
 from jax_engine.server.metrics import Metrics
@@ -169,3 +169,30 @@ def test_engine_counters_reach_the_metrics():
         'jax_engine:host_seconds_total{engine="0",model_name="m",part="schedule"} 2.0',
     ):
         assert line in text.splitlines()
+
+
+def test_whichever_front_end_is_asked_it_tells_what_all_have_counted(tmp_path):
+    with (tmp_path / "cells").open("w+b") as file:
+        file.truncate(3 * ROW_BYTES)
+        ends = [Metrics("m", CellMemory.shared(file.fileno(), number=number, count=3)) for number in range(2)]
+    for metrics in ends:
+        tracker = PromptTracker(metrics, SamplingParams())
+        tracker.take(output(CompletionOutput(0, "a", [7, 8], "stop"), finished=True))
+    for metrics in ends:  # the third has not started yet
+        assert sample(metrics, "vllm:request_success_total", finished_reason="stop") == 2
+        assert sample(metrics, "vllm:time_to_first_token_seconds_sum") == 2
+        assert sample(metrics, "vllm:request_generation_tokens_bucket", le="2.0") == 2
+        assert sample(metrics, "vllm:request_generation_tokens_bucket", le="1.0") == 0
+    one, both = (dict(process_samples(metrics)) for metrics in (Metrics("m"), ends[0]))
+    assert set(one) == set(both)
+    if one:  # where there is no /proc there are none
+        # Both rows are of this process.
+        assert both["process_resident_memory_bytes"] == pytest.approx(2 * one["process_resident_memory_bytes"], rel=0.1)
+        assert both["process_start_time_seconds"] == one["process_start_time_seconds"]
+
+
+def process_samples(metrics):
+    for family in text_string_to_metric_families(metrics.render(EngineStats()).decode()):
+        for found in family.samples:
+            if found.name.startswith("process_"):
+                yield found.name, found.value
