@@ -94,20 +94,16 @@ class CoreServer:
         return True
 
     def _handle(self, core: EngineCore, command: Command, channel: int) -> None:
-        if len(self._events) > 1:
-            self._note_owners(command, channel)
         reply = core.handle(command)
         if reply is not None:
             self._events[channel].send(self._encoder.encode(reply))
-        if not core.has_work:  # the last request was aborted: say that its pages are free
-            self.send_to_all(StepOutputs([], core.stats()))
-
-    def _note_owners(self, command: Command, channel: int) -> None:
-        if isinstance(command, Add):
+        elif isinstance(command, Add) and len(self._events) > 1:  # with a reply, they were refused
             self._owners.update((request.request_id, channel) for request in command.requests)
-        elif isinstance(command, Abort):
+        if isinstance(command, Abort):
             for request_id in command.request_ids:  # no output follows
                 self._owners.pop(request_id, None)
+        if not core.has_work:  # the last request was aborted: say that its pages are free
+            self.send_to_all(StepOutputs([], core.stats()))
 
 
 def _connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, kind: int) -> "zmq.Socket[bytes]":

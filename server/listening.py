@@ -9,6 +9,8 @@ from jax_engine.server.settings import ServerSettings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+# What the system keeps for a client that has stopped reading, instead of up to 4 MB; a stream of tokens needs far less.
+SEND_BUFFER_BYTES = 256 * 2**10
 
 
 def listening_sockets(host: str, port: int, count: int = 1) -> list[socket.socket]:
@@ -36,6 +38,7 @@ def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
         listening.bind((host, port))
         listening.listen(BACKLOG)
     except OSError as error:
