@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import jax_engine.models.demo
+from host_overhead import CORE_STAGES, TEXT_STAGES
 from http_client import RequestError, Target, get, stream
 from measure import (
     Latencies,
@@ -307,3 +308,20 @@ def test_serving_measures_a_server_that_it_starts_itself(tiny_model: str, tmp_pa
     assert server["server"]["compiles in a request's path"] == 0
     assert server["server"]["steps"] > 0
     assert "output tokens/s" in printed
+
+
+@pytest.mark.slow
+def test_host_overhead_measures_every_stage_and_checks_every_answer(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    sizes = ("--sequences", "1", "3", "--contexts", "20", "--steps", "4", "--streams", "2", "--output-tokens", "8")
+    small = ("--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--api-server-count", "2")
+    printed = run_benchmark("host_overhead.py", *sizes, "--json", str(report), "--", *small)
+    figures = json.loads(report.read_text())
+    assert [(costs["sequences"], costs["context"]) for costs in figures["core"]] == [(1, 20), (3, 20)]
+    for costs in figures["core"]:
+        assert set(costs["stages"]) == {*CORE_STAGES, *TEXT_STAGES, "wait"}
+        assert all(microseconds > 0 for microseconds in costs["stages"].values())
+        assert 0 < costs["core"] < sum(costs["stages"].values())
+    (rates,) = figures["http"]
+    assert (rates["streams"], rates["tokens"]) == (2, 16)
+    assert "core, a sequence" in printed and "output tokens/s" in printed
