@@ -28,7 +28,7 @@ from counting_model import CountingModel
 from http_client import Target
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Abort, Add, StepOutputs
+from jax_engine.messages import Abort, Add, CoreRequest, StepOutputs
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.processor import InputProcessor, ModelText
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
@@ -155,12 +155,8 @@ class Pipeline:
         streams = [Stream(outputs.add(request), PromptTracker(self._metrics, params)) for request in requests]
         by_state = {id(stream.state): stream for stream in streams}
         adds = [request.core_requests[0] for request in requests]
-        # The others find the first one's pages.
-        for some in (adds[:1], adds[1:]):
-            self._core.send(Add(some))
-            wanted = len(some) if some is adds[:1] else len(adds)
-            while some and len((step := self._core.step()).outputs) < min(wanted, len(adds)):
-                outputs.process(step.outputs)
+        self._fill(outputs, adds[:1], running=1)
+        self._fill(outputs, adds[1:], running=count)  # they find the first one's pages
         samples: dict[str, list[float]] = {}
         for _ in range(steps):
             for stage, microseconds in self._step(outputs, by_state):
@@ -169,6 +165,17 @@ class Pipeline:
         while self._core.has_work():
             self._core.step()
         return StepCosts(count, context, {stage: statistics.median(values) for stage, values in samples.items()})
+
+    def _fill(self, outputs: OutputProcessor, adds: list[CoreRequest], *, running: int) -> None:
+        """Start requests, and step until that many get a token in one step."""
+        self._core.send(Add(adds))
+        produced = 0
+        while adds and produced < running:
+            assert self._core.has_work(), "requests ended before all were running"
+            step = self._core.step()
+            for state in outputs.process(step.outputs).changed:
+                state.take()
+            produced = len(step.outputs)
 
     def _step(self, outputs: OutputProcessor, streams: dict[int, "Stream"]) -> Iterator[tuple[str, float]]:
         """One step; yields each stage's name and microseconds."""
@@ -187,6 +194,7 @@ class Pipeline:
         with timed() as spent:
             taken = [(streams[id(state)], state.take()) for state in outputs.process(received.outputs).changed]
         yield "detokenize", spent[0]
+        assert len(taken) == len(streams), "a stream got nothing"
         with timed() as spent:
             for stream, output in taken:
                 stream.tracker.take(output)
