@@ -232,12 +232,18 @@ def table_rows(measurements: Sequence[Measurement]) -> list[list[object]]:
     return rows + [[label, *(m.server.get(label) for m in measurements)] for label in told]
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @contextmanager
 def running_server(model: str | None, arguments: Sequence[str]) -> Iterator[str]:
     """The address of a `jax-engine serve` of this environment, ready for requests; ended by SIGTERM afterwards."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("jax-engine")), "serve", *([model] if model else [])]
     command += ["--host", "127.0.0.1", "--port", str(port), "--compile-before-ready", "--no-enable-prefix-caching"]
     command += arguments

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
+from jax_engine.planner import step_sizes
 from jax_engine.scheduler import SchedulerLimits
 from measure import write_json
 from simulate_cost import PRESETS, StepCost, find_cost
@@ -247,6 +248,7 @@ def interpret(options: argparse.Namespace) -> None:
         config.max_num_seqs,
         config.token_budget,
         enable_prefix_caching=options.enable_prefix_caching,
+        step_sizes=step_sizes(config.max_num_seqs, config.token_budget),
     )
     options.objectives = objectives_of(options.goodput)
     for name in ("abandon_after", "jobs", "max_tokens", "num_requests"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from jax_engine.messages import CoreOutput, CoreRequest
-from jax_engine.planner import bucket_lattice
+from jax_engine.planner import step_sizes
 from jax_engine.scheduler import Scheduler, SchedulerLimits, StepPlan
 from measure import RequestTiming
 from simulate_cost import StepCost
@@ -94,9 +94,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(self.limits, clock=lambda: self.now)
-        self._rows = [
-            bucket.num_tokens for bucket in bucket_lattice(self.limits.max_num_seqs, self.limits.token_budget)
-        ]
+        self._rows = step_sizes(self.limits.max_num_seqs, self.limits.token_budget)
         self._order = count()  # of events at one time
         # Conversation's index and turn; or, to give up, a request's id.
         self._events: list[tuple[float, int, tuple[Conversation, int] | str]] = []

@@ -21,7 +21,6 @@ from scipy.optimize import nnls
 from jax_engine.config import EngineConfig
 from jax_engine.engine_core import EngineCore
 from jax_engine.messages import CoreRequest
-from jax_engine.planner import bucket_lattice
 from measure import Percentiles
 from simulate_cost import StepCost
 
@@ -82,16 +81,15 @@ def parse_arguments() -> argparse.Namespace:
 def time_steps(core: EngineCore, num_requests: int) -> list[TimedStep]:
     """Every step of waves of requests, each wave of another size and other lengths; the same ones at every call."""
     limits = core.scheduler.limits
-    lattice = [bucket.num_tokens for bucket in bucket_lattice(limits.max_num_seqs, limits.token_budget)]
     steps: list[TimedStep] = []
     for wave in waves(num_requests, limits.max_num_seqs, core.info.max_model_len):
         for request in wave:
             core.scheduler.add(request)
-        steps += time_wave(core, lattice)
+        steps += time_wave(core, limits.step_sizes)
     return steps
 
 
-def time_wave(core: EngineCore, lattice: Sequence[int]) -> Iterator[TimedStep]:
+def time_wave(core: EngineCore, sizes: Sequence[int]) -> Iterator[TimedStep]:
     """Run what has been added to its end, each step after the one before it has ended."""
     while core.scheduler.has_work:
         plan = core.scheduler.schedule()
@@ -101,7 +99,7 @@ def time_wave(core: EngineCore, lattice: Sequence[int]) -> Iterator[TimedStep]:
         pending.tokens.block_until_ready()
         seconds = time.perf_counter() - start
         yield TimedStep(
-            rows=next(rows for rows in lattice if rows >= plan.num_tokens),
+            rows=next(rows for rows in sizes if rows >= plan.num_tokens),
             kv_tokens=sum(chunk.start + chunk.length for chunk in plan.chunks),
             pairs=sum(chunk.length * (2 * chunk.start + chunk.length + 1) / 2 for chunk in plan.chunks),
             seconds=seconds,

@@ -90,6 +90,7 @@ class EngineReport:
     mixed: EngineRun
     steady: EngineRun
     stats: EngineStats  # at the end
+    step_sizes: tuple[int, ...]  # token rows of the step programs
 
 
 def main() -> None:
@@ -98,6 +99,7 @@ def main() -> None:
     engine = measure_engine(options, workload)
     peers = [] if options.no_peer else measure_transformers(options, workload)
     print(table(engine, peers))
+    print(f"steps are padded to {', '.join(map(str, engine.step_sizes))} token rows")
     if peers:
         print(comparison(engine.mixed, peers))
     figures = report(engine, peers)
@@ -156,9 +158,9 @@ def measure_engine(
     start_seconds = time.perf_counter() - start
     mixed_run = run_engine(llm, workload, options.repeats)
     steady_run = run_engine(llm, steady, options.repeats)
-    stats = llm.get_metrics()
+    stats, step_sizes = llm.get_metrics(), llm.info.step_sizes
     llm.shutdown()
-    return EngineReport(start_seconds, mixed_run, steady_run, stats)
+    return EngineReport(start_seconds, mixed_run, steady_run, stats, step_sizes)
 
 
 def run_engine(llm: LLM, workload: Sequence[WorkItem], repeats: int) -> EngineRun:
@@ -278,7 +280,7 @@ def report(engine: EngineReport, peers: "Sequence[PeerRun]") -> dict[str, Any]:
     return {
         "mixed_lengths": figures(engine.mixed),
         "equal_lengths": figures(engine.steady),
-        "engine": whole_life_figures(engine),
+        "engine": {**whole_life_figures(engine), "step sizes": engine.step_sizes},
         "transformers": [{"batch_size": peer.batch_size, **peer.rates.as_dict()} for peer in peers],
     }
 

@@ -1,44 +1,50 @@
 """Step programs and their executables: the only place that compiles.
 
 The largest program is compiled first, and from then on the engine serves, because every step can be padded into it.
-The others follow in the background, in the order in which they help most. A step never waits for a compile: it takes
-the smallest program that is ready and large enough.
+The others follow in background threads, in the order in which they help most. A step never waits for a compile: it
+takes the smallest program that is ready and large enough.
 """
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
 from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import Bucket
 from jax_engine.step_program import Program
 
 logger = logging.getLogger(__name__)
 
+MAX_DEFAULT_THREADS = 4  # a compile of a large program takes gigabytes of host memory
+
 
 class CompiledSteps:
-    """Programs, compiled once each. Mutable; owned by the runner; a background thread adds to it."""
+    """Programs, compiled once each. Mutable; owned by the runner; background threads add to it."""
 
     def __init__(
-        self,
-        buckets: Sequence[Bucket],
-        lower: Callable[[Program], jax.stages.Lowered],
-        modes: Collection[SamplingMode] = tuple(SamplingMode),
+        self, programs: Iterable[Program], lower: Callable[[Program], jax.stages.Lowered], *, threads: int | None = None
     ) -> None:
-        """`lower` traces a program; `buckets` is the whole lattice, compiled in each of `modes`, the one that can do
-        everything among them.
+        """`programs` are all there will be, the largest in the mode that can do everything among them; `lower` traces
+        one; `threads` compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most).
         """
         self._lower = lower
-        # The mode that can do everything comes first at each size: it serves until the narrower one is there.
-        ordered = sorted(modes, key=list(SamplingMode).index, reverse=True)
-        self.programs = [Program(bucket, mode) for bucket in sorted(buckets, reverse=True) for mode in ordered]
+        self.programs = compile_order(programs)
+        self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
+        self._queue: deque[Program] = deque()
+        # Tracing holds the interpreter's lock, which steps need too: one thread at a time, while others compile.
+        self._tracing = threading.Lock()
+        self._changing = threading.Lock()
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._failure: jax.errors.JaxRuntimeError | None = None  # the first
+        self._started = self._last_done = 0.0
+        self._num_done = self._num_queued = 0
         self.seconds = 0.0
         self.num_in_request_path = 0
 
@@ -50,31 +56,60 @@ class CompiledSteps:
     def num_ready(self) -> int:
         return len(self._executables)
 
+    @property
+    def eta(self) -> float:
+        """Seconds until the last program is ready, by the pace so far; 0 once nothing is being compiled."""
+        left = self._num_queued - self._num_done
+        if not left or self._stop.is_set():
+            return 0.0
+        if self._num_done:
+            pace = (self._last_done - self._started) / self._num_done
+            since = time.monotonic() - self._last_done
+        else:  # as for the largest
+            pace, since = self.seconds / max(self.num_ready, 1) / self.num_threads, time.monotonic() - self._started
+        return max(pace * left - since, 0.1)
+
     def compile_largest(self) -> jax.stages.Compiled:
         """Compile the program that every step fits in."""
         return self._compile(self.largest)
 
     def compile_rest(self, *, background: bool) -> None:
-        """Compile the remaining programs, in a thread or before returning."""
-        # Small steps gain most from a program of their own size, so they come next.
-        rest = sorted(program for program in self.programs if program not in self._executables)
-        if not background:
-            self._compile_all(rest)
+        """Compile the remaining programs, by themselves or before returning.
+
+        In the background a program that does not compile is only missed: the larger ones serve its steps.
+
+        Raises:
+            jax.errors.JaxRuntimeError: a program did not compile, and not in the background.
+        """
+        self._queue.extend(program for program in self.programs if program not in self._executables)
+        self._num_queued = len(self._queue)
+        self._started = self._last_done = time.monotonic()
+        # Not daemons: the interpreter must not end while the compiler runs, so they watch for the end themselves.
+        self._threads = [
+            threading.Thread(target=self._compile_queue, name=f"compile {number}")
+            for number in range(self.num_threads if background else self.num_threads - 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+        if background:
             return
-        # Not a daemon: the interpreter must not end while the compiler runs, so the thread watches for the end itself.
-        self._thread = threading.Thread(target=self._compile_in_background, args=(rest,), name="compile")
-        self._thread.start()
+        try:
+            self._compile_queue()
+        finally:  # interrupted: the other threads are to end too
+            self._stop.set()
+            self.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def wait(self) -> None:
         """Until background compilation has ended."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def stop(self) -> None:
-        """End background compilation after the program it is at."""
+        """End background compilation after the programs it is at."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.wait()
 
     def find(self, num_tokens: int, num_sequences: int, mode: SamplingMode) -> tuple[Program, jax.stages.Compiled]:
         """The smallest program that is ready and can run a step of this size and mode."""
@@ -87,34 +122,75 @@ class CompiledSteps:
             self._compile(self.largest)
         return self.largest, self._executables[self.largest]
 
-    def _compile_in_background(self, programs: Sequence[Program]) -> None:
-        try:
-            self._compile_all(programs)
-        except jax.errors.JaxRuntimeError:
-            # The larger programs still serve every step.
-            logger.exception("a step program did not compile; steps are padded to the %d that did", self.num_ready)
-
-    def _compile_all(self, programs: Sequence[Program]) -> None:
-        start = time.monotonic()
-        for done, program in enumerate(programs, 1):
-            if self._stop.is_set() or not threading.main_thread().is_alive():
+    def _compile_queue(self) -> None:
+        """Compile what is queued until nothing is left, or `stop` is called, or the interpreter ends."""
+        while not self._stop.is_set() and threading.main_thread().is_alive():
+            try:
+                program = self._queue.popleft()
+            except IndexError:
                 return
-            self._compile(program)
-            left = (time.monotonic() - start) / done * (len(programs) - done)
-            level = logging.INFO if done % 4 == 0 else logging.DEBUG
-            logger.log(
-                level, "compiled %d of %d step programs, about %.0f s left", self.num_ready, len(self.programs), left
+            try:
+                self._compile(program)
+            except jax.errors.JaxRuntimeError as error:
+                logger.exception("the step program %s did not compile; its steps are padded to a larger one", program)
+                self._failure = self._failure or error
+            finally:
+                with self._changing:
+                    self._num_done += 1
+                    self._last_done = time.monotonic()
+                    self._log_progress()
+
+    def _log_progress(self) -> None:
+        if self._num_done == self._num_queued:
+            logger.info(
+                "%d of %d step programs compiled, in %.1f s",
+                self.num_ready,
+                len(self.programs),
+                self._last_done - self._started,
             )
-        logger.info("all %d step programs compiled, %.1f s in all", len(self.programs), self.seconds)
+            return
+        logger.log(
+            logging.INFO if self._num_done % 4 == 0 else logging.DEBUG,
+            "compiled %d of %d step programs, about %.0f s left",
+            self.num_ready,
+            len(self.programs),
+            self.eta,
+        )
 
     def _compile(self, program: Program) -> jax.stages.Compiled:
-        start = time.monotonic()
-        executable = self._lower(program).compile()
-        self.seconds += time.monotonic() - start
-        self._executables[program] = executable
-        # A program serves its own mode and the modes it contains. New lists, so that `find` never sees one half-sorted.
-        modes = list(SamplingMode)
-        for mode in modes[: modes.index(program.mode) + 1]:
-            ready = [other for other in self._executables if modes.index(other.mode) >= modes.index(mode)]
-            self._by_mode[mode] = sorted(ready, key=lambda other: (other.bucket, modes.index(other.mode)))
+        with self._tracing:
+            start = time.monotonic()
+            lowered = self._lower(program)
+        executable = lowered.compile()
+        with self._changing:
+            self.seconds += time.monotonic() - start
+            self._executables[program] = executable
+            # A program serves its own mode and those it contains. New lists: `find` never sees one half-sorted.
+            modes = list(SamplingMode)
+            for mode in modes[: modes.index(program.mode) + 1]:
+                ready = [other for other in self._executables if modes.index(other.mode) >= modes.index(mode)]
+                self._by_mode[mode] = sorted(ready, key=lambda other: (other.bucket, modes.index(other.mode)))
         return executable
+
+
+def compile_order(programs: Iterable[Program]) -> list[Program]:
+    """The largest first, and then always one in the middle of the widest gap: any step soon has a program not much
+    larger than itself. A mode that can do everything serves the others too, so it goes before them.
+    """
+    ascending, modes = sorted(programs), reversed(SamplingMode)
+    return [
+        program for mode in modes for program in _by_halves([program for program in ascending if program.mode is mode])
+    ]
+
+
+def _by_halves(ascending: Sequence[Program]) -> list[Program]:
+    """The last, the first, the one in the middle, those in the middle of the halves, and so on."""
+    order = [*ascending[-1:], *ascending[:1]] if len(ascending) > 1 else list(ascending)
+    gaps = deque([(0, len(ascending) - 1)])
+    while gaps:
+        low, high = gaps.popleft()
+        middle = (low + high) // 2
+        if low < middle < high:
+            order.append(ascending[middle])
+            gaps += [(low, middle), (middle, high)]
+    return order

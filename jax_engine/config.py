@@ -59,6 +59,7 @@ class EngineConfig:
     deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
+    compile_threads: int | None = None  # step programs compiled at once; None: half of the cores, 4 at most
 
     def __post_init__(self) -> None:
         switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
@@ -100,6 +101,14 @@ class EngineConfig:
             open_low=True,
             remedy="0.9 is the default",
         )
+        if self.compile_threads is not None:
+            integer(
+                "compile_threads",
+                self.compile_threads,
+                low=1,
+                high=256,
+                remedy="leave it out for half of the processor's cores, 4 at most",
+            )
         if self.kv_cache_memory_bytes is not None:
             integer(
                 "kv_cache_memory_bytes",

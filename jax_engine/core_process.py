@@ -42,6 +42,7 @@ class CoreServer:
         self._owners: dict[str, int] = {}  # running request -> channel; not kept for a single channel
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._compiling = True  # until a report says otherwise
 
     def send_to_all(self, event: Event) -> None:
         message = self._encoder.encode(event)
@@ -79,11 +80,12 @@ class CoreServer:
 
     def _take_commands(self, core: EngineCore) -> bool:
         """Hand all commands that have come to the core; with nothing to do, wait for one. False: shut down."""
-        compiling = core.runner.compiled.num_ready < len(core.runner.compiled.programs)
-        idle_ms = COMPILE_REPORT_MS if compiling else None
+        idle_ms = COMPILE_REPORT_MS if self._compiling else None
         ready = self._poller.poll(0 if core.has_work else idle_ms)
         if not ready and not core.has_work:
-            self.send_to_all(StepOutputs([], core.stats()))
+            stats = core.stats()
+            self._compiling = stats.compile_eta_seconds > 0  # as reported: the end of it is reported too
+            self.send_to_all(StepOutputs([], stats))
         while ready:
             for socket, _ in ready:
                 command = self._decoder.decode(socket.recv())

@@ -37,6 +37,7 @@ class EngineCore:
             vocab_size=self.runner.vocab_size,
             num_pages=limits.num_pages,
             page_size=limits.page_size,
+            step_sizes=limits.step_sizes,
         )
         self._pending: PendingTokens | None = None
         self._schedule_us = self._wait_us = self._collect_us = 0.0
@@ -138,6 +139,7 @@ class EngineCore:
             refused_requests_total=self._num_refused,
             programs_compiled=compiled.num_ready,
             programs_planned=len(compiled.programs),
+            compile_eta_seconds=compiled.eta,
             compile_seconds_total=compiled.seconds,
             compiles_in_request_path_total=compiled.num_in_request_path,
             host_time=HostTime(

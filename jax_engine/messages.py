@@ -82,6 +82,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     vocab_size: int
     num_pages: int
     page_size: int
+    step_sizes: tuple[int, ...] = ()  # token rows of the step programs, ascending
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):

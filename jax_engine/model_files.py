@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from jax_engine.models.demo import DEMO_DIR
@@ -41,6 +39,10 @@ def resolve_model_path(name: str | Path | None, *, revision: str | None = None) 
         raise ModelLoadError(f"model {str(name)!r} is a file; give the folder that holds config.json and the weights")
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelLoadError(f"model folder {str(name)!r} does not exist; check the path")
+    # Imported when needed: its HTTP client takes longer to import than a local folder to read.
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
     try:
         return Path(
             huggingface_hub.snapshot_download(

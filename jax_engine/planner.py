@@ -1,7 +1,8 @@
 """Sizes derived before anything large is allocated: step shapes, pages, context."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -12,13 +13,16 @@ from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PageShape, split_page_shape
 from jax_engine.row_blocks import whole_blocks
+from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import Bucket
+from jax_engine.step_program import Program
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
-SMALLEST_STEP = 8  # below it, step programs would multiply for no gain
+MAX_PROGRAMS = 26  # step programs of all sizes and sampling modes: what a start compiles
+SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,61 @@ class MemoryPlan:
     reason: str
 
 
-def bucket_lattice(max_num_seqs: int, token_budget: int, row_block: int | None = None) -> tuple[Bucket, ...]:
-    """The step shapes: token counts up to the budget, each with all the sequences it can hold.
+def step_sizes(max_num_seqs: int, token_budget: int, *, max_programs: int = MAX_PROGRAMS) -> tuple[int, ...]:
+    """Token counts that steps are padded to, in ascending order: 1, `max_num_seqs` and `token_budget`, and between
+    them powers of two and their middles, as far as `max_programs` allow.
 
-    One and `SMALLEST_STEP` serve the few-sequence decode, powers of two the rest, with a step between two of them
-    where decode is at home (up to `max_num_seqs`). A step's cost follows its token rows; padding sequences cost next to
-    nothing in attention, whose loops run over real lengths. Where steps run in blocks of `row_block` rows, their cost
-    follows their blocks, and one shape of whole blocks is all there is.
+    What goes first, where they do not allow all, is the size whose absence adds least padding (`_padding_without`).
+    """
+    sizes = {1, max_num_seqs, token_budget}
+    power = 2
+    while power <= token_budget:
+        sizes |= {power, power * 3 // 2} if power >= SMALLEST_SPLIT else {power}
+        power *= 2
+    ladder = sorted(size for size in sizes if size <= token_budget)
+    while sum(len(_modes(size, max_num_seqs)) for size in ladder) > max_programs:
+        spare = [size for size in ladder if size not in (1, max_num_seqs, token_budget)]
+        ladder.remove(min(spare, key=lambda size: (_padding_without(size, ladder), size)))
+    return tuple(ladder)
+
+
+def _padding_without(size: int, ladder: Sequence[int]) -> float:
+    """Padding, as a share of its rows, that a step gains when `size` leaves the ladder, over steps that are as likely
+    at every scale. Rounded: ladders of powers of two are full of ties.
+    """
+    index = ladder.index(size)
+    below, above = ladder[index - 1], ladder[index + 1]
+    return round((above / size - 1) * math.log(size / below), 9)
+
+
+def _modes(size: int, max_num_seqs: int) -> Sequence[SamplingMode]:
+    """Sampling modes that a step size is compiled for. Steps larger than `max_num_seqs` hold a chunk of a prompt,
+    beside which the cost of drawing is small: one mode, the one that can do everything, serves them all.
+    """
+    modes = list(SamplingMode)
+    return modes if size <= max_num_seqs else modes[-1:]
+
+
+def step_programs(max_num_seqs: int, token_budget: int, *, row_block: int | None = None) -> tuple[Program, ...]:
+    """Every step program there will be: step sizes, each with all the sequences that it can hold, in their modes.
+
+    A step's cost follows its token rows; padding sequences cost next to nothing in attention, whose loops run over
+    real lengths. Where steps run in blocks of `row_block` rows, their cost follows their blocks, and one program of
+    whole blocks, in the mode that does everything, is all there is.
     """
     if row_block is not None:
-        return (Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block)),)
-    sizes = {1, min(SMALLEST_STEP, token_budget), max_num_seqs, token_budget}
-    size = SMALLEST_STEP
-    while size < token_budget:
-        sizes.add(size)
-        if 2 * SMALLEST_STEP <= size < max_num_seqs:
-            sizes.add(size * 3 // 2)
-        size *= 2
-    return tuple(Bucket(tokens, min(tokens, max_num_seqs)) for tokens in sorted(sizes) if tokens <= token_budget)
+        bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
+        return (Program(bucket, list(SamplingMode)[-1]),)
+    return tuple(
+        Program(Bucket(size, min(size, max_num_seqs)), mode)
+        for size in step_sizes(max_num_seqs, token_budget)
+        for mode in _modes(size, max_num_seqs)
+    )
+
+
+def largest_padding(sizes: Sequence[int]) -> float:
+    """Share of a step's rows that are padding at worst, for step sizes in ascending order."""
+    return max((above - below - 1) / above for below, above in zip((0, *sizes), sizes, strict=False))
 
 
 def longest_context(config: EngineConfig, model: ModelConfig) -> int:

@@ -20,9 +20,16 @@ from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
 from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
 from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.planner import MemoryPlan, bucket_lattice, host_pages, longest_context, memory_for_pages, plan_memory
+from jax_engine.planner import (
+    MemoryPlan,
+    host_pages,
+    largest_padding,
+    longest_context,
+    memory_for_pages,
+    plan_memory,
+    step_programs,
+)
 from jax_engine.row_blocks import whole_blocks
-from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
 from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import (
@@ -33,7 +40,7 @@ from jax_engine.step_batch import (
     page_updates_of,
     write_block_tables,
 )
-from jax_engine.step_program import Program
+from jax_engine.step_program import DeviceState, Program
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +96,13 @@ class Runner:
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
-        buckets = bucket_lattice(config.max_num_seqs, config.token_budget, self.placed.row_block)
+        block = self.placed.row_block
+        self._programs = step_programs(config.max_num_seqs, config.token_budget, row_block=block)
+        buckets = sorted({program.bucket for program in self._programs})
+        largest = buckets[-1].num_tokens
+        # A step in blocks of rows costs those that it fills.
+        sizes = range(block, largest + 1, block) if block else [bucket.num_tokens for bucket in buckets]
+        self.step_sizes = tuple(sizes)
         self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
         self.memory = self._plan_memory(config, model_config, device)
         logger.info(
@@ -99,21 +112,14 @@ class Runner:
             self.memory.num_pages * self._geometry.page_bytes / 2**20,
             self.memory.reason,
         )
-        # One program for all steps, where they are to be alike: the mode that does everything.
-        modes = (SamplingMode.SAMPLE,) if config.deterministic else tuple(SamplingMode)
-        self.compiled = CompiledSteps(buckets, lambda program: self._lower(program, self.memory), modes)
-        self._leaves = self._load_while_compiling(folder, config)
-        self._state = self.placed.zero_state(self._state_size(self.memory))
-        self._page_copier = PageCopier(self._state.cache)
+        self._log_step_programs()
+        self.compiled = CompiledSteps(
+            self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
+        )
+        self._state: DeviceState
+        self._load_while_compiling(folder, config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
-        tables = self._state.block_tables
-        self._updates_shape = (tables.shape[1], 3)  # one whole block table
-        self._write_block_tables = (
-            jax.jit(write_block_tables, donate_argnums=0, out_shardings=tables.sharding)
-            .lower(tables, np.empty(self._updates_shape, np.int32))
-            .compile()
-        )
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
 
@@ -131,6 +137,7 @@ class Runner:
             hash_algorithm=config.prefix_caching_hash_algo,
             num_host_pages=host_pages(config, self._geometry),
             seconds_per_loaded_page=self._seconds_per_loaded_page,
+            step_sizes=self.step_sizes,
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -170,9 +177,23 @@ class Runner:
         return tokens
 
     def shutdown(self) -> None:
-        """Stop compiling and let go of device memory."""
+        """Stop compiling, log what padding there was, and let go of device memory."""
         self.compiled.stop()
+        if rows := self.counters.token_rows:
+            share = 100 * self.counters.padding_tokens / rows
+            logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
         del self._state, self._leaves
+
+    def _log_step_programs(self) -> None:
+        if self.placed.row_block is not None:
+            logger.info("step programs: one, of blocks of %d token rows", self.placed.row_block)
+            return
+        logger.info(
+            "step programs: %d, of %s token rows; padding is %.0f %% of a step at most",
+            len(self._programs),
+            ", ".join(map(str, self.step_sizes)),
+            100 * largest_padding(self.step_sizes),
+        )
 
     def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
         """Record the sampling parameters of requests that have just taken a slot."""
@@ -206,22 +227,36 @@ class Runner:
         )
         return 0.0 if config.kv_offloading_load == "always" else seconds
 
-    def _load_while_compiling(self, folder: Path, config: EngineConfig) -> tuple[jax.Array, ...]:
-        """Read the weights while the largest program compiles; an error in them does not wait for the compiler."""
+    def _load_while_compiling(self, folder: Path, config: EngineConfig) -> None:
+        """Make weights and state while the largest program compiles; their errors do not wait for the compiler."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
         try:
-            leaves = load_leaves(
+            self._leaves = load_leaves(
                 self.placed.structure,
                 folder,
                 load_format=config.load_format,
                 sharding_of=self.placed.sharding_of,
                 seed=config.seed,
             )
+            if self._is_remote:
+                compiling.result()  # an accelerator's compiler may try kernels out, in memory that the state would fill
+            self._make_state()
             compiling.result()
         finally:
             pool.shutdown(wait=False)
-        return leaves
+
+    def _make_state(self) -> None:
+        """The device state before the first step, and the programs that copy its pages and write its block tables."""
+        self._state = self.placed.zero_state(self._state_size(self.memory))
+        self._page_copier = PageCopier(self._state.cache)
+        tables = self._state.block_tables
+        self._updates_shape = (tables.shape[1], 3)  # one whole block table
+        self._write_block_tables = (
+            jax.jit(write_block_tables, donate_argnums=0, out_shardings=tables.sharding)
+            .lower(tables, np.empty(self._updates_shape, np.int32))
+            .compile()
+        )
 
     def _plan_memory(self, config: EngineConfig, model: ModelConfig, device: jax.Device) -> MemoryPlan:
         """Pages from what the largest step leaves of the device's memory, or from the setting."""
@@ -230,9 +265,7 @@ class Runner:
         # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
         context = longest_context(config, model)
         provisional = MemoryPlan(self._geometry.pages_for(context), context, "provisional")
-        largest = CompiledSteps(
-            tuple(self._layouts), lambda program: self._lower(program, provisional)
-        ).compile_largest()
+        largest = CompiledSteps(self._programs, lambda program: self._lower(program, provisional)).compile_largest()
         cache_bytes = provisional.num_pages * self._geometry.page_bytes
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:

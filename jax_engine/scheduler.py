@@ -65,6 +65,7 @@ class SchedulerLimits:
     hash_algorithm: str = "sha256"
     num_host_pages: int = 0
     seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
+    step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget
 
 
 @dataclass(slots=True)
@@ -145,7 +146,7 @@ class Scheduler:
         for request in self.groups.begin_step():
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
-        step = _Step(tokens=self.limits.token_budget - num_decodes)
+        step = _Step(tokens=self._step_budget(num_decodes) - num_decodes)
         for request in tuple(self.running):
             if request.slot >= 0 and self.waiting:  # without a slot, it has given way
                 self._admit(step, before=request)
@@ -178,6 +179,28 @@ class Scheduler:
             if reason is not None:
                 self._finish(request)
         return outputs
+
+    def _step_budget(self, num_decodes: int) -> int:
+        """Tokens that this step may compute.
+
+        Not always all that there are: where the step program's size below is nearer than the one above, the last
+        chunk's end is left to the next step, which the requests that decode need anyway. So it puts off fewer tokens
+        than padding it saves.
+        """
+        limits, num_free = self.limits, len(self._free_slots)
+        limit, sizes = limits.token_budget, limits.step_sizes
+        fill_it = 1 < num_free < len(self.waiting)  # with whose prompts, only sorting the queue would tell
+        if not sizes or not num_decodes or fill_it or not limits.enable_chunked_prefill:
+            return limit
+        first = self.waiting.first()
+        starting = self.waiting if len(self.waiting) <= num_free else [first] if first and num_free else []
+        requests = (*self.running, *starting)
+        total = sum(self._chunk_length(request.num_uncomputed, limit) for request in requests)
+        if total == num_decodes or total >= limit:
+            return limit
+        index = bisect_right(sizes, total)
+        below, above = (0, *sizes)[index], sizes[index]
+        return below if below > num_decodes and total - below < above - total else limit
 
     def _continue(self, step: "_Step", request: Request) -> None:
         """Add a running request's next range to the step, as long as budget and pages allow.

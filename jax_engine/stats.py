@@ -47,7 +47,8 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     refused_requests_total: int = 0  # sequences that max_num_queued_reqs had no room for
     programs_compiled: int = 0
     programs_planned: int = 0
-    compile_seconds_total: float = 0.0
+    compile_eta_seconds: float = 0.0  # until the last step program is ready; 0 when nothing is being compiled
+    compile_seconds_total: float = 0.0  # of all compile threads together
     compiles_in_request_path_total: int = 0
     host_time: HostTime = HostTime()
 

@@ -115,6 +115,7 @@ STEP_FLAGS = (
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
     Flag("deterministic", "bitwise equal results whatever shares the batch; slower; by default not", type=bool),
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
+    Flag("compile_threads", "step programs compiled at once; else half the cores, 4 at most", type=count, metavar="N"),
 )
 COMPILE_FIRST = Flag(
     "compile_before_ready", "compile every step program before the first request, not only the largest", type=bool

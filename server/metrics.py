@@ -127,6 +127,10 @@ class Metrics(Collector):
             "jax_engine:host_pages_in_use": ("KV pages in host memory.", stats.num_host_pages_in_use),
             "jax_engine:programs_compiled": ("Step programs ready.", stats.programs_compiled),
             "jax_engine:programs_planned": ("Step programs there will be.", stats.programs_planned),
+            "jax_engine:compile_eta_seconds": (
+                "Seconds until the last step program is ready, by the pace so far; 0: none is being compiled.",
+                stats.compile_eta_seconds,
+            ),
         }
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(name, text, labels=LABELS)
@@ -185,7 +189,7 @@ class Metrics(Collector):
             "jax_engine:steps": ("Engine steps.", stats.steps_total),
             "jax_engine:padding_tokens": ("Token rows of steps that held no token.", stats.padding_tokens_total),
             "jax_engine:token_rows": ("Token rows of steps, padding included.", stats.token_rows_total),
-            "jax_engine:compile_seconds": ("Time spent compiling.", stats.compile_seconds_total),
+            "jax_engine:compile_seconds": ("Time spent compiling, in all threads.", stats.compile_seconds_total),
             "jax_engine:compiles_in_request_path": (
                 "Compiles that a request waited for; stays 0.",
                 stats.compiles_in_request_path_total,

@@ -293,7 +293,21 @@ def test_throughput_prints_the_engine_beside_its_peer(tiny_model: str, tmp_path:
     assert figures["deterministic"]["engine"]["programs compiled"] == 1
     assert "times the throughput of the default with mixed lengths" in printed
     assert figures["engine"]["compiles in a request's path"] == 0
+    assert figures["engine"]["step sizes"] == [1, 2, 4, 8, 12, 16]
+    assert "steps are padded to 1, 2, 4, 8, 12, 16 token rows" in printed
     assert figures["mixed_lengths"]["host"]["total"] > 0
+
+
+@pytest.mark.slow
+def test_startup_times_a_cold_and_a_warm_start(tiny_model: str, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--model", tiny_model, "--repeats", "1", "--json", str(report))
+    printed = run_benchmark("startup.py", *options, "--", *SMALL_ENGINE)
+    figures = json.loads(report.read_text())
+    for run in (*figures["cold"], *figures["warm"]):
+        assert 0 < run["listening"] <= run["first_answer"] <= run["all_compiled"]
+    assert figures["warm"][0]["all_compiled"] < figures["cold"][0]["all_compiled"]
+    assert "jax-engine --help" in printed
 
 
 @pytest.mark.slow

@@ -41,9 +41,9 @@ def reported(outcome: Outcome, ttft_ms: float = math.inf) -> Report:
 
 
 def test_one_requests_times_are_sums_of_its_steps() -> None:
-    """A prompt of 10 in a program of 16 rows, then two steps of one row: each waits for the one before it."""
+    """A prompt of 10 in a program of 12 rows, then two steps of one row: each waits for the one before it."""
     (life,) = run([single(0, prompt=10, output=3, arrival=5.0)]).lives
-    prompt_step = 1 + 16 * 0.125 + 10 / 64 + 55 / 1024
+    prompt_step = 1 + 12 * 0.125 + 10 / 64 + 55 / 1024
     decode_steps = [1 + 0.125 + length / 64 + length / 1024 for length in (11, 12)]
     assert life.scheduled == 5.0
     assert life.timing.time_to_first_token == prompt_step
@@ -63,7 +63,7 @@ def test_a_request_that_comes_during_a_step_waits_for_the_one_after_the_next() -
     first, second = outcome.lives
     one = 1 + 1 + 8 / 64 + 36 / 1024
     two = 1 + 0.125 + 9 / 64 + 9 / 1024
-    three = 1 + 16 * 0.125 + (8 + 10) / 64 + (36 + 10) / 1024
+    three = 1 + 12 * 0.125 + (8 + 10) / 64 + (36 + 10) / 1024
     assert second.scheduled == first.first_token == one
     assert second.first_token == one + two + three
 
@@ -151,14 +151,14 @@ def test_clients_without_a_token_give_up_and_are_not_served() -> None:
 
 
 def test_a_report_counts_by_hand() -> None:
-    """Two requests in one step, one in the next: nine rows of sixteen, then one of one."""
+    """Two requests in one step, one in the next: nine rows of twelve, then one of one."""
     outcome = run([single(0, prompt=8, output=2), single(1, prompt=1, output=1)])
     measured = reported(outcome, ttft_ms=1.0)
-    step = 1 + 2 + 9 / 64 + 37 / 1024
+    step = 1 + 1.5 + 9 / 64 + 37 / 1024
     assert measured.rates.seconds == step + 1.125 + 9 / 64 + 9 / 1024
     assert measured.ttft_ms.percentiles.p99 == 1e3 * step
     assert measured.good_requests == 0
-    assert measured.padding_share == 7 / 17
+    assert measured.padding_share == 3 / 13
     assert measured.busy_share == 1
     assert (measured.steps, measured.preemptions, measured.mean_queue) == (2, 0, 0.0)
     assert reported(outcome, ttft_ms=4000).goodput == 2 / measured.rates.seconds

@@ -5,6 +5,7 @@ way.
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,18 +155,42 @@ def test_an_abort_frees_its_pages_at_the_next_step(core):
 
 
 def test_no_request_waits_for_a_compile(tiny_settings, tmp_path, alone):
-    """Right after start only the largest program exists; the others come in the background, and steps never wait for
-    them.
+    """With an empty cache only the largest program exists at first. Greedy and sampled requests run until the others
+    have come, and get the same tokens from every program.
     """
-    core = InProcessCore(EngineConfig(**(tiny_settings | {"compilation_cache_dir": str(tmp_path)})))
-    assert run_requests(core, batch()) == alone
-    core.wait_until_compiled()
+    changes = {"compilation_cache_dir": str(tmp_path), "max_num_batched_tokens": 8}  # seven programs
+    core = InProcessCore(EngineConfig(**(tiny_settings | changes)))
+    sampled = [
+        core_request(f"s{i}", prompt, 12, temperature=0.8, top_p=0.9, prng_key=(i, 1))
+        for i, prompt in enumerate(prompts(4, seed=7))
+    ]
+    expected, compiled = None, []
+    while not compiled or core.stats().compile_eta_seconds:
+        compiled.append(core.stats().programs_compiled)
+        tokens = run_requests(core, [*sampled[:2], *batch(), *sampled[2:]])
+        expected = expected or tokens
+        assert tokens == expected
+    assert compiled[0] < core.stats().programs_planned, "nothing was compiled while requests ran"
+    assert {name: tokens[name] for name in alone} == alone
+    assert run_requests(core, [*sampled, *batch()]) == expected
     stats = core.stats()
     assert stats.programs_compiled == stats.programs_planned > 4
-    assert run_requests(core, batch()) == alone
-    assert core.stats().compiles_in_request_path_total == 0
-    assert core.stats().programs_compiled == stats.programs_compiled
+    assert stats.compiles_in_request_path_total == 0
     core.shutdown()
+
+
+async def test_another_process_compiles_nothing_anew(tiny_settings, core):
+    """All that a start needs is in the folder that an equal engine has filled."""
+    folder = Path(tiny_settings["compilation_cache_dir"])
+    before = {file.name for file in folder.rglob("*-cache")}
+    assert len(before) >= core.stats().programs_planned
+    started = await CoreProcess.start(EngineConfig(**tiny_settings))
+    while True:
+        step = await started.receive()
+        if step.stats.programs_compiled == step.stats.programs_planned:
+            break
+    await started.shutdown()
+    assert {file.name for file in folder.rglob("*-cache")} == before
 
 
 def test_steps_take_the_smallest_program_that_holds_them(core):

@@ -5,32 +5,94 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import asked, limits, ranges
 from tiny_engine import TINY
 
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
-from jax_engine.planner import CacheGeometry, bucket_lattice, memory_for_pages, plan_memory
+from jax_engine.planner import (
+    CacheGeometry,
+    largest_padding,
+    memory_for_pages,
+    plan_memory,
+    step_programs,
+    step_sizes,
+)
+from jax_engine.sampler import SamplingMode
+from jax_engine.scheduler import Scheduler, SchedulerLimits
 from jax_engine.step_batch import Bucket
+from jax_engine.step_program import Program
+from measure import mixed_workload
+from serving import Load
+from simulate_cost import StepCost
+from simulate_engine import Simulation
+from simulate_load import Conversation, Turn
 
 MODEL = ModelConfig.from_hf(TINY)
 GEOMETRY = CacheGeometry.of(MODEL, page_size=8, dtype=jnp.dtype("float32"))
 MIB = 2**20
 
 
-@given(max_num_seqs=st.integers(1, 300), extra=st.integers(0, 3000))
-def test_every_step_the_scheduler_may_plan_fits_a_bucket(max_num_seqs, extra):
+@given(max_num_seqs=st.integers(1, 4096), extra=st.integers(0, 2**20))
+def test_every_step_the_scheduler_may_plan_fits_one_of_few_programs(max_num_seqs, extra):
     budget = max_num_seqs + extra
-    buckets = bucket_lattice(max_num_seqs, budget)
-    assert max(buckets).holds(budget, max_num_seqs)
-    assert len(buckets) <= 17
+    programs = step_programs(max_num_seqs, budget)
+    assert len(programs) == len(set(programs)) <= 26
+    assert max(programs).bucket.holds(budget, max_num_seqs)
     for num_tokens in {1, max_num_seqs, budget, (1 + budget) // 2}:
         num_sequences = min(num_tokens, max_num_seqs)
-        smallest = min(bucket for bucket in buckets if bucket.holds(num_tokens, num_sequences))
-        assert smallest.num_tokens < max(2 * num_tokens, 9)
+        assert any(program.bucket.holds(num_tokens, num_sequences) for program in programs)
 
 
-def test_steps_in_blocks_of_rows_have_one_shape():
-    assert bucket_lattice(5, 48, row_block=32) == (Bucket(64, 32),)
+@given(max_num_seqs=st.integers(1, 256), extra=st.integers(0, 8192 - 256))
+def test_at_usual_limits_padding_stays_under_60_percent_of_any_step(max_num_seqs, extra):
+    assert largest_padding(step_sizes(max_num_seqs, max_num_seqs + extra)) < 0.6
+
+
+def test_steps_with_a_chunk_have_one_program_and_decodes_one_for_each_mode():
+    programs = step_programs(4, 16)
+    assert [(program.bucket.num_tokens, program.mode) for program in programs] == [
+        *((size, mode) for size in (1, 2, 4) for mode in SamplingMode),
+        *((size, SamplingMode.SAMPLE) for size in (8, 12, 16)),
+    ]
+
+
+@pytest.mark.parametrize("rate", [5.0, 20.0, 50.0, float("inf")])
+def test_less_than_15_percent_of_the_rows_are_padding(rate):
+    """Of the benchmarks' mixed load: requests at a rate from few to more than are finished, and all at once."""
+    config = EngineConfig()
+    workload = mixed_workload(96, prompt_tokens=(8, 200), output_tokens=(16, 128), vocab_size=256, seed=0)
+    requests = [
+        Conversation(number, (Turn(len(item.prompt_token_ids), item.output_tokens, due),))
+        for number, (item, due) in enumerate(zip(workload, Load(rate, 1, 0).send_times(len(workload)), strict=True))
+    ]
+    sizes = step_sizes(config.max_num_seqs, config.token_budget)
+    allowed = SchedulerLimits(2**14, 16, config.max_num_seqs, config.token_budget, step_sizes=sizes)
+    cost = StepCost("hand", "made up", 1.5e-3, 0.0, 5e-5, 0.0, 0.0, kv_tokens=2**18)
+    counters = Simulation(requests, allowed, cost, max_model_len=512).run().counters
+    assert counters.padding_rows < 0.15 * counters.token_rows
+
+
+def test_a_chunk_ends_where_a_step_program_does_if_that_puts_off_less_than_it_saves():
+    sizes = {"step_sizes": (1, 4, 8, 16), "token_budget": 16}
+    for num_prompt, first, rest in [(9, 7, 2), (12, 12, 1), (3, 3, 1), (2, 2, 1), (15, 15, 1), (40, 15, 15)]:
+        scheduler = Scheduler(limits(**sizes))
+        scheduler.add(asked("decodes", 2, 30))
+        scheduler.schedule()
+        scheduler.add(asked("prompt", num_prompt, 30))
+        assert ranges(scheduler.schedule()) == [("decodes", 2, 1), ("prompt", 0, first)], num_prompt
+        assert ranges(scheduler.schedule())[1] == ("prompt", first, rest), num_prompt
+
+
+def test_a_prompt_alone_is_not_cut_to_a_step_program():
+    """No other request needs the next step."""
+    scheduler = Scheduler(limits(step_sizes=(1, 8, 16)))
+    scheduler.add(asked("prompt", 9, 30))
+    assert ranges(scheduler.schedule()) == [("prompt", 0, 9)]
+
+
+def test_steps_in_blocks_of_rows_have_one_program():
+    assert step_programs(5, 48, row_block=32) == (Program(Bucket(64, 32), SamplingMode.SAMPLE),)
 
 
 def test_a_page_is_what_the_layout_says():

@@ -126,6 +126,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
     budget += 0 if cut is not None else 28  # the longest sequence has 32 tokens
+    prompts["step_sizes"] = (*range(1, budget, 3), budget) if budget % 2 else ()
     tiers = {"enable_prefix_caching": caching, "num_host_pages": num_host_pages if caching else 0}
     scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget, policy=policy, **tiers, **prompts))
     if grouped:

@@ -31,7 +31,9 @@ def test_a_simulation_takes_the_engines_steps(core: InProcessCore) -> None:
     answers = run_requests(core, requests)
     after = core.stats()
     assert {len(answer) for answer in answers.values()} == {c.turns[0].output_tokens for c in conversations}
-    limits = SchedulerLimits(core.info.num_pages, core.info.page_size, max_num_seqs=4, token_budget=32)
+    limits = SchedulerLimits(
+        core.info.num_pages, core.info.page_size, max_num_seqs=4, token_budget=32, step_sizes=core.info.step_sizes
+    )
     simulated = Simulation(conversations, limits, PRESETS["cpu-demo"], max_model_len=256).run()
     assert simulated.counters.steps == after.steps_total - before.steps_total
     assert simulated.counters.token_rows == after.token_rows_total - before.token_rows_total

@@ -45,6 +45,8 @@ def test_flags_become_the_configuration():
             "--gpu-memory-utilization",
             "0.5",
             "--compile-before-ready",
+            "--compile-threads",
+            "3",
             "--no-enable-prefix-caching",
         ),
         *("--prefix-caching-hash-algo", "xxhash"),
@@ -57,6 +59,7 @@ def test_flags_become_the_configuration():
         dtype="bfloat16",
         gpu_memory_utilization=0.5,
         compile_before_ready=True,
+        compile_threads=3,
         enable_prefix_caching=False,
         prefix_caching_hash_algo="xxhash",
     )

@@ -1,0 +1,128 @@
+"""The programs' order, threads and progress, with small functions in place of steps."""
+
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_engine.compiled_steps import CompiledSteps, compile_order
+from jax_engine.config import EngineConfig
+from jax_engine.planner import step_programs
+from jax_engine.sampler import SamplingMode
+from jax_engine.step_batch import Bucket
+from jax_engine.step_program import Program
+
+PROGRAMS = step_programs(4, 16)
+GREEDY, SAMPLE = SamplingMode
+
+
+def lower(program: Program) -> jax.stages.Lowered:
+    """A function of the program's size."""
+    return jax.jit(lambda x: x + program.bucket.num_tokens).lower(jnp.zeros(program.bucket.num_tokens))
+
+
+def compiled(**changes) -> CompiledSteps:
+    return CompiledSteps(PROGRAMS, **({"lower": lower, "threads": 2} | changes))
+
+
+def sizes(programs: list[Program]) -> list[int]:
+    return [program.bucket.num_tokens for program in programs]
+
+
+def test_the_largest_comes_first_and_then_the_middle_of_the_widest_gap():
+    order = compile_order(step_programs(8, 64))
+    assert len(order) == len(set(order)) == len(step_programs(8, 64))
+    wide = [program for program in order if program.mode is SAMPLE]
+    assert sizes(wide) == [64, 1, 12, 4, 24, 2, 8, 16, 32, 48]
+    assert order == wide + [program for program in order if program.mode is GREEDY], "one that serves both modes first"
+
+
+def test_a_single_program_is_an_order():
+    assert compile_order([Program(Bucket(1, 1), SAMPLE)]) == [Program(Bucket(1, 1), SAMPLE)]
+
+
+def test_a_step_takes_the_smallest_program_that_is_ready():
+    steps = compiled()
+    steps.compile_largest()
+    assert {steps.find(1, 1, mode)[0] for mode in SamplingMode} == {steps.largest}
+    steps.compile_rest(background=False)
+    assert steps.num_ready == len(PROGRAMS)
+    assert steps.find(3, 2, GREEDY)[0] == Program(Bucket(4, 4), GREEDY)
+    assert steps.find(3, 2, SAMPLE)[0] == Program(Bucket(4, 4), SAMPLE)
+    assert steps.find(5, 2, GREEDY)[0] == Program(Bucket(8, 4), SAMPLE)
+    assert steps.num_in_request_path == 0
+
+
+def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path():
+    steps = compiled()
+    steps.find(1, 1, GREEDY)
+    assert steps.num_in_request_path == 1
+
+
+def test_programs_are_traced_one_at_a_time_and_compiled_side_by_side():
+    tracing, both = threading.Lock(), threading.Barrier(2, timeout=60)
+
+    class Slow:
+        """A lowered program whose compilation ends only when another one runs."""
+
+        def __init__(self, lowered: jax.stages.Lowered) -> None:
+            self.lowered = lowered
+
+        def compile(self) -> jax.stages.Compiled:
+            both.wait()
+            return self.lowered.compile()
+
+    def trace(program: Program) -> Slow:
+        assert tracing.acquire(blocking=False), "two threads trace at once"
+        time.sleep(0.01)
+        tracing.release()
+        return Slow(lower(program))
+
+    steps = CompiledSteps(PROGRAMS[-8:], trace, threads=2)
+    steps.compile_rest(background=True)
+    steps.wait()
+    assert steps.num_ready == 8
+
+
+def test_the_time_left_is_told_until_nothing_is_left():
+    steps = compiled()
+    assert steps.eta == 0
+    steps.compile_largest()
+    hold = threading.Event()
+    steps._lower = lambda program: (hold.wait(60), lower(program))[1]
+    steps.compile_rest(background=True)
+    assert steps.eta > 0
+    hold.set()
+    steps.wait()
+    assert steps.eta == 0
+
+
+def test_stopping_ends_after_the_programs_at_hand():
+    steps = compiled(lower=lambda program: (time.sleep(0.1), lower(program))[1])
+    steps.compile_rest(background=True)
+    steps.stop()
+    assert steps.num_ready <= 2
+    assert steps.eta == 0
+
+
+def test_a_program_that_does_not_compile_is_missed_in_the_background_and_an_error_before_serving(caplog):
+    def broken(program: Program) -> jax.stages.Lowered:
+        if program.bucket.num_tokens == 4:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: this one is too large")
+        return lower(program)
+
+    steps = compiled(lower=broken)
+    steps.compile_rest(background=True)
+    steps.wait()
+    assert "4 tokens x 4 sequences, sample did not compile" in caplog.text
+    assert steps.num_ready == len(PROGRAMS) - 2
+    assert steps.find(3, 2, SAMPLE)[0].bucket.num_tokens == 8
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        compiled(lower=broken).compile_rest(background=False)
+
+
+def test_no_threads_are_refused():
+    with pytest.raises(ValueError, match=r"compile_threads=0 must be .*; leave it out for half of the processor's"):
+        EngineConfig(compile_threads=0)
