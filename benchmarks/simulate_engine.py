@@ -199,8 +199,8 @@ class Simulation:
         """Give the scheduler a step's tokens: filler, and the end of each answer where it is due."""
         tokens = []
         for chunk in plan.chunks:
-            life = self._open.get(chunk.request.asked.request_id) if chunk.samples else None
-            tokens.append(END if life is not None and life.num_tokens + 1 == life.output_tokens else FILLER)
+            life = self._open.get(chunk.request.asked.request_id) if chunk.num_draws else None
+            tokens.append([END if life is not None and life.num_tokens + 1 == life.output_tokens else FILLER])
         start = time.thread_time()
         outputs = self.scheduler.commit(plan, tokens)
         self._counters.commit_us += (time.thread_time() - start) * 1e6

@@ -144,6 +144,7 @@ def step_jobs(chips: Sequence[str], *, fast: bool) -> list[StepJob]:
     """The models by the slice that they are served on."""
     jobs = [
         StepJob("llama-3-8b", "v6e", None, 1),
+        StepJob("llama-3-8b", "v6e", None, 1, num_steps=8),
         StepJob("llama-3-8b", "v5e", "v5e:2x2", 4),
         StepJob("llama-3-8b", "v5p", None, 1),
         StepJob("llama-3-70b", "v6e", "v6e:2x4", 8),
@@ -261,7 +262,17 @@ def kernel_row(job: KernelJob, outcome: Outcome) -> list[object]:
     ]
 
 
-STEP_HEADER = ["model", "on", "devices", "compile s", "temporaries MiB", "collectives a layer", "pages GiB", "verdict"]
+STEP_HEADER = [
+    "model",
+    "on",
+    "devices",
+    "steps",
+    "compile s",
+    "temporaries MiB",
+    "collectives a layer",
+    "pages GiB",
+    "verdict",
+]
 
 
 def step_row(job: StepJob, outcome: Outcome) -> list[object]:
@@ -271,6 +282,7 @@ def step_row(job: StepJob, outcome: Outcome) -> list[object]:
         job.model,
         job.topology or CHIPS[job.chip].topology,
         job.tensor_parallel_size,
+        job.num_steps,
         figures.get("compile_seconds"),
         mebibytes(figures.get("temporary_bytes")),
         None if collectives is None else ", ".join(f"{n:g} {name}" for name, n in collectives.items()) or "none",

@@ -15,6 +15,7 @@ from jax_engine.step_batch import BatchLayout, Bucket
 from tpu_topology import CHIPS, Moment, topology_devices, traced_for
 
 BUCKET = Bucket(num_tokens=2048, num_sequences=256)  # the largest step of a busy server
+DECODES = Bucket(num_tokens=256, num_sequences=256)
 CONTEXT_TOKENS = 8192
 PAGE_SIZE = 128
 NUM_PAGES = 512
@@ -70,6 +71,7 @@ class StepJob:
     chip: str
     topology: str | None
     tensor_parallel_size: int
+    num_steps: int = 1  # above 1: decodes alone, looped over
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ _NO_COPY = {"bitcast", "custom-call", "get-tuple-element", "opt-barrier", "param
 
 
 def compile_step(job: StepJob) -> CompiledStep:
-    """Compile the largest step of a server, with what it needs of a device's memory.
+    """Compile the largest step of a server, or its largest loop, with what it needs of a device's memory.
 
     Raises:
         Exception: the compiler's own, where it rejects the program or its memory.
@@ -123,10 +125,12 @@ def compile_step(job: StepJob) -> CompiledStep:
         page_size=PAGE_SIZE,
         scan_layers=True,
     )
-    size = StateSize(NUM_PAGES, BUCKET.num_sequences, CONTEXT_TOKENS // PAGE_SIZE)
+    bucket = BUCKET if job.num_steps == 1 else DECODES
+    layout = BatchLayout(bucket, PAGE_SIZE, bucket.num_sequences)
+    size = StateSize(NUM_PAGES, bucket.num_sequences, CONTEXT_TOKENS // PAGE_SIZE)
     start = Moment.now()
     with traced_for(devices[0]):
-        lowered = placed.lower(BatchLayout(BUCKET, PAGE_SIZE, BUCKET.num_sequences), SamplingMode.SAMPLE, size)
+        lowered = placed.lower(layout, SamplingMode.SAMPLE, size, num_steps=job.num_steps)
     traced = Moment.now()
     executable = lowered.compile()
     done = Moment.now()
@@ -170,22 +174,27 @@ def cache_copies(text: str, shape: Sequence[int]) -> list[str]:
 def collectives(text: str) -> tuple[dict[str, float], dict[str, int]]:
     """Collectives of one layer, and of the rest of the program, by opcode.
 
-    A layer's are those of the loop with kernels in it, over how many it has: one trip may run several layers.
+    A layer's are those of the innermost loop with kernels in it, over how many it has: one trip may run several layers.
 
     Raises:
         ValueError: there is not exactly one such loop.
     """
     computations = _computations(text)
-    loops = []
+    loops: dict[str, tuple[set[str], int]] = {}
     for body in computations.values():
         for instruction in body:
             if instruction.opcode == "while" and (match := re.search(r"body=%?([\w.\-]+)", instruction.line)):
                 inside = set(_reachable(computations, match[1]))
                 if kernels := sum(_is_kernel(line) for name in inside for line in computations[name]):
-                    loops.append((inside, kernels))
-    if len(loops) != 1:
-        raise ValueError(f"{len(loops)} loops of the program hold kernels, where the layers' alone should")
-    ((inside, kernels),) = loops
+                    loops[match[1]] = inside, kernels
+    innermost = [
+        found for root, found in loops.items() if not any(other in found[0] for other in loops.keys() - {root})
+    ]
+    if len(innermost) != 1:
+        raise ValueError(
+            f"{len(innermost)} innermost loops of the program hold kernels, where the layers' alone should"
+        )
+    ((inside, kernels),) = innermost
     layers: Counter[str] = Counter()
     rest: Counter[str] = Counter()
     for name, body in computations.items():

@@ -33,6 +33,7 @@ class CompiledSteps:
         """
         self._lower = lower
         self.programs = compile_order(programs)
+        self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
@@ -73,6 +74,10 @@ class CompiledSteps:
         """Compile the program that every step fits in."""
         return self._compile(self.largest)
 
+    def compile_largest_of_each(self) -> list[jax.stages.Compiled]:
+        """Compile the largest program and the largest that loops: one of them takes the most memory."""
+        return [self._compile(program) for program in (self.largest, *self._loops[-1:])]
+
     def compile_rest(self, *, background: bool) -> None:
         """Compile the remaining programs, by themselves or before returning.
 
@@ -111,11 +116,24 @@ class CompiledSteps:
         self._stop.set()
         self.wait()
 
-    def find(self, num_tokens: int, num_sequences: int, mode: SamplingMode) -> tuple[Program, jax.stages.Compiled]:
-        """The smallest program that is ready and can run a step of this size and mode."""
+    def num_steps(self, num_decodes: int) -> int:
+        """How many steps a program can loop over for so many decodes: 1 while that of their bucket is not compiled."""
+        widest = list(SamplingMode)[-1]
+        fitting = [loop for loop in self._loops if loop.mode is widest and loop.bucket.num_sequences >= num_decodes]
+        if not fitting or fitting[0] not in self._executables:
+            return 1
+        return fitting[0].num_steps
+
+    def find(
+        self, num_tokens: int, num_sequences: int, mode: SamplingMode, *, num_steps: int = 1
+    ) -> tuple[Program, jax.stages.Compiled]:
+        """The smallest program that is ready and can run a step of this size and mode; `num_steps` above 1, which
+        `num_steps` has allowed, loops.
+        """
         for program in self._by_mode.get(mode, ()):
-            if program.bucket.holds(num_tokens, num_sequences):
+            if program.holds(num_tokens, num_sequences, num_steps):
                 return program, self._executables[program]
+        assert num_steps == 1, "no program loops over so many steps yet"
         assert self.largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
         if self.largest not in self._executables:
             self.num_in_request_path += 1
@@ -175,11 +193,14 @@ class CompiledSteps:
 
 def compile_order(programs: Iterable[Program]) -> list[Program]:
     """The largest first, and then always one in the middle of the widest gap: any step soon has a program not much
-    larger than itself. A mode that can do everything serves the others too, so it goes before them.
+    larger than itself. A mode that can do everything serves the others too, so it goes before them; loops go last.
     """
-    ascending, modes = sorted(programs), reversed(SamplingMode)
+    ascending, modes = sorted(programs), list(SamplingMode)
+    kinds = sorted({(program.num_steps, -modes.index(program.mode)) for program in ascending})
     return [
-        program for mode in modes for program in _by_halves([program for program in ascending if program.mode is mode])
+        program
+        for kind in kinds
+        for program in _by_halves([other for other in ascending if (other.num_steps, -modes.index(other.mode)) == kind])
     ]
 
 

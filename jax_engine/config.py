@@ -7,6 +7,7 @@ from pathlib import Path
 from jax_engine.sampling_params import integer, number
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
@@ -44,6 +45,7 @@ class EngineConfig:
     # higher ones; sjf, the shortest prompt first, aged so that none starves.
     scheduling_policy: str = "fcfs"
     max_num_queued_reqs: int | None = None  # sequences in flight, waiting or running, of a server; None: no bound
+    num_scheduler_steps: int = 1  # tokens that a request draws in one step while nothing waits: a loop on the device
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
@@ -84,6 +86,13 @@ class EngineConfig:
                     f"max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in one step; "
                     "raise it or lower max_num_seqs"
                 )
+        integer(
+            "num_scheduler_steps",
+            self.num_scheduler_steps,
+            low=1,
+            high=MAX_SCHEDULER_STEPS,
+            remedy="1 is one token a step; more is more throughput for a later first token of new requests",
+        )
         if self.block_size is not None:
             choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
         integer(

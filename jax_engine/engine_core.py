@@ -79,7 +79,7 @@ class EngineCore:
         does.
         """
         start = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.runner.compiled.num_steps(len(self.scheduler.running)))
         planned = time.perf_counter()
         self._schedule_us += (planned - start) * 1e6
         if self._pending is None:
@@ -90,7 +90,8 @@ class EngineCore:
             start = time.perf_counter()
             previous.tokens.block_until_ready()
             ready = time.perf_counter()
-            self.scheduler.cache.load_rule.observe(previous.plan.num_tokens, ready - self._device_since)
+            if previous.plan.num_steps == 1:
+                self.scheduler.cache.load_rule.observe(previous.plan.num_tokens, ready - self._device_since)
             self._device_since = ready
             outputs = self.scheduler.commit(previous.plan, self.runner.collect(previous))
             self._wait_us += (ready - start) * 1e6

@@ -164,6 +164,11 @@ class KVCacheManager:
                 self.counters.host_queries += len(request.tokens) - (cached.num_tokens - in_host)
                 self.counters.host_hits += in_host
 
+    def num_new_pages(self, request: Request, length: int) -> int:
+        """Pages that a request's next `length` tokens take beside those it has, with the copy of one that is shared."""
+        num_copies = self._shared_last_page(request) is not None
+        return self._pages_for(request.num_computed + length) - len(request.pages) + num_copies
+
     def room(self, request: Request) -> int:
         """How many more tokens a running request has pages for, its own and free ones."""
         num_pages = len(request.pages) + self.pool.num_free

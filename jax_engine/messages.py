@@ -27,6 +27,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     prompt_group: str | None = None
     cache_salt: str | None = None  # pages are shared only among requests of one salt
     priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
+    needs_host: bool = False  # what ends it is not for the device to see: each token goes to the host before the next
 
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):

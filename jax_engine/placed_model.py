@@ -107,7 +107,9 @@ class PlacedModel:
         state = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), state)
         return replace(state, cache=cache)
 
-    def lower(self, layout: BatchLayout, mode: SamplingMode, size: StateSize) -> jax.stages.Lowered:
+    def lower(
+        self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1
+    ) -> jax.stages.Lowered:
         """Trace the step program of a bucket; its arguments are the leaves, the state (donated) and a packed buffer."""
         leaves = tuple(
             _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
@@ -115,7 +117,7 @@ class PlacedModel:
         )
         state, whole = self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
-        step = step_function(self.structure, layout, mode, self.placement, self.row_block)
+        step = step_function(self.structure, layout, mode, self.placement, self.row_block, num_steps=num_steps)
         shardings = None if self.placement.mesh is None else (_shardings(state), whole)
         options = dict(self.compiler_options)
         jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
 MAX_PROGRAMS = 26  # step programs of all sizes and sampling modes: what a start compiles
+MAX_LOOP_PROGRAMS = 14  # beside them, where decodes loop on the device
 SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
 
@@ -112,19 +113,27 @@ def _modes(size: int, max_num_seqs: int) -> Sequence[SamplingMode]:
     return modes if size <= max_num_seqs else modes[-1:]
 
 
-def step_programs(max_num_seqs: int, token_budget: int, *, row_block: int | None = None) -> tuple[Program, ...]:
+def step_programs(
+    max_num_seqs: int, token_budget: int, *, row_block: int | None = None, num_steps: int = 1
+) -> tuple[Program, ...]:
     """Every step program there will be: step sizes, each with all the sequences that it can hold, in their modes.
 
     A step's cost follows its token rows; padding sequences cost next to nothing in attention, whose loops run over
     real lengths. Where steps run in blocks of `row_block` rows, their cost follows their blocks, and one program of
     whole blocks, in the mode that does everything, is all there is.
+
+    With `num_steps` above 1 there are loops of so many steps besides, for decodes alone, at fewer sizes.
     """
     if row_block is not None:
         bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
         return (Program(bucket, list(SamplingMode)[-1]),)
+    kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget)]
+    if num_steps > 1:
+        loop_sizes = step_sizes(max_num_seqs, max_num_seqs, max_programs=MAX_LOOP_PROGRAMS)
+        kinds += [(num_steps, size) for size in loop_sizes]
     return tuple(
-        Program(Bucket(size, min(size, max_num_seqs)), mode)
-        for size in step_sizes(max_num_seqs, token_budget)
+        Program(Bucket(size, min(size, max_num_seqs)), mode, steps)
+        for steps, size in kinds
         for mode in _modes(size, max_num_seqs)
     )
 

@@ -141,6 +141,7 @@ class InputProcessor:
                     prompt_group=f"{number}.0" if params.n > 1 else None,
                     cache_salt=cache_salt,
                     priority=priority,
+                    needs_host=self._needs_host(params),
                 )
                 for index in range(params.n)
             ),
@@ -210,6 +211,11 @@ class InputProcessor:
                 f"end-of-sequence ids); at most {MAX_HELD_BACK_TOKENS} are supported: "
                 "drop some stop_token_ids, or min_tokens"
             )
+
+    def _needs_host(self, params: SamplingParams) -> bool:
+        """Whether the request may end in a way that the device cannot see: by text, or by more ids than a row holds."""
+        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids)}
+        return bool(params.stop_strings) or len(ends) > MAX_HELD_BACK_TOKENS
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         limit = self._info.max_model_len

@@ -32,8 +32,9 @@ def digest_function(algorithm: str) -> Digest:
 class Request:
     """One sequence in the engine core. Mutable; owned by the `Scheduler`.
 
-    `tokens` are those known on the host (prompt, then output). A step that has been launched and not collected adds
-    `num_pending` tokens that exist on the device only; step ranges cover both.
+    `tokens` are those known on the host (prompt, then output). Steps that have been launched and not collected add up
+    to `num_pending` tokens that exist on the device only: fewer only if one of them ends the request. Step ranges cover
+    both.
     """
 
     asked: CoreRequest
@@ -70,6 +71,11 @@ class Request:
         """Tokens that the next range could cover; 0 when the last token it may have is already on its way."""
         length = len(self.tokens) + self.num_pending
         return length - self.num_computed if length < self.length_limit else 0
+
+    @property
+    def num_undrawn(self) -> int:
+        """Tokens it may still have beside those known or on their way."""
+        return self.length_limit - self.length
 
     def page_hash(self, index: int, page_size: int) -> bytes:
         """What is known of page `index` by: a hash of its tokens, of all before them, and of the request's salt.

@@ -33,6 +33,7 @@ from jax_engine.row_blocks import whole_blocks
 from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
 from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import (
+    NO_TOKEN,
     BatchLayout,
     SlotParameters,
     order_chunks,
@@ -50,7 +51,8 @@ class PendingTokens:
     """A step that has been launched: its chunks in the order of its rows, and its tokens, still on the device."""
 
     plan: StepPlan
-    tokens: jax.Array
+    tokens: jax.Array  # [steps, rows]
+    program: Program
 
 
 @dataclass
@@ -97,12 +99,14 @@ class Runner:
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
         block = self.placed.row_block
-        self._programs = step_programs(config.max_num_seqs, config.token_budget, row_block=block)
+        self._programs = step_programs(
+            config.max_num_seqs, config.token_budget, row_block=block, num_steps=config.num_scheduler_steps
+        )
         buckets = sorted({program.bucket for program in self._programs})
         largest = buckets[-1].num_tokens
         # A step in blocks of rows costs those that it fills.
-        sizes = range(block, largest + 1, block) if block else [bucket.num_tokens for bucket in buckets]
-        self.step_sizes = tuple(sizes)
+        sizes = {program.bucket.num_tokens for program in self._programs if program.num_steps == 1}
+        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
         self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
         self.memory = self._plan_memory(config, model_config, device)
         logger.info(
@@ -149,7 +153,8 @@ class Runner:
         self._take_parameters(chunks)
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
-        program, executable = self.compiled.find(num_tokens, len(chunks), self._parameters.mode(slots))
+        mode = self._parameters.mode(slots)
+        program, executable = self.compiled.find(num_tokens, len(chunks), mode, num_steps=plan.num_steps)
         layout = self._layouts[program.bucket]
         updates = page_updates_of(chunks)
         if len(updates) > layout.num_page_updates:
@@ -162,19 +167,23 @@ class Runner:
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1
-        num_rows = program.bucket.num_tokens
-        if self.placed.row_block is not None:
-            num_rows = whole_blocks(num_tokens, self.placed.row_block)
-        counters.token_rows += num_rows
-        counters.padding_tokens += num_rows - num_tokens
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
-        return PendingTokens(StepPlan(chunks), tokens)
+        return PendingTokens(StepPlan(chunks), tokens, program)
 
-    def collect(self, pending: PendingTokens) -> list[int]:
-        """Wait for a step; the token of each of its chunks."""
-        tokens: list[int] = np.asarray(pending.tokens)[: len(pending.plan.chunks)].tolist()
-        return tokens
+    def collect(self, pending: PendingTokens) -> list[list[int]]:
+        """Wait for a step; the tokens of each of its chunks."""
+        drawn = np.asarray(pending.tokens)[:, : len(pending.plan.chunks)]
+        num_drawn = (drawn != NO_TOKEN).sum(axis=0)
+        num_steps, num_tokens = 1, pending.plan.num_tokens
+        if pending.program.num_steps > 1:
+            num_steps, num_tokens = int(num_drawn.max()), int(num_drawn.sum())
+        token_rows = num_steps * pending.program.bucket.num_tokens
+        if self.placed.row_block is not None:
+            token_rows = whole_blocks(num_tokens, self.placed.row_block)
+        self.counters.token_rows += token_rows
+        self.counters.padding_tokens += token_rows - num_tokens
+        return [tokens[:count] for tokens, count in zip(drawn.T.tolist(), num_drawn.tolist(), strict=True)]
 
     def shutdown(self) -> None:
         """Stop compiling, log what padding there was, and let go of device memory."""
@@ -259,23 +268,26 @@ class Runner:
         )
 
     def _plan_memory(self, config: EngineConfig, model: ModelConfig, device: jax.Device) -> MemoryPlan:
-        """Pages from what the largest step leaves of the device's memory, or from the setting."""
+        """Pages from what the largest steps leave of the device's memory, or from the setting."""
         if device.platform == "cpu" or config.kv_cache_memory_bytes is not None:
             return plan_memory(config, model, self._geometry, None)
         # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
         context = longest_context(config, model)
         provisional = MemoryPlan(self._geometry.pages_for(context), context, "provisional")
-        largest = CompiledSteps(self._programs, lambda program: self._lower(program, provisional)).compile_largest()
+        programs = CompiledSteps(self._programs, lambda program: self._lower(program, provisional))
+        largest = programs.compile_largest_of_each()
         cache_bytes = provisional.num_pages * self._geometry.page_bytes
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:
             raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
-        available = memory_for_pages(largest, limit, config.gpu_memory_utilization, cache_bytes)
+        utilization = config.gpu_memory_utilization
+        available = min(memory_for_pages(program, limit, utilization, cache_bytes) for program in largest)
         available -= staging_pages(host=config.host_cache_bytes > 0) * self._geometry.page_bytes
         return plan_memory(config, model, self._geometry, available)
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
-        return self.placed.lower(self._layouts[program.bucket], program.mode, self._state_size(memory))
+        layout, size = self._layouts[program.bucket], self._state_size(memory)
+        return self.placed.lower(layout, program.mode, size, num_steps=program.num_steps)
 
     def _state_size(self, memory: MemoryPlan) -> StateSize:
         return StateSize(memory.num_pages, self._num_slots, self._geometry.pages_for(memory.max_model_len))

@@ -37,7 +37,7 @@ class SamplingRows:
     keys: UInt[Array, "B 2"]
     positions: Int[Array, " B"]  # of the token to draw
     hold_until: Int[Array, " B"]  # tokens of `held_back` are not drawn at positions before this one
-    held_back: Int[Array, "B 32"]  # padded with an id past the vocabulary
+    held_back: Int[Array, "B 32"]  # those that end the sequence, padded with an id past the vocabulary
 
 
 def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) -> Int[Array, " B"]:
@@ -65,6 +65,11 @@ def _draw(
     weights = _skip_unless(any_top_k, keep_top_k, weights, rows.top_k)
     weights = _skip_unless(any_top_p, keep_top_p, weights, rows.top_p)
     return _invert(weights, rows)
+
+
+def ends_sequence(tokens: Int[Array, " B"], positions: Int[Array, " B"], rows: SamplingRows) -> Bool[Array, " B"]:
+    """Whether each row's token, at its position, is one to stop at: what `Request.append` decides on the host."""
+    return jnp.any(tokens[:, None] == rows.held_back, axis=-1) & (positions + 1 >= rows.hold_until)
 
 
 def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[Array, "B V"]:

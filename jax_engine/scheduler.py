@@ -30,7 +30,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     slot: int
     start: int
     length: int
-    samples: bool  # the range reaches the request's last token: the step draws the next one
+    num_draws: int  # 0: the range ends before the request's last token; more than 1: the step draws and goes on, alone
     first_new_page: int  # index in the request's block table; 0 when the request has just taken its slot
     new_pages: list[int]  # those that enter the block table, cached ones included
 
@@ -45,6 +45,11 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
+
+    @property
+    def num_steps(self) -> int:
+        """How often the device runs the model: once, or as often as the longest of its decodes draws."""
+        return max(1, *(chunk.num_draws for chunk in self.chunks))
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class _Step:
     """A plan in the making. Mutable; lives for one `Scheduler.schedule`."""
 
     tokens: int  # of the budget, not spent and not kept for a running request's next token
+    num_steps: int = 1  # tokens that a decode draws
     chunks: list[Chunk] = field(default_factory=list)
     is_short: bool = False  # of pages: somebody has given way or waits for one
     is_blocked: bool = False  # the most urgent waiting request cannot start
@@ -135,18 +141,21 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self.waiting) + self.groups.num_held
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, max_steps: int = 1) -> StepPlan | None:
         """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
         chunk of a prompt, so that a long prompt never keeps others from decoding.
 
         Whoever lacks pages takes them from less urgent requests, all of which come later in this step: none that
         already is in it gives way, and the most urgent of all never does. It ends at some time, and so does everyone.
+
+        Where nothing but decodes is to do, each request draws up to `max_steps` tokens.
         """
         self.cache.register_filled()
         for request in self.groups.begin_step():
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
-        step = _Step(tokens=self._step_budget(num_decodes) - num_decodes)
+        budget = self._step_budget(num_decodes)
+        step = _Step(tokens=budget - num_decodes, num_steps=self._num_steps(max_steps))
         for request in tuple(self.running):
             if request.slot >= 0 and self.waiting:  # without a slot, it has given way
                 self._admit(step, before=request)
@@ -155,22 +164,21 @@ class Scheduler:
         self._admit(step)
         return StepPlan(step.chunks, self.cache.take_copies()) if step.chunks else None
 
-    def commit(self, plan: StepPlan, tokens: Sequence[int]) -> list[CoreOutput]:
-        """Take a step's sampled token per chunk (ignored where the chunk does not sample) and report what is new."""
+    def commit(self, plan: StepPlan, drawn: Sequence[Sequence[int]]) -> list[CoreOutput]:
+        """Take what a step drew for each chunk (ignored where it was to draw nothing) and report what is new."""
         outputs = []
-        for chunk, token in zip(plan.chunks, tokens, strict=True):
+        for chunk, tokens in zip(plan.chunks, drawn, strict=True):
             request = chunk.request
-            if not chunk.samples or request.finish_reason is not None:
+            if not chunk.num_draws or request.finish_reason is not None:
                 continue
-            request.num_pending -= 1
-            reason = request.append(token)
-            self.num_generation_tokens += 1
+            request.num_pending -= chunk.num_draws
+            reason = self._append(request, tokens, chunk.num_draws)
             outputs.append(
                 CoreOutput(
                     request_id=request.asked.request_id,
-                    new_token_ids=[token],
+                    new_token_ids=list(tokens),
                     finish_reason=reason,
-                    stop_reason=token if reason == "stop" and token in request.asked.stop_token_ids else None,
+                    stop_reason=tokens[-1] if reason == "stop" and tokens[-1] in request.asked.stop_token_ids else None,
                     first_scheduled_time=request.first_scheduled_time,
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
@@ -201,6 +209,28 @@ class Scheduler:
         index = bisect_right(sizes, total)
         below, above = (0, *sizes)[index], sizes[index]
         return below if below > num_decodes and total - below < above - total else limit
+    def _append(self, request: Request, tokens: Sequence[int], num_draws: int) -> str | None:
+        """Give a request the tokens that a step drew for it, one by one; the finish reason if the last one ends it."""
+        self.num_generation_tokens += len(tokens)
+        reasons = [request.append(token) for token in tokens]
+        ends = next((index for index, reason in enumerate(reasons, 1) if reason is not None), num_draws)
+        assert len(tokens) == ends <= num_draws, f"host and device disagree on where {request.asked.request_id} ends"
+        if reasons[-1] is not None:
+            # Its last token was not run, whatever the step had room for: its keys and values may not be there.
+            request.num_computed = min(request.num_computed, len(request.tokens) - 1)
+        return reasons[-1]
+
+    def _num_steps(self, bound: int) -> int:
+        """How many tokens a request may draw in the next plan: up to `bound` while nobody waits, all running requests
+        decode, the host need not see each token, and there are pages for that many; else one.
+        """
+        if bound == 1 or self.num_waiting:
+            return 1
+        if any(request.asked.needs_host or request.num_uncomputed > 1 for request in self.running):
+            return 1
+        decoding = [request for request in self.running if request.num_uncomputed]
+        needed = sum(self.cache.num_new_pages(request, min(bound, request.num_undrawn)) for request in decoding)
+        return bound if needed <= self.cache.pool.num_free else 1
 
     def _continue(self, step: "_Step", request: Request) -> None:
         """Add a running request's next range to the step, as long as budget and pages allow.
@@ -220,7 +250,7 @@ class Scheduler:
             self._give_way(step, self._victim(less_urgent))
         length = min(length, room)
         step.tokens -= 0 if is_decode else length
-        step.chunks.append(self._chunk(request, length))
+        step.chunks.append(self._chunk(request, length, num_steps=step.num_steps))
 
     def _admit(self, step: "_Step", before: Request | None = None) -> None:
         """Start waiting requests in order of urgency while budget, slots and pages last; those alone that are more
@@ -283,16 +313,16 @@ class Scheduler:
             return num_uncomputed if num_uncomputed <= num_tokens else 0
         return min(num_uncomputed, num_tokens, self.limits.long_prefill_token_threshold or num_tokens)
 
-    def _chunk(self, request: Request, length: int, *, takes_slot: bool = False) -> Chunk:
-        """Plan a request's next `length` tokens, for which there are pages."""
+    def _chunk(self, request: Request, length: int, *, takes_slot: bool = False, num_steps: int = 1) -> Chunk:
+        """Plan a request's next `length` tokens, for which there are pages, as for the tokens drawn on the way."""
         start = request.num_computed
-        first_new_page = self.cache.grow(request, length)
+        num_draws = min(num_steps, request.num_undrawn) if start + length == request.length else 0
+        first_new_page = self.cache.grow(request, length + max(num_draws - 1, 0))  # all but the last are run
         if takes_slot:
             first_new_page = 0
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
-        samples = request.num_computed == request.length
-        request.num_pending += samples
-        return Chunk(request, request.slot, start, length, samples, first_new_page, request.pages[first_new_page:])
+        request.num_pending += num_draws
+        return Chunk(request, request.slot, start, length, num_draws, first_new_page, request.pages[first_new_page:])
 
     def _victim(self, candidates: Sequence[Request]) -> Request:
         """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""

@@ -16,6 +16,7 @@ from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS
 from jax_engine.scheduler import Chunk
 
 TAKE_LAST = -1  # in place of a token id: the token that the step before drew for this slot
+NO_TOKEN = -1  # in place of a drawn token: the row had ended
 NUM_PARAMETERS = 7  # temperature, top_k, top_p, min_p, two key words, hold_until
 
 
@@ -54,7 +55,7 @@ class BatchLayout:
             "query_starts": (sequences + 1,),
             "kv_lengths": (sequences,),
             "slots": (sequences,),
-            "samples": (sequences,),
+            "num_draws": (sequences,),
             "num_decodes": (1,),
             "parameters": (sequences, NUM_PARAMETERS),
             "held_back": (sequences, MAX_HELD_BACK_TOKENS),
@@ -82,7 +83,7 @@ class StepBatch:
     kv_lengths: Int[Array, " B"]
     query_starts: Int[Array, "B+1"]
     slots: Int[Array, " B"]
-    samples: Int[Array, " B"]  # 1 where the row's token is drawn and kept
+    num_draws: Int[Array, " B"]  # tokens to draw for the row and to keep
     num_decodes: Int[Array, ""]
     page_updates: Int[Array, "U 3"]
     sampling: SamplingRows
@@ -110,7 +111,7 @@ class StepBatch:
             query_starts=view["query_starts"],
             kv_lengths=view["kv_lengths"],
             slots=view["slots"],
-            samples=view["samples"],
+            num_draws=view["num_draws"],
             num_decodes=view["num_decodes"][0],
             page_updates=view["page_updates"],
             sampling=sampling,
@@ -134,11 +135,13 @@ class SlotParameters:
         row[[0, 2, 3]] = np.asarray([asked.temperature, asked.top_p, asked.min_p], np.float32).view(np.int32)
         row[1] = asked.top_k
         row[4:6] = np.asarray(asked.prng_key, np.uint32).view(np.int32)
-        held_back = (*asked.eos_token_ids, *asked.stop_token_ids) if asked.min_tokens else ()
-        row[6] = len(asked.prompt_token_ids) + asked.min_tokens if held_back else 0
+        ends = tuple(dict.fromkeys((*asked.eos_token_ids, *asked.stop_token_ids)))
+        assert len(ends) <= MAX_HELD_BACK_TOKENS or (asked.needs_host and not asked.min_tokens)
+        held_back = ends[:MAX_HELD_BACK_TOKENS]
+        row[6] = len(asked.prompt_token_ids) + asked.min_tokens if asked.min_tokens else 0
         self._held_back[slot] = self._vocab_size
         self._held_back[slot, : len(held_back)] = held_back
-        self._samples[slot] = asked.temperature > 0 or bool(held_back)
+        self._samples[slot] = asked.temperature > 0 or bool(asked.min_tokens and held_back)
 
     def mode(self, slots: NDArray[np.int32]) -> SamplingMode:
         """The least that a step over these slots needs."""
@@ -173,7 +176,7 @@ def pack_batch(
     view["kv_lengths"][:count] = np.fromiter((chunk.start for chunk in chunks), np.int32, count) + lengths
     view["slots"][:count] = slots
     view["slots"][count:] = layout.num_slots
-    view["samples"][:count] = np.fromiter((chunk.samples for chunk in chunks), np.int32, count)
+    view["num_draws"][:count] = np.fromiter((chunk.num_draws for chunk in chunks), np.int32, count)
     view["num_decodes"][0] = int((lengths == 1).sum())
     parameters.copy_into(view, slots)
     _pack_tokens(view["tokens"], chunks)

@@ -1,7 +1,10 @@
-"""The one step function: tokens in, next tokens out, the device state replaced."""
+"""The one step function: tokens in, next tokens out, the device state replaced.
+
+A plan of decodes alone may have several tokens a row: the same step, looped over on the device (`decode_loop.py`).
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_engine.decode_loop import decode_loop
 from jax_engine.loader import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
@@ -42,12 +46,18 @@ class Program:
 
     bucket: Bucket
     mode: SamplingMode
+    num_steps: int = 1  # above 1: a loop over decodes, of up to so many tokens a row
 
     def __str__(self) -> str:
-        return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}"
+        loop = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
+        return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}"
+
+    def holds(self, num_tokens: int, num_sequences: int, num_steps: int) -> bool:
+        is_of_kind = (self.num_steps > 1) == (num_steps > 1)
+        return is_of_kind and num_steps <= self.num_steps and self.bucket.holds(num_tokens, num_sequences)
 
 
-StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, " B"]]]
+StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, "K B"]]]
 
 
 def step_function(
@@ -56,20 +66,35 @@ def step_function(
     mode: SamplingMode,
     placement: Placement,
     row_block: int | None = None,
+    *,
+    num_steps: int = 1,
 ) -> StepFunction:
-    """The function that a step program compiles, for one layout and one sampling mode.
+    """The function that a step program compiles, for one layout, one sampling mode and one number of steps.
 
     It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and
-    the token drawn for each row of the batch. Token rows, and then sequences, go through it `row_block` at a time,
-    which divides the bucket's sizes; all at once without it.
+    the tokens drawn for each row of the batch: one, or with more steps those up to its end and then `NO_TOKEN`. Token
+    rows, and then sequences, go through it `row_block` at a time, which divides the bucket's sizes; all at once without
+    it.
     """
     num_tokens = layout.bucket.num_tokens
 
     def step(
         leaves: tuple[jax.Array, ...], state: DeviceState, buffer: Int[Array, " W"]
-    ) -> tuple[DeviceState, Int[Array, " B"]]:
+    ) -> tuple[DeviceState, Int[Array, "K B"]]:
         model = structure.merge(leaves)
         batch = StepBatch.unpack(buffer, layout)
+
+        def run(
+            tokens: Int[Array, " T"],
+            cache: KVPages,
+            sequences: SequenceTable,
+            last_rows: Int[Array, " B"],
+            rows: SamplingRows,
+        ) -> tuple[KVPages, Int[Array, " B"]]:
+            cache, hidden = run_model(model, tokens, cache, sequences, row_block)
+            given = replace(batch, sampling=rows)
+            return cache, draw_tokens(model, hidden[last_rows], given, mode, placement, row_block)
+
         slot, index, page = batch.page_updates.T
         block_tables = state.block_tables.at[slot, index].set(page, mode="drop")
         sequences = SequenceTable.build(
@@ -81,11 +106,14 @@ def step_function(
         )
         last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
         tokens = jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
-        cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
-        last_rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        drawn = draw_tokens(model, hidden[last_rows], batch, mode, placement, row_block)
-        kept = jnp.where(batch.samples == 1, batch.slots, layout.num_slots)
-        last_tokens = state.last_tokens.at[kept].set(drawn, mode="drop")
+        if num_steps > 1:
+            cache, latest, drawn = decode_loop(run, state.cache, sequences, tokens, batch, num_steps=num_steps)
+        else:
+            last_rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
+            cache, latest = run(tokens, state.cache, sequences, last_rows, batch.sampling)
+            drawn = latest[None]
+        kept = jnp.where(batch.num_draws > 0, batch.slots, layout.num_slots)
+        last_tokens = state.last_tokens.at[kept].set(latest, mode="drop")
         return DeviceState(cache, block_tables, last_tokens), drawn
 
     return step

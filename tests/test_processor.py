@@ -124,6 +124,22 @@ def test_a_priority_needs_the_policy_that_heeds_it() -> None:
             ranked.prepare("r", [5], SamplingParams(), priority=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("params", "needs_host"),
+    [
+        ({}, False),
+        ({"stop_token_ids": list(range(16)), "min_tokens": 2}, False),
+        ({"stop": "end"}, True),
+        ({"stop_token_ids": list(range(33)), "ignore_eos": True}, True),
+    ],
+    ids=str,
+)
+def test_ends_that_the_device_cannot_see_are_the_hosts(params: dict[str, Any], needs_host: bool) -> None:
+    """Text is the host's to match, and a row of the device has room for 32 ids."""
+    (sequence,) = processor().prepare("r", [5], SamplingParams(**params)).core_requests
+    assert sequence.needs_host == needs_host
+
+
 def test_max_tokens_none_is_the_rest_of_the_context() -> None:
     (sequence,) = processor().prepare("r", [5] * 10, SamplingParams(max_tokens=None)).core_requests
     assert sequence.max_tokens == 22

@@ -61,6 +61,7 @@ def compile_step(
     mode: SamplingMode,
     platform: str = "cpu",
     dtype: Any = "float32",
+    num_steps: int = 1,
 ) -> jax.stages.Compiled:
     config = ModelConfig.from_hf(hf)
     placed = PlacedModel.of(
@@ -74,7 +75,7 @@ def compile_step(
         scan_layers=scan,
     )
     layout = BatchLayout(Bucket(8, 8), page_size=16, num_slots=8)
-    return placed.lower(layout, mode, StateSize(num_pages=64, num_slots=8, max_pages=8)).compile()
+    return placed.lower(layout, mode, StateSize(num_pages=64, num_slots=8, max_pages=8), num_steps=num_steps).compile()
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -104,6 +105,7 @@ def report(folder: str) -> None:
         for layers, scan in ((1, False), (4, False), (4, True))
     }
     sampling = collectives(compile_step(HF, mesh, scan=True, mode=SamplingMode.SAMPLE))
+    counted["loop"] = collectives(compile_step(HF, mesh, scan=True, mode=SamplingMode.GREEDY, num_steps=4))
     print(json.dumps({"tokens": tokens, "collectives": counted, "sampling": sampling}))
 
 
@@ -142,6 +144,12 @@ def test_a_layer_sums_over_the_devices_twice(eight_devices):
     assert counted["1 False"] == {"all-gather": 2, "all-reduce": 2 + 1}
     assert counted["4 False"] == {"all-gather": 2, "all-reduce": 4 * 2 + 1}
     assert counted["4 True"] == counted["1 False"]
+
+
+@pytest.mark.slow
+def test_a_loop_over_steps_sums_as_a_step_does(eight_devices):
+    """What an iteration hands to the next stays where it lies."""
+    assert eight_devices["collectives"]["loop"] == eight_devices["collectives"]["4 True"]
 
 
 @pytest.mark.slow

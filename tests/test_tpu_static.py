@@ -184,8 +184,14 @@ def test_collectives_of_a_trip_of_two_layers_are_shared_out() -> None:
     assert layers == {"all-reduce": 1.0}
 
 
+def test_a_loop_over_steps_around_that_over_layers_changes_no_layers_count() -> None:
+    layers = "%steps.1 (a: s32[]) -> s32[] {\n  %layers = (s32[]) while(%b), condition=%cond, body=%body.1\n}\n\nENTRY"
+    looped = HLO.replace("body=%body.1", "body=%steps.1").replace("ENTRY", layers)
+    assert collectives(looped) == collectives(HLO)
+
+
 def test_a_program_without_a_loop_of_kernels_is_an_error() -> None:
-    with pytest.raises(ValueError, match="0 loops"):
+    with pytest.raises(ValueError, match="0 innermost loops"):
         collectives(HLO.replace("tpu_custom_call", "other_call"))
 
 

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import asked, finish, limits, ranges, token_at, tokens_of
+from plans import FakeDevice, asked, finish, limits, ranges, token_at, tokens_of
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.request import Request
-from jax_engine.scheduler import Chunk, Scheduler, StepPlan
+from jax_engine.scheduler import Scheduler, StepPlan
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
@@ -44,7 +44,7 @@ def test_the_last_token_it_may_have_is_not_run_past():
     scheduler.add(asked("a", 3, 1))
     plan = scheduler.schedule()
     assert scheduler.schedule() is None
-    (output,) = scheduler.commit(plan, [5])
+    (output,) = scheduler.commit(plan, [[5]])
     assert (output.new_token_ids, output.finish_reason) == ([5], "length")
     assert not scheduler.has_work
     assert scheduler.cache.pool.num_in_use == 0
@@ -55,9 +55,9 @@ def test_a_stop_seen_one_step_late_yields_nothing_after_it():
     scheduler.add(asked("a", 3, 10, stop_token_ids=(9,)))
     first = scheduler.schedule()
     second = scheduler.schedule()
-    (output,) = scheduler.commit(first, [9])
+    (output,) = scheduler.commit(first, [[9]])
     assert (output.finish_reason, output.stop_reason) == ("stop", 9)
-    assert scheduler.commit(second, [4]) == []
+    assert scheduler.commit(second, [[4]]) == []
     assert scheduler.cache.pool.num_in_use == 0
 
 
@@ -65,7 +65,7 @@ def test_a_stop_seen_one_step_late_yields_nothing_after_it():
 def test_a_stop_before_min_tokens_does_not_end_it(min_tokens, reason):
     scheduler = Scheduler(limits())
     scheduler.add(asked("a", 3, 10, eos_token_ids=(9,), min_tokens=min_tokens))
-    (output,) = scheduler.commit(scheduler.schedule(), [9])
+    (output,) = scheduler.commit(scheduler.schedule(), [[9]])
     assert output.finish_reason == reason
     assert output.stop_reason is None
 
@@ -93,13 +93,13 @@ def test_an_abort_frees_everything(when):
     scheduler.add(asked("a", 5, 9))
     plan = None if when == "waiting" else scheduler.schedule()
     if when == "committed":
-        scheduler.commit(plan, [1])
+        scheduler.commit(plan, [[1]])
     scheduler.abort(["a", "never seen"])
     assert not scheduler.has_work
     assert scheduler.cache.pool.num_in_use == 0
     assert scheduler.finished == {"abort": 1}
     if when == "launched":
-        assert scheduler.commit(plan, [1]) == []
+        assert scheduler.commit(plan, [[1]]) == []
 
 
 @settings(max_examples=200, deadline=None)
@@ -116,13 +116,28 @@ def test_an_abort_frees_everything(when):
     policy=st.sampled_from(SCHEDULING_POLICIES),
     priorities=st.lists(st.integers(-1, 1), min_size=10, max_size=10),
     cut=st.sampled_from([0, 0, 3, None]),
+    stops=st.lists(st.integers(0, 20), min_size=10, max_size=10),
+    max_steps=st.sampled_from([1, 3, 8]),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
-    sizes, num_pages, budget, aborts, arrivals, caching, num_prompts, grouped, num_host_pages, policy, priorities, cut
+    sizes,
+    num_pages,
+    budget,
+    aborts,
+    arrivals,
+    caching,
+    num_prompts,
+    grouped,
+    num_host_pages,
+    policy,
+    priorities,
+    cut,
+    stops,
+    max_steps,
 ):
-    """Random arrivals, aborts and page shortage under every policy, one step run ahead throughout, as the engine does
-    it; prompts begin alike or not, or are shared by a group, are cut (None: not) or not, and pages are written, copied
-    and read as a device would.
+    """Random arrivals, aborts, stops and page shortage under every policy, one step run ahead throughout, as the engine
+    does it, in steps of one token and of several; prompts begin alike or not, or are shared by a group, are cut (None:
+    not) or not, and pages are written, copied and read as a device would.
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
     budget += 0 if cut is not None else 28  # the longest sequence has 32 tokens
@@ -144,10 +159,12 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
                 prompt = [1000 + index % num_prompts, *range(1, num_prompt)]
                 fields = {"arrival_time": step / 500, "priority": priorities[index] if policy == "priority" else 0}
                 fields["prompt_group"] = f"g{index % num_prompts}" if grouped else None
+                fields["stop_token_ids"] = (token_at(f"r{index}", num_prompt + stops[index]),)
                 scheduler.add(core_request(f"r{index}", prompt, max_tokens, **fields))
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
-        plan = checked_plan(scheduler)
+        plan = checked_plan(scheduler, max_steps)
         if plan is not None:
+            assert plan.num_steps <= max_steps
             check_pages(scheduler)
             device.run(plan)
         if previous is not None:
@@ -160,22 +177,22 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     assert not scheduler.has_work, "work was left undone"
     assert scheduler.cache.pool.num_in_use == 0
     assert (scheduler.groups.num_held, scheduler.groups._groups) == (0, {})
-    for name, (num_prompt, max_tokens) in expected.items():
-        whole = [token_at(name, num_prompt + offset) for offset in range(max_tokens)]
+    for (name, (num_prompt, max_tokens)), stop in zip(expected.items(), stops, strict=False):
+        whole = [token_at(name, num_prompt + offset) for offset in range(min(max_tokens, stop + 1))]
         assert outputs[name] == whole[: len(outputs[name])]
         if name not in gone:
             assert outputs[name] == whole
-            assert reasons[name] == ["length"]
+            assert reasons[name] == ["stop" if stop < max_tokens else "length"]
 
 
-def checked_plan(scheduler: Scheduler) -> StepPlan | None:
+def checked_plan(scheduler: Scheduler, max_steps: int) -> StepPlan | None:
     """The next plan: within its limits, with every decode in it that has a page, and nobody in it gave way or was the
     most urgent.
     """
     decoding = [request for request in scheduler.running if request.num_uncomputed == 1]
     most_urgent = min(scheduler.requests.values(), key=lambda request: request.urgency, default=None)
     was_running = most_urgent is not None and most_urgent.slot >= 0
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(max_steps)
     assert not was_running or most_urgent.slot >= 0, "the most urgent request was preempted"
     chunks = plan.chunks if plan else ()
     scheduled = {id(chunk.request) for chunk in chunks}
@@ -185,60 +202,9 @@ def checked_plan(scheduler: Scheduler) -> StepPlan | None:
     assert sum(chunk.length for chunk in chunks) <= scheduler.limits.token_budget
     for chunk in chunks:
         assert chunk.request.slot == chunk.slot, "a request of this step gave way in it"
-        assert chunk.samples or scheduler.limits.enable_chunked_prefill
+        assert chunk.num_draws or scheduler.limits.enable_chunked_prefill
         assert chunk.length <= (scheduler.limits.long_prefill_token_threshold or chunk.length)
     return plan
-
-
-class FakeDevice:
-    """Pages that hold, for each token, the whole sequence up to it: what its keys and values depend on.
-
-    A step's rows read what was there before it, and their own; tokens that the host does not know yet are those that
-    this test's model draws.
-    """
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.pages: list[list[tuple[int, ...] | None]] = [[None] * page_size for _ in range(num_pages)]
-        self.host_pages: dict[int, list[tuple[int, ...] | None]] = {}
-        self.tables: dict[int, list[int]] = {}
-
-    def run(self, plan: StepPlan) -> None:
-        for page, host_page in plan.copies.saves:
-            self.host_pages[host_page] = list(self.pages[page])
-        for source, target in plan.copies.copies:
-            self.pages[target] = list(self.pages[source])
-        for host_page, page in plan.copies.loads:
-            self.pages[page] = list(self.host_pages[host_page])
-        for chunk in plan.chunks:
-            if chunk.first_new_page == 0 and chunk.new_pages:
-                self.tables[chunk.slot] = []
-            table = self.tables[chunk.slot]
-            assert chunk.first_new_page == len(table) or not chunk.new_pages
-            table += chunk.new_pages
-        written = set()
-        for chunk in plan.chunks:
-            for position in range(chunk.start, chunk.start + chunk.length):
-                page, offset = divmod(position, self.page_size)
-                place = (self.tables[chunk.slot][page], offset)
-                assert place not in written, "two sequences write one place"
-                written.add(place)
-        for chunk in plan.chunks:
-            whole = self.sequence(chunk, chunk.start)
-            for position in range(chunk.start):
-                page, offset = divmod(position, self.page_size)
-                assert self.pages[self.tables[chunk.slot][page]][offset] == whole[: position + 1]
-                assert (self.tables[chunk.slot][page], offset) not in written, "a shared page is written"
-        for chunk in plan.chunks:
-            whole = self.sequence(chunk, chunk.start + chunk.length)
-            for position in range(chunk.start, chunk.start + chunk.length):
-                page, offset = divmod(position, self.page_size)
-                self.pages[self.tables[chunk.slot][page]][offset] = whole[: position + 1]
-
-    def sequence(self, chunk: Chunk, length: int) -> tuple[int, ...]:
-        prompt = chunk.request.asked.prompt_token_ids
-        name = chunk.request.asked.request_id
-        return (*prompt, *(token_at(name, position) for position in range(len(prompt), length)))[:length]
 
 
 def check_pages(scheduler: Scheduler) -> None:
