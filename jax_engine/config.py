@@ -86,13 +86,6 @@ class EngineConfig:
                     f"max_num_seqs={self.max_num_seqs}, so that every running sequence can decode in one step; "
                     "raise it or lower max_num_seqs"
                 )
-        integer(
-            "num_scheduler_steps",
-            self.num_scheduler_steps,
-            low=1,
-            high=MAX_SCHEDULER_STEPS,
-            remedy="1 is one token a step; more is more throughput for a later first token of new requests",
-        )
         if self.block_size is not None:
             choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
         integer(
@@ -130,6 +123,18 @@ class EngineConfig:
 
     def _check_scheduling(self) -> None:
         choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
+        integer(
+            "num_scheduler_steps",
+            self.num_scheduler_steps,
+            low=1,
+            high=MAX_SCHEDULER_STEPS,
+            remedy="1 is one token a step; more is more throughput for a later first token of new requests",
+        )
+        if self.deterministic and self.num_scheduler_steps != 1:
+            raise ValueError(
+                f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with deterministic=True, whose steps "
+                "are all the same program; leave one of them out"
+            )
         threshold = self.long_prefill_token_threshold
         integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
         if threshold and not self.enable_chunked_prefill:
