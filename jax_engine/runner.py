@@ -98,16 +98,7 @@ class Runner:
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
-        block = self.placed.row_block
-        self._programs = step_programs(
-            config.max_num_seqs, config.token_budget, row_block=block, num_steps=config.num_scheduler_steps
-        )
-        buckets = sorted({program.bucket for program in self._programs})
-        largest = buckets[-1].num_tokens
-        # A step in blocks of rows costs those that it fills.
-        sizes = {program.bucket.num_tokens for program in self._programs if program.num_steps == 1}
-        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
-        self._layouts = {bucket: BatchLayout(bucket, page_size, self._num_slots) for bucket in buckets}
+        self._choose_programs(config)
         self.memory = self._plan_memory(config, model_config, device)
         logger.info(
             "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
@@ -192,6 +183,19 @@ class Runner:
             share = 100 * self.counters.padding_tokens / rows
             logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
         del self._state, self._leaves
+
+    def _choose_programs(self, config: EngineConfig) -> None:
+        """The step programs there will be, and the sizes and layouts of their steps."""
+        block = self.placed.row_block
+        self._programs = step_programs(
+            config.max_num_seqs, config.token_budget, row_block=block, num_steps=config.num_scheduler_steps
+        )
+        buckets = sorted({program.bucket for program in self._programs})
+        largest = buckets[-1].num_tokens
+        # A step in blocks of rows costs those that it fills.
+        sizes = {program.bucket.num_tokens for program in self._programs if program.num_steps == 1}
+        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
+        self._layouts = {bucket: BatchLayout(bucket, self._geometry.page_size, self._num_slots) for bucket in buckets}
 
     def _log_step_programs(self) -> None:
         if self.placed.row_block is not None:

@@ -209,6 +209,7 @@ class Scheduler:
         index = bisect_right(sizes, total)
         below, above = (0, *sizes)[index], sizes[index]
         return below if below > num_decodes and total - below < above - total else limit
+
     def _append(self, request: Request, tokens: Sequence[int], num_draws: int) -> str | None:
         """Give a request the tokens that a step drew for it, one by one; the finish reason if the last one ends it."""
         self.num_generation_tokens += len(tokens)

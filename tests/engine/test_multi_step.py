@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
@@ -18,7 +19,7 @@ from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import select_ops
 from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.planner import bucket_lattice
+from jax_engine.planner import step_programs
 from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Scheduler, SchedulerLimits
 from jax_engine.step_batch import NO_TOKEN, BatchLayout, Bucket, SlotParameters, pack_batch, page_updates_of
@@ -105,8 +106,8 @@ def test_several_tokens_come_at_once_and_no_row_is_run_for_nothing(looped):
         assert [len(output.new_token_ids) for output in given] == [1] + [num_steps] * (16 // num_steps)
     assert after.steps_total - before.steps_total == 1 + 16 // num_steps
     assert after.generation_tokens_total - before.generation_tokens_total == 4 * 17
-    assert after.token_rows_total - before.token_rows_total == 16 + 4 * 16
-    assert after.padding_tokens_total - before.padding_tokens_total == 4
+    assert after.token_rows_total - before.token_rows_total == 4 * 3 + 4 * 16
+    assert after.padding_tokens_total == before.padding_tokens_total
 
 
 def test_requests_that_join_leave_or_lose_their_pages_change_nothing(core, looped):
@@ -238,7 +239,9 @@ class Steps:
         parameters, chunks = SlotParameters(4, VOCAB_SIZE), scheduler.schedule().chunks
         for chunk in chunks:
             parameters.set(chunk.slot, chunk.request.asked)
-        chunks = [replace(chunk, num_draws=count) for chunk, count in zip(chunks, num_draws, strict=True)]
+        chunks = [
+            msgspec.structs.replace(chunk, num_draws=count) for chunk, count in zip(chunks, num_draws, strict=True)
+        ]
         buffer = pack_batch(chunks, page_updates_of(chunks), self.layout, parameters)
         self.num_runs = 0
         _, drawn = self.run(self.leaves, self.state, buffer)
@@ -302,6 +305,9 @@ def test_a_loop_makes_no_copy_of_the_cache(scan_layers):
     assert analysis.temp_size_in_bytes < cache_bytes / 4
 
 
+WIDEST = list(SamplingMode)[-1]
+
+
 class Uncompiled:
     """In place of a traced program, which takes a compiler."""
 
@@ -312,19 +318,22 @@ class Uncompiled:
 def test_loops_are_few_and_wait_for_their_bucket():
     """At the default limits; decodes go one by one until there is a loop in their own bucket for every mode."""
     config = EngineConfig()
-    buckets = bucket_lattice(config.max_num_seqs, config.token_budget)
-    loops = [bucket for bucket in buckets if bucket.num_tokens <= config.max_num_seqs]
-    compiled: Any = CompiledSteps(buckets, lambda program: Uncompiled(), loops=loops, num_steps=8)
-    assert sum(program.num_steps == 8 for program in compiled.programs) <= 14
-    assert len(compiled.programs) <= 40
-    ready = []
-    for program in [compiled.largest, *sorted(compiled.programs)]:
+    programs = step_programs(config.max_num_seqs, config.token_budget, num_steps=8)
+    compiled: Any = CompiledSteps(programs, lambda program: Uncompiled())
+    assert len(programs) <= 40
+    loops = [program for program in compiled.programs if program.num_steps == 8]
+    assert 2 <= len(loops) <= 14
+    assert compiled.programs[-len(loops) :] == loops, "they come last"
+    for program in compiled.programs[: -len(loops)]:
         compiled._compile(program)
-        ready.append((compiled.num_steps(1), compiled.num_steps(7), compiled.num_steps(64)))
-    assert ready[0] == (1, 1, 1), "only the largest is there"
-    assert ready[4] == (8, 1, 1)
-    assert ready[8] == (8, 8, 1)
-    assert ready[-1] == (8, 8, 8)
+        assert compiled.num_steps(1) == 1
+    for program in sorted(loops):
+        compiled._compile(program)
+        ready = [loop.bucket.num_tokens for loop in loops if loop in compiled._executables and loop.mode is WIDEST]
+        for num_decodes in (1, 7, 64):
+            own = min(loop.bucket.num_tokens for loop in loops if loop.bucket.num_tokens >= num_decodes)
+            assert compiled.num_steps(num_decodes) == (8 if own in ready else 1)
+    assert (compiled.num_steps(7), compiled.num_steps(64)) == (8, 8)
     assert compiled.find(7, 7, SamplingMode.GREEDY, num_steps=5)[0].num_steps == 8
     assert compiled.find(7, 7, SamplingMode.GREEDY)[0].num_steps == 1
 
