@@ -1,6 +1,9 @@
 """What every test runs under: the installed package, no network, and no accelerator test without an accelerator."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 from jaxtyping import install_import_hook
@@ -13,6 +16,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Shapes are checked where arrays are handled; the hook has to be there before those modules are imported.
 SHAPED = ("models", "pallas_kernels", "cuda_fallback", "sampler", "step_batch", "step_program")
 install_import_hook([f"jax_engine.{name}" for name in SHAPED], "shape_checks.check_arrays")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_go_with_their_module() -> Iterator[None]:
+    """Each executable for the CPU takes dozens of memory maps. Linux gives a process some 65,000 of them, and XLA's
+    compiler crashes where there are no more; engines of the session keep theirs.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
