@@ -173,11 +173,16 @@ class _Groups:
         queries = queries * jnp.asarray(self.scale, queries.dtype)
         positions = self.positions[rows]
         chunk = self.chunk_pages * page_size
-        last = jnp.max(jnp.where(real, positions, -1))
-        first = jnp.zeros((), jnp.int32)
+        lasts = jnp.max(jnp.where(real, positions, -1), axis=1)
+        last, firsts = jnp.max(lasts), jnp.zeros_like(lasts)
         if self.window is not None:
-            first = jnp.min(jnp.where(real, jnp.maximum(positions - self.window + 1, 0), last)) // chunk
+            firsts = jnp.min(jnp.where(real, jnp.maximum(positions - self.window + 1, 0), last), axis=1)
+        first = jnp.min(firsts) // chunk
         tables = self.block_tables[sequences]
+
+        def seen(places: Int[Array, " CS"]) -> Bool[Array, "R CS"]:
+            # Others may hold anything, NaN included: a zero weight must not multiply them.
+            return (places >= firsts[:, None]) & (places <= lasts[:, None])
 
         def step(index: Int[Array, ""], carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             maximum, total, out = carry
@@ -189,10 +194,12 @@ class _Groups:
             scores = _scores(queries, keys)
             if self.soft_cap is not None:
                 scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
-            distance = positions[:, :, None] - (index * chunk + jnp.arange(chunk))[None, None, :]
+            places = index * chunk + jnp.arange(chunk)
+            distance = positions[:, :, None] - places[None, None, :]
             visible = distance >= 0
             if self.window is not None:
                 visible &= distance < self.window
+            values = jnp.where(seen(places).reshape(num_tiles, self.chunk_pages, 1, page_size, 1), values, 0)
             visible = visible[:, None, :, None, :]
             scores = jnp.where(visible, scores, -jnp.inf)
             # A finite floor keeps a row that sees nothing in this chunk free of inf - inf.

@@ -63,6 +63,9 @@ class BlockPool:
         """
         return len(pages) - bisect_left(pages, True, key=lambda page: self._counts[page] == 1)
 
+    def num_users(self, page: int) -> int:
+        return self._counts[page]
+
     def share(self, pages: Sequence[int]) -> None:
         """Add one user to each of these pages, used or idle; who writes one has to copy it first (`is_writable`)."""
         for page in pages:

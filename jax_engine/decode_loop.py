@@ -63,7 +63,7 @@ def decode_loop(
         order = jnp.nonzero(loop.active, size=num_rows, fill_value=num_rows - 1)[0]
         places = jnp.maximum(jnp.cumsum(loop.active) - 1, 0)
         table = SequenceTable.build(
-            sequences.block_tables[order],
+            sequences.block_tables[:, order],
             jnp.minimum(index, count).astype(jnp.int32),
             jnp.where(index[:-1] < count, loop.lengths[order], 0),
             count.astype(jnp.int32),

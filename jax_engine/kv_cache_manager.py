@@ -1,69 +1,42 @@
-"""Which pages each sequence holds: shared ones found, new ones given, filled ones made known, all given back.
+"""Which pages each sequence holds: shared ones found, new ones given, filled ones made known, those that a window has
+passed given up, all given back.
+
+Layers that see equally far form cache groups (`models.kv_pages.CacheLayout`), each with a block table of its own. All
+groups' pages come from one pool. A request's pages are one list, in which groups take turns: page `index` of group
+`group` stands at the place `index * num_groups + group`, and `NO_PAGE` where the window has passed it.
 
 Below the device's pages there may be host memory: a page that loses its place while its content is known moves there,
 and comes back when a request begins with it. Eviction and preemption need nothing else.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 from jax_engine.block_pool import BlockPool
+from jax_engine.cache_records import IN_HOST, NO_PAGE, CacheCounters, CachedPrefix, PlannedCopies, held
 from jax_engine.host_pool import HostPool, LoadRule, PageCopies
 from jax_engine.request import Request
 
-IN_HOST = -2  # in place of a page that has to come from host memory
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
-    """What a waiting request finds computed: its first `num_tokens` tokens, in the pages of its block table's start."""
-
-    num_tokens: int = 0
-    pages: Sequence[int] = ()  # or IN_HOST
-
-    @property
-    def on_device(self) -> list[int]:
-        return [page for page in self.pages if page >= 0]
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """Cumulative figures. Mutable; owned by the `KVCacheManager`."""
-
-    queries: int = 0  # tokens of requests as they first ran
-    hits: int = 0  # those of them in the device's pages
-    host_queries: int = 0  # those that the device's pages did not hold, with a host tier
-    host_hits: int = 0
-    saved_pages: int = 0
-    loaded_pages: int = 0
-    copied_pages: int = 0
-    recomputed_tokens: int = 0  # computed before, by a request that has lost its pages since
-    sampled_room: int = 0  # tokens that the pages in use have room for, summed over samples
-    sampled_waste: int = 0  # and of that, what holds none
-
-
-@dataclass(slots=True)
-class PlannedCopies:
-    """The copies that the plan in the making needs, see `PageCopies`. Mutable; owned by the `KVCacheManager`."""
-
-    saves: list[tuple[int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    loads: list[tuple[int, int]] = field(default_factory=list)
-
 
 class KVCacheManager:
-    """The pages of sequences, over one `BlockPool`. Mutable; owned by the `Scheduler`, which decides who gets them."""
+    """The pages of sequences, over one `BlockPool`. Mutable; owned by the `Scheduler`, which decides who gets them.
+
+    A group with a window needs, of a sequence whose next step begins at token t, pages from the token `t - window + 1`
+    on. Full pages that are given up for that can be found as others can.
+    """
 
     def __init__(
         self,
         num_pages: int,
         page_size: int,
+        windows: Sequence[int] = (0,),
         *,
         enable_prefix_caching: bool,
         num_host_pages: int = 0,
         load_rule: LoadRule | None = None,
     ) -> None:
-        """`num_host_pages` is the size of the host tier, which is found by the same hashes and needs prefix caching."""
+        """`windows` are those of the cache groups, in tokens; 0: none. `num_host_pages` is the size of the host tier,
+        which is found by the same hashes and needs prefix caching.
+        """
         assert enable_prefix_caching or not num_host_pages, "host pages are found by their prefix"
         self.pool = BlockPool(num_pages, on_evict=self._save if num_host_pages else None)
         self.host = HostPool(num_host_pages)
@@ -73,18 +46,36 @@ class KVCacheManager:
         self.counters = CacheCounters()
         self._planned = PlannedCopies()
         self._filling: list[Request] = []  # those for which the latest plan fills a page
+        self._advanced: list[Request] = []  # with windows: those that the latest plan has tokens of
+        self.num_groups = len(windows)
+        # What tells equal content in two groups apart.
+        self._suffixes = [group.to_bytes(group > 0) for group in range(self.num_groups)]
+        self._full_groups = [group for group, window in enumerate(windows) if not window]
+        self._window_groups = {
+            window: [group for group, other in enumerate(windows) if other == window] for window in {*windows} - {0}
+        }
 
     def num_tokens_in_pages(self, running: Iterable[Request]) -> int:
-        """Tokens whose keys and values the pages in use hold, those of shared pages once.
+        """Tokens whose keys and values the pages in use hold for a step to come, those of shared pages once.
 
-        All pages but a sequence's last are full.
+        A token counts in each group that holds it; one that has left the window, but not its page, does not. All pages
+        are full but a sequence's last ones.
         """
         filled: dict[int, int] = {}  # of the last pages
+        outside: dict[int, list[int]] = {}  # first page in a window: tokens of it outside, for each that begins there
         for request in running:
-            if request.pages:
-                in_last = request.num_computed - (len(request.pages) - 1) * self.page_size
-                filled[request.pages[-1]] = max(in_last, filled.get(request.pages[-1], 0))
-        return (self.pool.num_in_use - len(filled)) * self.page_size + sum(filled.values())
+            if not request.pages:
+                continue
+            in_last = request.num_computed - (len(request.pages) // self.num_groups - 1) * self.page_size
+            for page in request.pages[-self.num_groups :]:
+                if page != NO_PAGE:
+                    filled[page] = max(in_last, filled.get(page, 0))
+            for window, tokens in request.num_outside.items():
+                index, rest = divmod(tokens, self.page_size)
+                for group in self._window_groups[window] if rest else ():
+                    outside.setdefault(request.pages[index * self.num_groups + group], []).append(rest)
+        num_outside = sum(min(rests) for page, rests in outside.items() if len(rests) == self.pool.num_users(page))
+        return (self.pool.num_in_use - len(filled)) * self.page_size + sum(filled.values()) - num_outside
 
     def sample_waste(self, running: Iterable[Request]) -> None:
         """Add the waste of the pages in use to the counters, for its mean over time."""
@@ -113,27 +104,33 @@ class KVCacheManager:
         from. None of its tokens is on the device only: the steps it was in have been committed.
 
         `donor` is a running request that earlier steps have taken through the same prompt: all of it is shared, the
-        page that it ends in as well, to be copied when it is written. Without one, known pages are looked for.
+        page that it ends in as well, to be copied when it is written. Without one, or if its windows have passed the
+        prompt's end, known pages are looked for.
+
+        Groups without a window must have all of it, others what the token behind it sees.
         """
-        if donor is not None:
-            num_tokens = min(request.num_prompt, len(request.tokens) - 1)
-            return CachedPrefix(num_tokens, donor.pages[: self._pages_for(num_tokens)])
+        if donor is not None and (shared := self._prompt_of(donor, request)) is not None:
+            return shared
         if not self.enable_prefix_caching:
             return CachedPrefix()
+        count = (len(request.tokens) - 1) // self.page_size
         pages: list[int] = []
-        for index in range((len(request.tokens) - 1) // self.page_size):
-            page = self._find(request.page_hash(index, self.page_size))
-            if page is None:
+        for index in range(count if self._full_groups else 0):
+            row = self._find_full(request, index)
+            if row is None:
+                count = index
                 break
-            pages.append(page)
-        return CachedPrefix(len(pages) * self.page_size, pages)
+            pages += row
+        if self._window_groups:
+            count, pages = self._with_windows(request, count, pages)
+        return CachedPrefix(count * self.page_size, pages)
 
     def can_start(self, cached: CachedPrefix, num_tokens: int, *, reserve: int) -> bool:
         """Whether a sequence of `num_tokens`, more than are cached, leaves `reserve` pages free."""
-        on_device = cached.on_device
-        num_new = self._pages_for(num_tokens) - len(on_device)
-        num_new += cached.num_tokens % self.page_size != 0  # the copy of a shared page that is written next
-        return num_new + self.pool.num_idle(on_device) + reserve <= self.pool.num_free
+        num_new = self._pages_for(num_tokens) - len(cached.pages) + cached.pages.count(IN_HOST)
+        if cached.num_tokens % self.page_size:
+            num_new += self.num_groups  # the copies of shared pages that are written next
+        return num_new + self.pool.num_idle(cached.on_device) + reserve <= self.pool.num_free
 
     def start(self, request: Request, cached: CachedPrefix) -> None:
         """Give a request the pages it begins with; it goes on from their end."""
@@ -143,21 +140,23 @@ class KVCacheManager:
         if IN_HOST in cached.pages:
             self._load(request)
         request.num_computed, request.num_registered = cached.num_tokens, cached.num_tokens // self.page_size
+        request.num_outside = {window: self._first_seen(cached.num_tokens, window) for window in self._window_groups}
 
     def fork(self, parent: Request, child: Request) -> None:
         """Give `child`, which has the tokens that `parent` has, its pages too; each copies the page that it is the
         first to write, while the other has it.
         """
         assert not child.pages, "a request is forked into one without pages"
-        self.pool.share(parent.pages)
-        child.pages = list(parent.pages)
+        self.pool.share(held(parent.pages))
+        child.pages, child.num_outside = list(parent.pages), dict(parent.num_outside)
         child.num_computed, child.num_registered = parent.num_computed, parent.num_registered
 
     def count_lookup(self, request: Request, cached: CachedPrefix) -> None:
         """Count what a request that has just started, for the first time, found in the cache."""
         request.num_cached_tokens = cached.num_tokens
         if self.enable_prefix_caching:
-            in_host = cached.pages.count(IN_HOST) * self.page_size
+            indices = {place // self.num_groups for place, page in enumerate(cached.pages) if page == IN_HOST}
+            in_host = len(indices) * self.page_size
             self.counters.queries += len(request.tokens)
             self.counters.hits += cached.num_tokens - in_host
             if self.host.num_pages:
@@ -166,29 +165,31 @@ class KVCacheManager:
 
     def num_new_pages(self, request: Request, length: int) -> int:
         """Pages that a request's next `length` tokens take beside those it has, with the copy of one that is shared."""
-        num_copies = self._shared_last_page(request) is not None
+        num_copies = len(self._shared_places(request))
         return self._pages_for(request.num_computed + length) - len(request.pages) + num_copies
 
     def room(self, request: Request) -> int:
         """How many more tokens a running request has pages for, its own and free ones."""
-        num_pages = len(request.pages) + self.pool.num_free
-        if self._shared_last_page(request) is not None:
-            num_pages -= 1  # the copy takes one, and the page that it replaces is no longer its own
-        return max(0, num_pages * self.page_size - request.num_computed)
+        spare = self.pool.num_free - len(self._shared_places(request))  # which are replaced by copies
+        if spare < 0:
+            return 0
+        return (
+            len(request.pages) // self.num_groups + spare // self.num_groups
+        ) * self.page_size - request.num_computed
 
     def grow(self, request: Request, length: int) -> int:
         """Give a request the pages of its next `length` tokens and count those as computed; see `room`.
 
-        Returns the index of the first page that is new in its block table: a shared one that it is about to write is
-        replaced by a copy.
+        Returns the place of the first page that is new in its block tables: shared ones that it is about to write are
+        replaced by copies.
         """
         first_new = len(request.pages)
-        if (shared := self._shared_last_page(request)) is not None:
-            first_new = shared
-            (copy,) = self.pool.allocate(1)
-            self._planned.copies.append((request.pages[shared], copy))
-            self.pool.free([request.pages[shared]])
-            request.pages[shared] = copy
+        if shared := self._shared_places(request):
+            first_new = shared[0]
+            for place, copy in zip(shared, self.pool.allocate(len(shared)), strict=True):
+                self._planned.copies.append((request.pages[place], copy))
+                self.pool.free([request.pages[place]])
+                request.pages[place] = copy
         start = request.num_computed
         request.num_computed += length
         self.counters.recomputed_tokens += max(0, min(request.num_computed, request.num_once_computed) - start)
@@ -196,17 +197,25 @@ class KVCacheManager:
         request.pages += self.pool.allocate(self._pages_for(request.num_computed) - len(request.pages))
         if self.enable_prefix_caching and start // self.page_size < request.num_computed // self.page_size:
             self._filling.append(request)
+        if self._window_groups:
+            self._advanced.append(request)
         return first_new
 
-    def register_filled(self) -> None:
-        """Let the pages that the plan before this one fills be found.
+    def settle(self) -> None:
+        """Before a plan is made: let the pages that the plan before it fills be found, and give up those that it was
+        the last to see.
 
-        That plan has been launched, and steps run in order: whatever a later step reads of them is there by then. In
-        its own step a page is not shared, since rows of one step do not wait for each other.
+        That plan has been launched, and steps run in order: whatever a later step reads of filled pages is there by
+        then, and what it writes into pages given up comes after all who read them. In its own step a page is not
+        shared, since rows of one step do not wait for each other.
         """
         for request in self._filling:
             self._register(request)
         self._filling.clear()
+        for request in self._advanced:
+            self._give_up(request)
+        # The rest of what they passed, once the tokens on their way are known.
+        self._advanced = [request for request in self._advanced if len(request.tokens) < request.num_computed]
 
     def release(self, request: Request) -> None:
         """Take a request's pages; its full ones can still be found. Steps in flight may still write them: they run
@@ -214,26 +223,114 @@ class KVCacheManager:
         """
         if self.enable_prefix_caching:
             self._register(request)
-        self.pool.free(request.pages)
+        self.pool.free(held(request.pages))
         request.pages = []
+        request.num_outside = {}
 
     def num_own_pages(self, request: Request) -> int:
         """How many pages are free once a running request has given way: those that no other uses."""
-        return self.pool.num_unshared(request.pages)
+        own = sum(self.pool.num_unshared(self._table(request, group)) for group in self._full_groups)
+        for window, groups in self._window_groups.items():
+            for group in groups:  # others may share any part of what a window sees
+                own += sum(self.pool.num_users(page) == 1 for page in self._table(request, group, window))
+        return own
 
     def cost_of_preemption(self, request: Request) -> int:
         """Tokens to compute again when a request that gives way returns. Pages shared with others will still be there;
         its own are counted as lost, since they are what it gives way for.
         """
-        return request.num_computed - (len(request.pages) - self.num_own_pages(request)) * self.page_size
+        shared = [
+            len(table) - self.pool.num_unshared(table)
+            for table in (self._table(request, group) for group in self._full_groups[:1])
+        ]
+        for window, groups in self._window_groups.items():
+            first = request.num_outside[window] // self.page_size
+            users = [self.pool.num_users(page) for page in self._table(request, groups[0], window)]
+            shared.append(max((first + index for index, count in enumerate(users, 1) if count > 1), default=0))
+        return request.num_computed - min(shared) * self.page_size
+
+    def _prompt_of(self, donor: Request, request: Request) -> CachedPrefix | None:
+        """What a request begins with, in the pages of one that has computed the same prompt; None where a window has
+        passed some of it.
+        """
+        num_tokens = min(request.num_prompt, len(request.tokens) - 1)
+        pages = donor.pages[: self._pages_for(num_tokens)]
+        for window, groups in self._window_groups.items():
+            number = self._first_seen(num_tokens, window) // self.page_size
+            if donor.num_outside[window] // self.page_size > number:
+                return None
+            for group in groups:
+                pages[group : number * self.num_groups : self.num_groups] = [NO_PAGE] * number
+        return CachedPrefix(num_tokens, pages)
+
+    def _find_full(self, request: Request, index: int) -> list[int] | None:
+        """Page `index` of a request's tokens in the groups without a window, `NO_PAGE` in others; None if one of them
+        has no such page.
+        """
+        page_hash = request.page_hash(index, self.page_size)
+        row = [NO_PAGE] * self.num_groups
+        for group in self._full_groups:
+            page = self._find(page_hash + self._suffixes[group])
+            if page is None:
+                return None
+            row[group] = page
+        return row
+
+    def _with_windows(self, request: Request, count: int, pages: list[int]) -> tuple[int, list[int]]:
+        """Of the longest prefix, of at most `count` full pages, of which groups with a window have what they need: the
+        number of full pages, and its pages. `pages` are those of the other groups.
+        """
+        while True:
+            seen: dict[int, int] = {}
+            for place in self._places_seen(count):
+                page = self._find(self._known_by(request, place))
+                if page is None:
+                    # Every shorter prefix that reaches beyond this page needs it, too: a window's length is skipped.
+                    count = place // self.num_groups
+                    break
+                seen[place] = page
+            else:
+                pages = pages[: count * self.num_groups] or [NO_PAGE] * (count * self.num_groups)
+                for place, page in seen.items():
+                    pages[place] = page
+                return count, pages
+
+    def _places_seen(self, count: int) -> Iterator[int]:
+        """Where, among a request's pages, those stand that the token behind `count` full pages sees through windows."""
+        for window, groups in self._window_groups.items():
+            for index in range(self._first_seen(count * self.page_size, window) // self.page_size, count):
+                yield from (index * self.num_groups + group for group in groups)
+
+    def _give_up(self, request: Request) -> None:
+        """Free the pages that no later token of a running request sees, once they can be found. Tokens that the host
+        does not know are taken for not computed.
+        """
+        if not request.pages:
+            return
+        if self.enable_prefix_caching:
+            self._register(request)
+        computed = min(request.num_computed, len(request.tokens))
+        for window, groups in self._window_groups.items():
+            first = self._first_seen(computed, window)
+            before = request.num_outside[window] // self.page_size
+            request.num_outside[window] = first
+            number = first // self.page_size - before
+            for group in groups if number else ():
+                start = before * self.num_groups + group
+                passed = slice(start, start + number * self.num_groups, self.num_groups)
+                self.pool.free(request.pages[passed])
+                request.pages[passed] = [NO_PAGE] * number
 
     def _register(self, request: Request) -> None:
         """Register a running request's full pages, as far as the launched steps fill them and the host knows their
         tokens.
         """
         num_full = min(request.num_computed, len(request.tokens)) // self.page_size
-        for index in range(request.num_registered, min(num_full, len(request.pages))):
-            self.pool.register(request.pages[index], request.page_hash(index, self.page_size))
+        groups = self.num_groups
+        for index in range(request.num_registered, min(num_full, len(request.pages) // groups)):
+            page_hash = request.page_hash(index, self.page_size)
+            for group, suffix in enumerate(self._suffixes):
+                self.pool.register(request.pages[index * groups + group], page_hash + suffix)
             request.num_registered = index + 1
 
     def _find(self, page_hash: bytes) -> int | None:
@@ -245,13 +342,13 @@ class KVCacheManager:
 
     def _load(self, request: Request) -> None:
         """Plan to load the pages of a starting request that are in host memory."""
-        missing = [index for index, page in enumerate(request.pages) if page == IN_HOST]
-        hashes = [request.page_hash(index, self.page_size) for index in missing]
+        missing = [place for place, page in enumerate(request.pages) if page == IN_HOST]
+        hashes = [self._known_by(request, place) for place in missing]
         # Held before pages are taken for them, whose content may go to host memory in turn.
         host_pages = [self.host.hold(page_hash) for page_hash in hashes]
         pages = self.pool.allocate(len(missing))
-        for index, page_hash, page in zip(missing, hashes, pages, strict=True):
-            request.pages[index] = page
+        for place, page_hash, page in zip(missing, hashes, pages, strict=True):
+            request.pages[place] = page
             self.pool.register(page, page_hash)  # at once: loads run before the step
         self._planned.loads += zip(host_pages, pages, strict=True)
 
@@ -262,12 +359,32 @@ class KVCacheManager:
         elif (host_page := self.host.add(page_hash)) is not None:
             self._planned.saves.append((page, host_page))
 
-    def _shared_last_page(self, request: Request) -> int | None:
-        """Index of the page that a request's next token is written to, if others use it or know it by its content."""
+    def _shared_places(self, request: Request) -> Sequence[int]:
+        """Places of the pages that a request's next token is written to, if others use them or know their content."""
         index, offset = divmod(request.num_computed, self.page_size)
-        if offset == 0 or self.pool.is_writable(request.pages[index]):
-            return None
-        return index
+        if offset == 0:
+            return ()
+        if self.num_groups == 1:
+            return () if self.pool.is_writable(request.pages[index]) else (index,)
+        places = range(index * self.num_groups, (index + 1) * self.num_groups)
+        return [place for place in places if not self.pool.is_writable(request.pages[place])]
+
+    def _known_by(self, request: Request, place: int) -> bytes:
+        """The hash that the page at a place is found by."""
+        index, group = divmod(place, self.num_groups)
+        return request.page_hash(index, self.page_size) + self._suffixes[group]
+
+    def _table(self, request: Request, group: int, window: int = 0) -> list[int]:
+        """The pages that a running request holds in a group."""
+        if self.num_groups == 1 and not window:
+            return request.pages
+        first = request.num_outside[window] // self.page_size if window else 0
+        return request.pages[first * self.num_groups + group :: self.num_groups]
+
+    def _first_seen(self, position: int, window: int) -> int:
+        """The first token that the one at `position` sees."""
+        return max(0, position - window + 1)
 
     def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_size)
+        """Pages of all groups."""
+        return -(-num_tokens // self.page_size) * self.num_groups

@@ -81,7 +81,12 @@ class PlacedModel:
             kv_head_copies=placement.kv_head_copies,
         )
         geometry = CacheGeometry.of(
-            config, page_size=page_size, dtype=jnp.dtype(dtype), page_shape=ops.page_shape, placement=placement
+            config,
+            model_class.cache_layout(config),
+            page_size=page_size,
+            dtype=jnp.dtype(dtype),
+            page_shape=ops.page_shape,
+            placement=placement,
         )
         if not deterministic:
             return cls(structure, geometry, placement)
@@ -128,6 +133,7 @@ class PlacedModel:
             self.geometry.shape(size.num_pages),
             jnp.dtype(self.geometry.dtype),
             num_slots=size.num_slots,
+            num_groups=self.geometry.layout.num_groups,
             max_pages=size.max_pages,
         )
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.kv_pages import PageShape, split_page_shape
+from jax_engine.models.kv_pages import CacheLayout, PageShape, split_page_shape
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement
@@ -28,9 +29,9 @@ SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """One page of the cache, all layers."""
+    """One page of the cache, all layers of a cache group."""
 
-    num_layers: int
+    layout: CacheLayout
     page_shape: PageShape  # of one layer
     dtype: np.dtype
     num_parts: int = 1  # devices that the key and value heads are split over
@@ -39,6 +40,7 @@ class CacheGeometry:
     def of(
         cls,
         model: ModelConfig,
+        layout: CacheLayout,
         *,
         page_size: int,
         dtype: jnp.dtype,
@@ -49,7 +51,7 @@ class CacheGeometry:
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
-        return cls(model.num_hidden_layers, shape, np.dtype(dtype), placement.num_parts("kv_heads"))
+        return cls(layout, shape, np.dtype(dtype), placement.num_parts("kv_heads"))
 
     @property
     def page_size(self) -> int:
@@ -58,7 +60,7 @@ class CacheGeometry:
 
     def shape(self, num_pages: int) -> tuple[int, ...]:
         """Of the whole cache, over all devices."""
-        return (self.num_layers, num_pages, *self.page_shape)
+        return (self.layout.layers_a_page, num_pages, *self.page_shape)
 
     @property
     def page_bytes(self) -> int:
@@ -66,7 +68,19 @@ class CacheGeometry:
         return int(np.prod(self.shape(1))) * self.dtype.itemsize // self.num_parts
 
     def pages_for(self, num_tokens: int) -> int:
+        """Entries of one cache group's block table."""
         return -(-num_tokens // self.page_size)
+
+    def most_pages(self, num_tokens: int, token_budget: int) -> int:
+        """Pages of all cache groups that a sequence of so many tokens ever holds at once.
+
+        A step of n of its tokens needs what the first of them sees and the n themselves: within a window of w, w - 1 +
+        n tokens, which begin anywhere in a page.
+        """
+        whole, step = self.pages_for(num_tokens), min(num_tokens, token_budget)
+        return sum(
+            min(whole, self.pages_for(window + step - 2) + 1) if window else whole for window in self.layout.windows
+        )
 
 
 @dataclass(frozen=True)
@@ -174,13 +188,15 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     else:
         budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
     fits = max(0, budget) // geometry.page_bytes
-    useful = geometry.pages_for(context) * config.max_num_seqs
-    if fits < geometry.pages_for(context):
-        holds = fits * geometry.page_size
+    # Pages that have left a window stay useful as prefixes, so the bound is what sequences fill, not what they hold.
+    useful = geometry.pages_for(context) * geometry.layout.num_groups * config.max_num_seqs
+    least = geometry.most_pages(context, config.token_budget)
+    if fits < least:
+        holds = _longest_sequence(geometry, fits, config.token_budget)
         if config.max_model_len is None and holds >= min(context, 2048):
             logger.warning("max_model_len lowered from %d to %d: the cache has room for no more", context, holds)
             return MemoryPlan(fits, holds, reason)
-        needed = geometry.pages_for(context) * geometry.page_bytes
+        needed = least * geometry.page_bytes
         raise ValueError(
             f"max_model_len={context} needs {needed / 2**20:.1f} MiB of KV cache for one sequence, and there are "
             f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; "
@@ -189,6 +205,13 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     if useful < fits:
         reason = f"{config.max_num_seqs} sequences of {context} tokens"
     return MemoryPlan(min(fits, useful), context, reason)
+
+
+def _longest_sequence(geometry: CacheGeometry, num_pages: int, token_budget: int) -> int:
+    """Tokens, in whole pages, of the longest sequence that `num_pages` suffice for."""
+    size = geometry.page_size
+    lengths = range(0, (num_pages + 1) * size, size)
+    return lengths[bisect_right(lengths, num_pages, key=lambda length: geometry.most_pages(length, token_budget)) - 1]
 
 
 def host_pages(config: EngineConfig, geometry: CacheGeometry) -> int:

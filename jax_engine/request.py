@@ -44,14 +44,18 @@ class Request:
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     length_limit: int = field(init=False)  # tokens, prompt and output, at which the request ends
+    # Block tables of all cache groups, interleaved: the first pages of all groups, then the second ones (see
+    # `KVCacheManager`).
     pages: list[int] = field(default_factory=list)
+    # By window: tokens at the front that have left it. The pages that they fill are not held.
+    num_outside: dict[int, int] = field(default_factory=dict)
     slot: int = -1  # row of the device state while running
     num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run
     num_once_computed: int = 0  # the most that `num_computed` has been: what lies below is computed again
     num_pending: int = 0
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
-    num_registered: int = 0  # of `pages`, from the first: those that the pool was told the content of, or knew already
+    num_registered: int = 0  # full pages of tokens, from the first, whose content the pool was told, or knew already
     num_cached_tokens: int = 0  # prompt tokens that the first admission found in the cache
     finish_reason: str | None = None
     _page_hashes: list[bytes] = field(default_factory=list)

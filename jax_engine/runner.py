@@ -100,13 +100,7 @@ class Runner:
         self._geometry = self.placed.geometry
         self._choose_programs(config)
         self.memory = self._plan_memory(config, model_config, device)
-        logger.info(
-            "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
-            self.memory.num_pages,
-            page_size,
-            self.memory.num_pages * self._geometry.page_bytes / 2**20,
-            self.memory.reason,
-        )
+        self._log_cache()
         self._log_step_programs()
         self.compiled = CompiledSteps(
             self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
@@ -133,6 +127,7 @@ class Runner:
             num_host_pages=host_pages(config, self._geometry),
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,
+            windows=self._geometry.layout.windows,
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -147,7 +142,7 @@ class Runner:
         mode = self._parameters.mode(slots)
         program, executable = self.compiled.find(num_tokens, len(chunks), mode, num_steps=plan.num_steps)
         layout = self._layouts[program.bucket]
-        updates = page_updates_of(chunks)
+        updates = page_updates_of(chunks, layout)
         if len(updates) > layout.num_page_updates:
             self._write_pages(updates[layout.num_page_updates :])
         buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
@@ -195,7 +190,20 @@ class Runner:
         # A step in blocks of rows costs those that it fills.
         sizes = {program.bucket.num_tokens for program in self._programs if program.num_steps == 1}
         self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
-        self._layouts = {bucket: BatchLayout(bucket, self._geometry.page_size, self._num_slots) for bucket in buckets}
+        sizes_of_state = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups
+        self._layouts = {bucket: BatchLayout(bucket, *sizes_of_state) for bucket in buckets}
+
+    def _log_cache(self) -> None:
+        memory, geometry = self.memory, self._geometry
+        logger.info(
+            "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
+            memory.num_pages,
+            geometry.page_size,
+            memory.num_pages * geometry.page_bytes / 2**20,
+            memory.reason,
+        )
+        if any(geometry.layout.windows):
+            logger.info("cache groups: %s", geometry.layout.describe())
 
     def _log_step_programs(self) -> None:
         if self.placed.row_block is not None:
@@ -220,7 +228,7 @@ class Runner:
         tables = self._state.block_tables
         for start in range(0, len(updates), size):
             some = updates[start : start + size]
-            padded = np.full(self._updates_shape, self._num_slots, np.int32)
+            padded = np.full(self._updates_shape, tables.shape[0], np.int32)
             padded[: len(some)] = some
             tables = self._write_block_tables(tables, padded)
         self._state = replace(self._state, block_tables=tables)
@@ -277,7 +285,7 @@ class Runner:
             return plan_memory(config, model, self._geometry, None)
         # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
         context = longest_context(config, model)
-        provisional = MemoryPlan(self._geometry.pages_for(context), context, "provisional")
+        provisional = MemoryPlan(self._geometry.most_pages(context, config.token_budget), context, "provisional")
         programs = CompiledSteps(self._programs, lambda program: self._lower(program, provisional))
         largest = programs.compile_largest_of_each()
         cache_bytes = provisional.num_pages * self._geometry.page_bytes

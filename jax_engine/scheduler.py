@@ -31,8 +31,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     start: int
     length: int
     num_draws: int  # 0: the range ends before the request's last token; more than 1: the step draws and goes on, alone
-    first_new_page: int  # index in the request's block table; 0 when the request has just taken its slot
-    new_pages: list[int]  # those that enter the block table, cached ones included
+    first_new_page: int  # place in the request's pages; 0 when the request has just taken its slot
+    new_pages: list[int]  # those that enter the block tables, cached ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class SchedulerLimits:
     num_host_pages: int = 0
     seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
     step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget
+    windows: tuple[int, ...] = (0,)  # of each cache group, in tokens; 0: none
 
 
 @dataclass(slots=True)
@@ -97,6 +98,7 @@ class Scheduler:
         self.cache = KVCacheManager(
             limits.num_pages,
             limits.page_size,
+            limits.windows,
             enable_prefix_caching=limits.enable_prefix_caching,
             num_host_pages=limits.num_host_pages,
             load_rule=LoadRule(
@@ -150,7 +152,7 @@ class Scheduler:
 
         Where nothing but decodes is to do, each request draws up to `max_steps` tokens.
         """
-        self.cache.register_filled()
+        self.cache.settle()
         for request in self.groups.begin_step():
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)

@@ -23,7 +23,9 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     num_waiting: int = 0
     num_pages: int = 0
     num_pages_in_use: int = 0
-    num_tokens_in_pages: int = 0  # of num_pages_in_use * page_size, shared ones once: the rest is page waste
+    # Of num_pages_in_use * page_size, shared ones once: the rest is page waste. A token counts in each cache group, as
+    # long as one to come sees it there.
+    num_tokens_in_pages: int = 0
     page_size: int = 0
     steps_total: int = 0
     prompt_tokens_total: int = 0  # processed by a step: recomputation included, cached tokens not

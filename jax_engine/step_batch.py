@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
+from jax_engine.cache_records import NO_PAGE
 from jax_engine.messages import CoreRequest
 from jax_engine.sampler import SamplingMode, SamplingRows
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS
@@ -38,14 +39,21 @@ class BatchLayout:
     bucket: Bucket
     page_size: int
     num_slots: int
+    num_groups: int = 1  # cache groups
 
     @property
     def num_page_updates(self) -> int:
-        """New pages a step can need: one for every full page of tokens, and one more for each sequence.
+        """New pages a step can need, in each cache group: one for every full page of tokens, and one more for each
+        sequence.
 
         Cached pages of admitted requests may be more; those beyond go by `write_block_tables`.
         """
-        return self.bucket.num_tokens // self.page_size + self.bucket.num_sequences
+        return self.num_groups * (self.bucket.num_tokens // self.page_size + self.bucket.num_sequences)
+
+    @property
+    def num_table_rows(self) -> int:
+        """Rows of the block tables: the slots of the first cache group, of the second, and so on."""
+        return self.num_groups * self.num_slots
 
     @cached_property
     def fields(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
@@ -59,7 +67,7 @@ class BatchLayout:
             "num_decodes": (1,),
             "parameters": (sequences, NUM_PARAMETERS),
             "held_back": (sequences, MAX_HELD_BACK_TOKENS),
-            "page_updates": (self.num_page_updates, 3),  # slot, index in its block table, page
+            "page_updates": (self.num_page_updates, 3),  # row of the block tables, index in it, page
         }
         fields, offset = {}, 0
         for name, shape in shapes.items():
@@ -77,7 +85,9 @@ class BatchLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepBatch:
-    """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates too."""
+    """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates the row
+    `num_table_rows`.
+    """
 
     tokens: Int[Array, " T"]  # or TAKE_LAST
     kv_lengths: Int[Array, " B"]
@@ -181,7 +191,7 @@ def pack_batch(
     parameters.copy_into(view, slots)
     _pack_tokens(view["tokens"], chunks)
     view["page_updates"][: len(page_updates)] = page_updates
-    view["page_updates"][len(page_updates) :, 0] = layout.num_slots
+    view["page_updates"][len(page_updates) :, 0] = layout.num_table_rows
     return buffer
 
 
@@ -197,8 +207,8 @@ def _pack_tokens(tokens: NDArray[np.int32], chunks: Sequence[Chunk]) -> None:
         row += chunk.length
 
 
-def page_updates_of(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
-    """The block table entries that a step changes: rows of slot, index, page."""
+def page_updates_of(chunks: Sequence[Chunk], layout: BatchLayout) -> NDArray[np.int32]:
+    """The block table entries that a step changes: row of the tables, index in it, page."""
     updates = np.empty((sum(len(chunk.new_pages) for chunk in chunks), 3), np.int32)
     row = 0
     for chunk in chunks:
@@ -208,10 +218,14 @@ def page_updates_of(chunks: Sequence[Chunk]) -> NDArray[np.int32]:
             block[:, 1] = range(chunk.first_new_page, chunk.first_new_page + count)
             block[:, 2] = chunk.new_pages
             row += count
-    return updates
+    if layout.num_groups > 1:
+        index, group = np.divmod(updates[:, 1], layout.num_groups)
+        updates[:, 0] += group * layout.num_slots
+        updates[:, 1] = index
+    return updates[updates[:, 2] != NO_PAGE]
 
 
-def write_block_tables(block_tables: Int[Array, "slots M"], updates: Int[Array, "U 3"]) -> Int[Array, "slots M"]:
-    """`block_tables` with page updates written; those of the slot `slots`, past the last, are padding."""
-    slot, index, page = updates.T
-    return block_tables.at[slot, index].set(page, mode="drop")
+def write_block_tables(block_tables: Int[Array, "rows M"], updates: Int[Array, "U 3"]) -> Int[Array, "rows M"]:
+    """`block_tables` with page updates written; those of the row `rows`, past the last, are padding."""
+    row, index, page = updates.T
+    return block_tables.at[row, index].set(page, mode="drop")

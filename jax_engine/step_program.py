@@ -19,7 +19,7 @@ from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.row_blocks import by_blocks
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sharding import Placement
-from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch
+from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch, write_block_tables
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +28,16 @@ class DeviceState:
     """What stays on the device between steps; donated to each step and replaced by its result."""
 
     cache: KVPages
-    block_tables: Int[Array, "slots M"]  # pages of the sequence in each slot
+    block_tables: Int[Array, "rows M"]  # pages of the sequence in each slot, one cache group's slots after another's
     last_tokens: Int[Array, " slots"]  # the token each slot drew last
 
     @classmethod
-    def zeros(cls, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_slots: int, max_pages: int) -> "DeviceState":
+    def zeros(
+        cls, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_slots: int, num_groups: int, max_pages: int
+    ) -> "DeviceState":
         return cls(
             KVPages.zeros(cache_shape, dtype),
-            jnp.zeros((num_slots, max_pages), jnp.int32),
+            jnp.zeros((num_groups * num_slots, max_pages), jnp.int32),
             jnp.zeros(num_slots, jnp.int32),
         )
 
@@ -95,10 +97,10 @@ def step_function(
             given = replace(batch, sampling=rows)
             return cache, draw_tokens(model, hidden[last_rows], given, mode, placement, row_block)
 
-        slot, index, page = batch.page_updates.T
-        block_tables = state.block_tables.at[slot, index].set(page, mode="drop")
+        block_tables = write_block_tables(state.block_tables, batch.page_updates)
+        first_rows = layout.num_slots * jnp.arange(layout.num_groups)[:, None]
         sequences = SequenceTable.build(
-            block_tables[jnp.minimum(batch.slots, layout.num_slots - 1)],
+            block_tables[first_rows + jnp.minimum(batch.slots, layout.num_slots - 1)],
             batch.query_starts,
             batch.kv_lengths,
             batch.num_decodes,

@@ -1,12 +1,17 @@
 """The paged KV cache and the table that says which pages a step's tokens use: the one place that knows the layout.
 
-Layout: `[layers, pages, planes, kv_heads, page_size, width]`. One block table serves every layer. A page of one layer
-is contiguous, which is one DMA on a TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA. What
-lies in planes and width is the attention implementation's business: K and V in planes of their own
-(`split_page_shape`), or padded to a TPU's lanes, or side by side in them.
+Layout: `[layers, pages, planes, kv_heads, page_size, width]`. A page of one layer is contiguous, which is one DMA on a
+TPU, the HND order of paged libraries on a GPU, and a plain gather for XLA. What lies in planes and width is the
+attention implementation's business: K and V in planes of their own (`split_page_shape`), or padded to a TPU's lanes, or
+side by side in them.
+
+Layers that see equally far back form cache groups (`CacheLayout`), each with a block table of its own. A page belongs
+to one group at a time and has room for its layers alone; all groups have equally many, so any page serves any group.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,70 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
+
+
+MAX_CACHE_GROUPS = 8  # a step's host work and block tables grow with the groups
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Which cache group each decoder layer belongs to, and which of a page's layers it is there.
+
+    A model of layers that see equally far is one group. Of a model that mixes them, a page of a sliding layer can be
+    given up when its tokens have left the window, while one of a full layer cannot: they must not be one page. After
+    the hybrid KV cache of vLLM (`vllm/v1/core/kv_cache_utils.py`), pages are made equal, to share one pool.
+    """
+
+    windows: tuple[int, ...]  # of each group: tokens that its layers see, the current one too; 0: all
+    layers_a_page: int
+    groups: tuple[int, ...]  # of each layer
+    places: tuple[int, ...]  # of each layer: below layers_a_page
+
+    @classmethod
+    def of(cls, windows: Sequence[int | None], max_model_len: int) -> "CacheLayout":
+        """The layout for layers with these windows.
+
+        Of all numbers of layers a page, the one that makes a sequence of `max_model_len` tokens smallest: layers that
+        do not fill their last group waste its rest. At most `MAX_CACHE_GROUPS` groups, or one for each window.
+        """
+        counts = Counter(window or 0 for window in windows)
+        kinds = sorted(counts)
+
+        def num_groups(size: int) -> dict[int, int]:
+            return {kind: -(-counts[kind] // size) for kind in kinds}
+
+        def cost(size: int) -> tuple[int, int]:
+            groups = num_groups(size)
+            tokens = sum(groups[kind] * min(kind or max_model_len, max_model_len) for kind in kinds)
+            return size * tokens, sum(groups.values())
+
+        most = max(MAX_CACHE_GROUPS, len(kinds))
+        size = min((s for s in range(1, max(counts.values()) + 1) if sum(num_groups(s).values()) <= most), key=cost)
+        firsts, before = {}, 0
+        for kind, number in num_groups(size).items():
+            firsts[kind] = before
+            before += number
+        seen: Counter[int] = Counter()
+        groups, places = [], []
+        for window in windows:
+            kind = window or 0
+            # In turn, so that layers which repeat in a pattern tend to keep one group for each place of it.
+            number = num_groups(size)[kind]
+            groups.append(firsts[kind] + seen[kind] % number)
+            places.append(seen[kind] // number)
+            seen[kind] += 1
+        of_groups = tuple(kind for kind in kinds for _ in range(num_groups(size)[kind]))
+        return cls(of_groups, size, tuple(groups), tuple(places))
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.windows)
+
+    def describe(self) -> str:
+        """How many layers see how far, and what they share, in one sentence."""
+        seen = Counter(self.windows[group] for group in self.groups)
+        kinds = (f"{count} layers see {f'{window} tokens' if window else 'all'}" for window, count in seen.items())
+        return f"{', '.join(kinds)}; in {self.num_groups} of up to {self.layers_a_page} layers a page"
 
 
 @jax.tree_util.register_dataclass
@@ -55,21 +124,21 @@ class SequenceTable:
     range of zero and `kv_lengths` of zero; padding tokens lie past `query_starts[-1]` and have the position 0.
     """
 
-    block_tables: Int[
-        Array, "B M"
-    ]  # page of each page_size-long part of a sequence; entries past its length are ignored
+    # Page of each page_size-long part of a sequence; entries past its length or before its window are ignored. One
+    # table a cache group, until `of_group` has taken one.
+    block_tables: Int[Array, "*groups B M"]
     query_starts: Int[Array, "B+1"]  # first token row of each sequence; the last entry is the number of real tokens
     kv_lengths: Int[Array, " B"]  # tokens of the sequence in the cache once this step has written its own
     num_decodes: Int[Array, ""]
     token_sequences: Int[Array, " T"]  # the sequence of each token row; B for padding
     positions: Int[Array, " T"]
-    # What the attention kernel works through, by window (0: none), where it wants that once a step (see `Ops.prepare`).
-    work: dict[int, Int[Array, " W"]] = field(default_factory=dict)
+    # What the attention kernel works through, where it wants that once a step (see `Ops.prepare`).
+    work: Int[Array, "*groups W"] | None = None
 
     @classmethod
     def build(
         cls,
-        block_tables: Int[Array, "B M"],
+        block_tables: Int[Array, "*groups B M"],
         query_starts: Int[Array, "B+1"],
         kv_lengths: Int[Array, " B"],
         num_decodes: Int[Array, ""],
@@ -102,3 +171,8 @@ class SequenceTable:
             lax.dynamic_slice_in_dim(self.token_sequences, first, size),
             lax.dynamic_slice_in_dim(self.positions, first, size),
         )
+
+    def of_group(self, group: int | Int[Array, ""]) -> "SequenceTable":
+        """What the layers of one cache group work with."""
+        work = None if self.work is None else self.work[group]
+        return replace(self, block_tables=self.block_tables[group], work=work)

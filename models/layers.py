@@ -19,7 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jax_engine.models.kv_pages import KVPages, SequenceTable
+from jax_engine.models.kv_pages import CacheLayout, KVPages, SequenceTable
 from jax_engine.models.rope import Rotation
 
 Axes = tuple[str, ...]
@@ -116,7 +116,9 @@ class RMSNorm(nnx.Module):
 
 @runtime_checkable
 class DecoderLayer(Protocol):
-    """What `run_layers` runs; it reads and writes the cache at `layer` only, an int or a traced int32 scalar."""
+    """What `run_layers` runs; it reads and writes the cache at `layer` only, an int or a traced int32 scalar, with the
+    tables of its own cache group.
+    """
 
     def __call__(
         self,
@@ -188,6 +190,7 @@ def run_layers(
     cache: Cache,
     rotate: Rotation,
     sequences: Sequences,
+    layout: CacheLayout,
 ) -> tuple[Float[Array, "T D"], Cache]:
     """Run the decoder's layers in order; the only place that does. Hidden states and cache pass through all of them.
 
@@ -198,9 +201,11 @@ def run_layers(
     for run, period in runs:
         if run.repeats == 1:
             for phase, layer in enumerate(period):
-                hidden, cache = layer(hidden, cache, rotate, sequences, layer=run.first + phase)
+                index = run.first + phase
+                own = _of_group(sequences, layout.groups[index])
+                hidden, cache = layer(hidden, cache, rotate, own, layer=layout.places[index])
         else:
-            hidden, cache = _scan_layers(run, period, hidden, cache, rotate, sequences)
+            hidden, cache = _scan_layers(run, period, hidden, cache, rotate, sequences, layout)
     return hidden, cache
 
 
@@ -211,18 +216,36 @@ def _scan_layers(
     cache: Cache,
     rotate: Rotation,
     sequences: Sequences,
+    layout: CacheLayout,
 ) -> tuple[Float[Array, "T D"], Cache]:
     graphs, weights = zip(*(nnx.split(layer) for layer in period), strict=True)
 
     def body(
-        carry: tuple[Float[Array, "T D"], Cache], step: tuple[Int[Array, ""], tuple[nnx.State, ...]]
+        carry: tuple[Float[Array, "T D"], Cache],
+        step: tuple[list[Int[Array, ""]], list[Int[Array, ""] | None], tuple[nnx.State, ...]],
     ) -> tuple[tuple[Float[Array, "T D"], Cache], None]:
-        (hidden, cache), (first, slices) = carry, step
+        (hidden, cache), (places, groups, slices) = carry, step
         for phase, (graph, state) in enumerate(zip(graphs, slices, strict=True)):
             layer: DecoderLayer = nnx.merge(graph, state)
-            hidden, cache = layer(hidden, cache, rotate, sequences, layer=first + phase)
+            group = groups[phase]
+            own = _of_group(sequences, layout.groups[run.first + phase] if group is None else group)
+            hidden, cache = layer(hidden, cache, rotate, own, layer=places[phase])
         return (hidden, cache), None
 
-    firsts = jnp.asarray(run.layers_of(0), jnp.int32)
-    (hidden, cache), _ = lax.scan(body, (hidden, cache), (firsts, weights))
+    members = [run.layers_of(phase) for phase in range(run.period)]
+    places = [_column(layout.places, layers) for layers in members]
+    # Where all layers of a phase share a group, its table is taken outside of the loop.
+    groups = [
+        _column(layout.groups, layers) if len({layout.groups[layer] for layer in layers}) > 1 else None
+        for layers in members
+    ]
+    (hidden, cache), _ = lax.scan(body, (hidden, cache), (places, groups, weights))
     return hidden, cache
+
+
+def _column(values: Sequence[int], layers: Sequence[int]) -> Int[Array, " repeats"]:
+    return jnp.asarray([values[layer] for layer in layers], jnp.int32)
+
+
+def _of_group(sequences: Sequences, group: int | Int[Array, ""]) -> Sequences:
+    return sequences.of_group(group) if isinstance(sequences, SequenceTable) else sequences

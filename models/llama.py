@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.kv_pages import SequenceTable
+from jax_engine.models.kv_pages import CacheLayout, SequenceTable
 from jax_engine.models.layers import (
     ACTIVATION_FUNCTIONS,
     Cache,
@@ -134,7 +134,7 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.ops = ops
-        self.windows = tuple(dict.fromkeys(spec.window for spec in specs))
+        self.cache_layout = CacheLayout.of([spec.window for spec in specs], config.max_model_len)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.runs = layer_runs(specs, scan=scan_layers)
         self.layers = nnx.List(
@@ -159,14 +159,14 @@ class Decoder(nnx.Module):
             sequences = self.ops.prepare(
                 sequences,
                 cache,
-                windows=self.windows,
+                windows=self.cache_layout.windows,
                 num_heads=config.num_attention_heads,
                 head_dim=config.head_dim,
                 dtype=self.embed_tokens.weight.dtype,
             )
         layers = iter(self.layers)
         runs = [(run, list(itertools.islice(layers, run.period))) for run in self.runs]
-        hidden, cache = run_layers(runs, self.embed_tokens(token_ids), cache, rotate, sequences)
+        hidden, cache = run_layers(runs, self.embed_tokens(token_ids), cache, rotate, sequences, self.cache_layout)
         return self.norm(hidden), cache
 
 
@@ -189,8 +189,9 @@ class LlamaForCausalLM(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None, scan_layers: bool = False
     ):
-        specs = [self.attention_spec(config, layer) for layer in range(config.num_hidden_layers)]
-        self.model = Decoder(config, specs, ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers)
+        self.model = Decoder(
+            config, self.attention_specs(config), ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers
+        )
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()
@@ -201,6 +202,18 @@ class LlamaForCausalLM(nnx.Module):
         if "sliding_attention" in config.layer_types:
             raise ValueError(f"layer_types of layer {layer} asks for sliding_attention, which Llama does not have")
         return AttentionSpec(qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+
+    @classmethod
+    def attention_specs(cls, config: ModelConfig) -> list[AttentionSpec]:
+        """The attention of every layer; a window that no sequence outgrows is none."""
+        specs = [cls.attention_spec(config, layer) for layer in range(config.num_hidden_layers)]
+        longest = config.max_model_len
+        return [dataclasses.replace(spec, window=None) if (spec.window or 0) >= longest else spec for spec in specs]
+
+    @classmethod
+    def cache_layout(cls, config: ModelConfig) -> CacheLayout:
+        """How the layers share pages."""
+        return CacheLayout.of([spec.window for spec in cls.attention_specs(config)], config.max_model_len)
 
     def __call__(
         self, token_ids: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, sequences: Sequences

@@ -4,7 +4,7 @@ A model receives an immutable `Ops` and never asks what platform it runs on, nor
 one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ class AttentionOp(Protocol):
 class PrepareOp(Protocol):
     """Called once a step, before its layers: adds to the table what attention would otherwise build in every layer.
 
-    `windows` are those of the layers, `num_heads` and `head_dim` the queries', and `dtype` theirs.
+    `windows` are those of the cache groups (0: none), `num_heads` and `head_dim` the queries', and `dtype` theirs.
     """
 
     def __call__(
@@ -54,7 +54,7 @@ class PrepareOp(Protocol):
         sequences: SequenceTable,
         cache: KVPages,
         *,
-        windows: Iterable[int | None],
+        windows: Sequence[int],
         num_heads: int,
         head_dim: int,
         dtype: jnp.dtype,
@@ -65,7 +65,7 @@ def _as_it_is(
     sequences: SequenceTable,
     cache: KVPages,
     *,
-    windows: Iterable[int | None],
+    windows: Sequence[int],
     num_heads: int,
     head_dim: int,
     dtype: jnp.dtype,
@@ -138,7 +138,7 @@ def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
         sequences: SequenceTable,
         cache: KVPages,
         *,
-        windows: Iterable[int | None],
+        windows: Sequence[int],
         num_heads: int,
         head_dim: int,
         dtype: jnp.dtype,
@@ -151,11 +151,11 @@ def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
             )
         heads = num_heads // parts, cache.num_heads // parts
         geometry = tpu.Geometry.of(*heads, head_dim, cache.page_size, cache.data.dtype, dtype)
-        work = {
-            window or 0: tpu.step_work(*_tables(sequences), geometry=geometry, window=window, **target)
-            for window in set(windows)
-        }
-        return replace(sequences, work=work)
+        work = [
+            tpu.step_work(*_tables(sequences.of_group(group)), geometry=geometry, window=window or None, **target)
+            for group, window in enumerate(windows)
+        ]
+        return replace(sequences, work=jnp.stack(work))
 
     kernel = partial(tpu.ragged_paged_attention, **target)
     return Ops(_PagedAttention(kernel, mesh), backend, tpu.page_shape, prepare)
@@ -197,7 +197,7 @@ class _PagedAttention:
         if queries.shape[1] % cache.num_heads:
             raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of kv heads ({cache.num_heads})")
 
-        tables, work = _tables(sequences), sequences.work.get(window or 0)
+        tables, work = _tables(sequences), sequences.work
         prepared = () if work is None else (work,)
 
         def attend(layer: int | Int[Array, ""], *arrays: Array) -> tuple[Array, Array]:

@@ -30,9 +30,16 @@ from jax_engine.step_batch import BatchLayout, Bucket
 # Two key and value heads: over four and eight devices, several hold the same one.
 HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 104}
 MODELS = {"even": HF, "uneven": HF | {"vocab_size": 101}, "tied": HF | {"tie_word_embeddings": True}}
+MODELS["windows"] = HF | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 10,
+    "max_window_layers": 1,
+}
 RUNS = [("even", size, scan) for size in (2, 4, 8) for scan in (False, True)] + [
     ("uneven", 4, True),
     ("tied", 4, True),
+    ("windows", 2, True),
 ]
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 

@@ -1,6 +1,4 @@
-"""What tests of the scheduler share: small limits, requests, a model whose tokens are a function of their place, and a
-device that keeps what its pages hold.
-"""
+"""What tests of the scheduler share: small limits, requests, and a model whose tokens are a function of their place."""
 
 from tiny_engine import core_request
 
@@ -54,64 +52,3 @@ def finish(scheduler: Scheduler, previous: StepPlan | None = None) -> dict[str, 
                 cached[output.request_id] = output.num_cached_tokens
         previous = plan
     return cached
-
-
-class FakeDevice:
-    """Pages that hold, for each token, the whole sequence up to it: what its keys and values depend on.
-
-    A step's rows read what was there before it, and their own; tokens that the host does not know yet are those that
-    this test's model draws. A row whose request has ended, as the host is yet to learn, reads and writes what it likes
-    in its own pages.
-    """
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.pages: list[list[tuple[int, ...] | None]] = [[None] * page_size for _ in range(num_pages)]
-        self.host_pages: dict[int, list[tuple[int, ...] | None]] = {}
-        self.tables: dict[int, list[int]] = {}
-        self.ended: set[str] = set()
-
-    def run(self, plan: StepPlan) -> None:
-        for page, host_page in plan.copies.saves:
-            self.host_pages[host_page] = list(self.pages[page])
-        for source, target in plan.copies.copies:
-            self.pages[target] = list(self.pages[source])
-        for host_page, page in plan.copies.loads:
-            self.pages[page] = list(self.host_pages[host_page])
-        for chunk in plan.chunks:
-            if chunk.first_new_page == 0 and chunk.new_pages:
-                self.tables[chunk.slot] = []
-            table = self.tables[chunk.slot]
-            assert chunk.first_new_page == len(table) or not chunk.new_pages
-            table += chunk.new_pages
-        written = set()
-        for chunk in plan.chunks:
-            for position in range(chunk.start, chunk.start + chunk.length + max(0, chunk.num_draws - 1)):
-                page, offset = divmod(position, self.page_size)
-                place = (self.tables[chunk.slot][page], offset)
-                assert place not in written, "two sequences write one place"
-                written.add(place)
-        live = [chunk for chunk in plan.chunks if chunk.request.asked.request_id not in self.ended]
-        for chunk in live:
-            whole = self.sequence(chunk, chunk.start)
-            for position in range(chunk.start):
-                page, offset = divmod(position, self.page_size)
-                assert self.pages[self.tables[chunk.slot][page]][offset] == whole[: position + 1]
-                assert (self.tables[chunk.slot][page], offset) not in written, "a shared page is written"
-        for chunk in plan.chunks:
-            for page in chunk.new_pages if chunk not in live else ():
-                self.pages[page] = [None] * self.page_size
-        for chunk in live:
-            drawn = drawn_by(chunk)
-            stop = chunk.start + chunk.length + len(drawn) - 1
-            whole = self.sequence(chunk, stop)
-            for position in range(chunk.start, stop):
-                page, offset = divmod(position, self.page_size)
-                self.pages[self.tables[chunk.slot][page]][offset] = whole[: position + 1]
-            if chunk.num_draws and drawn[-1] in chunk.request.asked.stop_token_ids:
-                self.ended.add(chunk.request.asked.request_id)
-
-    def sequence(self, chunk: Chunk, length: int) -> tuple[int, ...]:
-        prompt = chunk.request.asked.prompt_token_ids
-        name = chunk.request.asked.request_id
-        return (*prompt, *(token_at(name, position) for position in range(len(prompt), length)))[:length]

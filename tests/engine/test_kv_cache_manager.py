@@ -101,7 +101,7 @@ class TierMachine(RuleBasedStateMachine):
         for position in range(start, start + length):
             page, offset = divmod(position, PAGE)
             self.device[request.pages[page]][offset] = tuple(request.tokens[: position + 1])
-        self.cache.register_filled()
+        self.cache.settle()
         self.learn(request)
 
     def learn(self, request: Request) -> None:

@@ -10,6 +10,8 @@ from tiny_engine import TINY
 
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.models.qwen3 import Qwen3ForCausalLM
 from jax_engine.planner import (
     CacheGeometry,
     largest_padding,
@@ -29,7 +31,7 @@ from simulate_engine import Simulation
 from simulate_load import Conversation, Turn
 
 MODEL = ModelConfig.from_hf(TINY)
-GEOMETRY = CacheGeometry.of(MODEL, page_size=8, dtype=jnp.dtype("float32"))
+GEOMETRY = CacheGeometry.of(MODEL, LlamaForCausalLM.cache_layout(MODEL), page_size=8, dtype=jnp.dtype("float32"))
 MIB = 2**20
 
 
@@ -113,6 +115,30 @@ def test_the_context_shrinks_to_the_cache_only_when_nobody_asked_for_it():
     large = ModelConfig.from_hf(TINY | {"max_position_embeddings": 8192})
     plan = plan_memory(EngineConfig(), large, GEOMETRY, GEOMETRY.page_bytes * 500)
     assert (plan.max_model_len, plan.num_pages) == (4000, 500)
+
+
+MIXED = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 12, "use_sliding_window": True}
+
+
+def geometry_of(num_sliding: int, window: int) -> CacheGeometry:
+    """Of twelve layers, all but the first see a window, as many as are asked for."""
+    kinds = ["full_attention"] * (12 - num_sliding) + ["sliding_attention"] * num_sliding
+    model = ModelConfig.from_hf(TINY | MIXED | {"sliding_window": window, "layer_types": kinds})
+    return CacheGeometry.of(model, Qwen3ForCausalLM.cache_layout(model), page_size=8, dtype=jnp.dtype("float32"))
+
+
+def test_a_window_bounds_what_a_sequence_takes():
+    """Of 256 tokens in steps of 16: a window of 24 straddles 6 pages of 8, all layers else 32."""
+    full, half, all_sliding = (geometry_of(count, 24) for count in (0, 6, 12))
+    assert [geometry.most_pages(256, 16) for geometry in (full, half, all_sliding)] == [32, 32 + 6, 6]
+    assert [geometry.most_pages(20, 16) for geometry in (full, half, all_sliding)] == [3, 6, 3]
+    assert half.page_bytes * 2 == full.page_bytes == all_sliding.page_bytes
+    assert full == geometry_of(12, 256), "a window that nothing outgrows is none"
+    config = EngineConfig(max_model_len=256, max_num_batched_tokens=16, max_num_seqs=8, kv_cache_memory_bytes=MIB)
+    assert plan_memory(config, MODEL, all_sliding, None).num_pages == MIB // all_sliding.page_bytes
+    little = EngineConfig(max_model_len=256, max_num_batched_tokens=16, max_num_seqs=8)
+    with pytest.raises(ValueError, match=rf"needs .* room for 96 tokens; .* at least {38 * half.page_bytes}$"):
+        plan_memory(little, MODEL, half, half.page_bytes * 18)
 
 
 def test_memory_for_pages_is_what_weights_and_temporaries_leave():

@@ -3,12 +3,12 @@
 import subprocess
 import sys
 import time
-from collections import Counter
 
 import pytest
+from fake_device import FakeDevice, check_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import FakeDevice, asked, finish, limits, ranges, token_at, tokens_of
+from plans import asked, finish, limits, ranges, token_at, tokens_of
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
@@ -109,8 +109,7 @@ def test_an_abort_frees_everything(when):
     budget=st.integers(4, 24),
     aborts=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=3),
     arrivals=st.lists(st.integers(0, 12), min_size=10, max_size=10),
-    caching=st.booleans(),
-    num_host_pages=st.integers(0, 12),
+    num_host_pages=st.one_of(st.none(), st.integers(0, 12)),  # None: no prefix caching
     num_prompts=st.integers(1, 10),
     grouped=st.booleans(),
     policy=st.sampled_from(SCHEDULING_POLICIES),
@@ -118,6 +117,7 @@ def test_an_abort_frees_everything(when):
     cut=st.sampled_from([0, 0, 3, None]),
     stops=st.lists(st.integers(0, 20), min_size=10, max_size=10),
     max_steps=st.sampled_from([1, 3, 8]),
+    windows=st.sampled_from([(0,), (0,), (0, 5), (6,), (0, 0, 9), (0, 1, 4, 4), (3, 7)]),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     sizes,
@@ -125,28 +125,28 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     budget,
     aborts,
     arrivals,
-    caching,
+    num_host_pages,
     num_prompts,
     grouped,
-    num_host_pages,
     policy,
     priorities,
     cut,
     stops,
     max_steps,
+    windows,
 ):
     """Random arrivals, aborts, stops and page shortage under every policy, one step run ahead throughout, in steps of
     one token and of several; prompts begin alike or not, are a group's or not, cut (None: not) or not.
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
+    pages = pages_for(windows, num_pages, num_host_pages)
     budget += 28 * (cut is None)  # the longest sequence has 32 tokens
     prompts["step_sizes"] = (*range(1, budget, 3), budget) if budget % 2 else ()
-    tiers = {"enable_prefix_caching": caching, "num_host_pages": num_host_pages if caching else 0}
-    scheduler = Scheduler(limits(num_pages=num_pages, token_budget=budget, policy=policy, **tiers, **prompts))
+    scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts))
     if grouped:
         lengths = [num_prompt for num_prompt, _ in sizes]
         sizes = [(lengths[index % num_prompts % len(sizes)], limit) for index, (_, limit) in enumerate(sizes)]
-    device = FakeDevice(num_pages, scheduler.limits.page_size)
+    device = FakeDevice(scheduler.limits)
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
     outputs, reasons = ({name: [] for name in expected} for _ in range(2))
@@ -162,7 +162,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
         plan = checked_plan(scheduler, max_steps)
         if plan is not None:
-            check_pages(scheduler)
+            check_pages(scheduler, max_steps)
             device.run(plan)
         if previous is not None:
             for output in scheduler.commit(previous, tokens_of(previous)):
@@ -178,6 +178,12 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         reason = "stop" if stop < max_tokens else "length"
         cut_short = name in gone and outputs[name] == whole[: len(outputs[name])]
         assert cut_short or (outputs[name], reasons[name]) == (whole, [reason])
+
+
+def pages_for(windows: tuple[int, ...], num_pages: int, num_host_pages: int | None) -> dict[str, object]:
+    """Limits for so many pages a cache group, and in host memory; None: no prefix caching."""
+    sizes = {"num_pages": num_pages * len(windows), "num_host_pages": (num_host_pages or 0) * len(windows)}
+    return sizes | {"windows": windows, "enable_prefix_caching": num_host_pages is not None}
 
 
 def checked_plan(scheduler: Scheduler, max_steps: int) -> StepPlan | None:
@@ -201,20 +207,6 @@ def checked_plan(scheduler: Scheduler, max_steps: int) -> StepPlan | None:
         assert chunk.num_draws or scheduler.limits.enable_chunked_prefill
         assert chunk.length <= (scheduler.limits.long_prefill_token_threshold or chunk.length)
     return plan
-
-
-def check_pages(scheduler: Scheduler) -> None:
-    """Every running request has just the pages its tokens need; each is counted once for each that has it."""
-    page_size = scheduler.limits.page_size
-    users = Counter(page for request in scheduler.running for page in request.pages)
-    assert scheduler.cache.pool._counts == [users[page] for page in range(scheduler.limits.num_pages)]
-    shares = scheduler.limits.enable_prefix_caching or any(request.asked.prompt_group for request in scheduler.running)
-    assert shares or set(users.values()) <= {1}
-    # What holds no token is at most the end of each sequence's last page.
-    waste = len(users) * page_size - scheduler.cache.num_tokens_in_pages(scheduler.running)
-    assert waste == sum(-request.num_computed % page_size for request in scheduler.running)
-    for request in scheduler.running:
-        assert len(request.pages) == -(-request.num_computed // page_size)
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (30, 28)])
@@ -251,6 +243,37 @@ def test_a_page_is_shared_by_later_steps_than_the_one_that_fills_it():
     assert ranges(second) == [("a", 12, 1), ("b", 12, 1), ("c", 8, 4)]
     assert second.chunks[2].new_pages[:2] == scheduler.requests["a"].pages[:2]
     assert (second.chunks[2].first_new_page, len(second.chunks[2].new_pages)) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("windows", "missing", "cached"),
+    [
+        ((0,), [], 28),
+        ((9,), [], 28),
+        ((9,), [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)], 28),  # the window before token 28 begins in page 5
+        ((9,), [(0, 5)], 20),
+        ((9,), [(0, 6), (0, 4)], 16),  # 24 needs pages 4 and 5, 20 needs 3 and 4, 16 needs 2 and 3
+        ((0, 9), [(1, 5)], 20),
+        ((0, 9), [(0, 5)], 20),
+        ((0, 9), [(0, 5), (1, 4)], 16),
+        ((0, 9), [(0, 0)], 0),
+        ((0, 9), [(1, 0)], 28),
+        ((0, 5, 13), [(1, 3)], 28),
+        ((0, 5, 13), [(2, 4)], 16),
+        ((0, 5, 13), [(2, 4), (1, 3)], 12),
+    ],
+)
+def test_a_prefix_needs_only_what_the_window_behind_it_sees(windows, missing, cached):
+    """Of seven full pages in each cache group, some are forgotten: (group, index)."""
+    scheduler = Scheduler(limits(token_budget=64, num_pages=64, windows=windows))
+    scheduler.add(core_request("a", list(range(30)), 1))
+    finish(scheduler)
+    scheduler.add(core_request("b", list(range(30)), 1))
+    cache, request = scheduler.cache, scheduler.requests["b"]
+    for group, index in missing:
+        page = cache.pool.find(request.page_hash(index, 4) + bytes([group] if group else []))
+        cache.pool._pages = {key: other for key, other in cache.pool._pages.items() if other != page}
+    assert finish(scheduler) == {"b": cached}
 
 
 @pytest.mark.parametrize(("salt", "cached"), [("one", 8), ("two", 0), (None, 0)])

@@ -51,6 +51,23 @@ def test_matches_the_specification(ragged_case, implementation, ranges, window):
     compare(implementation, ragged_case(ranges, seed=0, **SHAPE), window=window)
 
 
+@pytest.mark.parametrize("implementation", [reference.ragged_paged_attention, *IMPLEMENTATIONS.values()], ids=str)
+@pytest.mark.parametrize("window", [None, 24])
+def test_nan_in_places_that_nobody_sees_does_not_spread(ragged_case, implementation, window):
+    """Pages of others, places past a sequence's end, and those before its window."""
+    ranges = [(1, 20), (1, 150), (40, 9), (30, 100)]
+    case = ragged_case(ranges, seed=7, **SHAPE)
+    clean, _ = compiled(implementation, window)(**case)
+    seen = np.zeros((140, 16), bool)
+    for row, (new, cached) in enumerate(ranges):
+        first = 0 if window is None else max(0, cached - window + 1)
+        for place in range(first, cached + new):
+            seen[int(case["block_tables"][row, place // 16]), place % 16] = True
+    dirty = jnp.where(seen[None, :, None, None, :, None], case["pages"], jnp.nan)
+    out, _ = compiled(implementation, window)(**dict(case, pages=dirty))
+    np.testing.assert_array_equal(out, clean)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     ranges=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 80)), min_size=1, max_size=7),

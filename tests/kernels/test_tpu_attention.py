@@ -197,6 +197,20 @@ def test_nan_in_other_tokens_places_does_not_spread(ragged_case):
     np.testing.assert_array_equal(out, clean)
 
 
+def test_nan_in_pages_before_the_window_does_not_spread(ragged_case):
+    """Pages that a window has passed are another sequence's, and may hold anything."""
+    case = ragged_case([(1, 300), (1, 190), (20, 150)], seed=8, **SHAPE)
+    attend = compiled(128, "on_wait", BLOCKS, 50, None)
+    clean, _ = attend(case, {})
+    used = [
+        int(page)
+        for row, (new, cached) in enumerate([(1, 300), (1, 190), (20, 150)])
+        for page in case["block_tables"][row, (cached - 50 + 1) // 16 : -(-(cached + new) // 16)]
+    ]
+    out, _ = attend(dict(case, pages=case["pages"].at[:, [p for p in range(140) if p not in used]].set(jnp.nan)), {})
+    np.testing.assert_array_equal(out, clean)
+
+
 def test_the_layer_may_be_traced(ragged_case):
     case = ragged_case([(1, 20), (20, 9)], seed=5, head_dim=128)
     expected, _ = reference.ragged_paged_attention(**case, layer=1, scale=0.3)

@@ -8,6 +8,7 @@ import pytest
 from tiny_engine import TINY
 
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.kv_pages import CacheLayout
 from jax_engine.models.layers import layer_runs
 from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import PlacedModel, StateSize
@@ -42,6 +43,32 @@ def test_without_a_scan_each_layer_is_a_run():
         (1, 1, 1),
         (2, 1, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "groups", "layers_a_page"),
+    [
+        ([0] * 32, 8192, (0,), 32),
+        ([4096] * 32, 32768, (4096,), 32),
+        ([4096, 0] * 21, 8192, (0, 4096), 21),  # Gemma 2: in turn
+        (([1024] * 5 + [0]) * 8, 131072, (0,) + (1024,) * 5, 8),  # Gemma 3 12B: five and one
+        ([0] * 28 + [4096] * 20, 32768, (0,) * 4 + (4096,) * 3, 7),  # one place of 49 is empty
+        ([0] * 5 + [64] * 3, 64, (0,) * 5 + (64,) * 3, 1),
+        (([512] * 5 + [0]) * 4 + [512] * 2, 32768, (0,) + (512,) * 6, 4),  # Gemma 3 1B, two of its places empty
+        ([0] * 23 + [16] * 29, 4096, (0,) * 1 + (16,) * 2, 23),
+    ],
+)
+def test_layers_that_see_equally_far_share_pages(windows, length, groups, layers_a_page):
+    layout = CacheLayout.of([window or None for window in windows], length)
+    assert (layout.windows, layout.layers_a_page) == (groups, layers_a_page)
+    assert [layout.windows[group] for group in layout.groups] == windows
+    assert len(set(zip(layout.groups, layout.places, strict=True))) == len(windows), "no two layers share a place"
+    assert max(layout.places) < layers_a_page
+
+
+def test_layers_in_turn_keep_one_group_for_each_place_of_the_pattern():
+    layout = CacheLayout.of(([1024] * 5 + [None]) * 8, 131072)
+    assert layout.groups == (1, 2, 3, 4, 5, 0) * 8
 
 
 def lower(num_layers: int, *, scan: bool, **changes: Any) -> tuple[PlacedModel, jax.stages.Lowered]:
