@@ -74,6 +74,7 @@ def _tensors(vocab_size: int, cycle: Sequence[int]) -> dict[str, np.ndarray]:
     embedding[:] = points[0]  # tokens outside the cycle enter it
     embedding[list(cycle)] = points
     head[np.roll(cycle, -1)] = points  # a token's row is the point of the token before it
-    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+    tensors: dict[str, np.ndarray] = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     tensors |= {f"{name}.weight": np.ones(2, np.float32) for name in NORMS}
-    return tensors | {f"model.layers.0.{name}_proj.weight": np.zeros((2, 2), np.float32) for name in PROJECTIONS}
+    tensors |= {f"model.layers.0.{name}_proj.weight": np.zeros((2, 2), np.float32) for name in PROJECTIONS}
+    return tensors

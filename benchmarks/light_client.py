@@ -33,7 +33,11 @@ async def streamed_texts(target: Target, path: str, bodies: Sequence[dict[str, A
     """
     loop = asyncio.get_running_loop()
     protocols = [_Connection(_request(target, path, body), loop.create_future()) for body in bodies]
-    await asyncio.gather(*(loop.create_connection(lambda own=own: own, target.host, target.port) for own in protocols))
+
+    async def connect(own: _Connection) -> None:
+        await loop.create_connection(lambda: own, target.host, target.port)
+
+    await asyncio.gather(*map(connect, protocols))
     await asyncio.gather(*(own.ended for own in protocols))
     return [_parse(b"".join(own.received)) for own in protocols]
 
@@ -75,7 +79,8 @@ def _parse(answer: bytes) -> StreamedText:
 
 def _without_chunks(body: bytes) -> bytes:
     """The content of a chunked body (RFC 9112, section 7.1)."""
-    content, position = [], 0
+    content: list[bytes] = []
+    position = 0
     while True:
         end = body.find(b"\r\n", position)
         if end < 0 or (size := int(body[position:end], 16)) == 0:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulate_report import NUM_QUANTILES, Objectives, Report
 
@@ -66,7 +66,7 @@ def _over_load(goodput: "Axes", first: "Axes", reports: Sequence[Report], object
     for policy, color, marker in _styles(reports):
         points = sorted((r for r in reports if r.policy == policy), key=lambda report: report.offered)
         offered = [point.offered for point in points]
-        look = {"color": color, "marker": marker, "markersize": 5}
+        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
         goodput.plot(offered, [point.goodput for point in points], label=policy, **look)
         first.plot(offered, [point.ttft_ms.percentiles.p99 for point in points], **look)
         medians = [point.ttft_ms.percentiles.p50 for point in points]
