@@ -33,9 +33,11 @@ def tiny_settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_core(tiny_settings: dict[str, object]) -> Iterator[CoreFactory]:
-    """Build an engine core from the tiny settings and changes to them."""
+    """Build an engine core from the tiny settings and changes to them; it ends with the module, as executables take
+    more memory maps than one process may have for those of all modules.
+    """
     cores: list[InProcessCore] = []
 
     def make(**changes: object) -> InProcessCore:
@@ -48,5 +50,8 @@ def make_core(tiny_settings: dict[str, object]) -> Iterator[CoreFactory]:
 
 
 @pytest.fixture(scope="session")
-def core(make_core: CoreFactory) -> InProcessCore:
-    return make_core()
+def core(tiny_settings: dict[str, object]) -> Iterator[InProcessCore]:
+    """One over the tiny settings as they are."""
+    core = InProcessCore(EngineConfig(**(tiny_settings | {"compile_before_ready": True})))
+    yield core
+    core.shutdown()
