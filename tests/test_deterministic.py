@@ -172,7 +172,7 @@ class Steps:
 
         def step(cache, tokens, tables, starts, lengths):
             model = placed.structure.merge(leaves)
-            table = SequenceTable.build(tables, starts, lengths, jnp.int32(0), num_tokens=num_tokens)
+            table = SequenceTable.build(tables[None], starts, lengths, jnp.int32(0), num_tokens=num_tokens)
             cache, hidden = run_model(model, tokens, cache, table, size)
             last = hidden[jnp.maximum(starts[1:] - 1, 0)]
             if size is None:
@@ -249,10 +249,10 @@ def test_without_it_the_shape_of_a_step_shows():
 def test_a_sliding_window_is_refused_where_it_would_show():
     """The TPU kernel adds up a window in an order that depends on the range."""
     ops, _ = select_ops("pallas_tpu_interpret", platform="cpu", deterministic=True)
-    table = SequenceTable.build(*(jnp.zeros(shape, jnp.int32) for shape in ((1, 1), 2, 1, ())), num_tokens=2)
+    table = SequenceTable.build(*(jnp.zeros(shape, jnp.int32) for shape in ((2, 1, 1), 2, 1, ())), num_tokens=2)
     cache = KVPages.zeros((1, 1, *ops.page_shape(2, 16, 8)), jnp.float32)
     with pytest.raises(ValueError, match=r"deterministic=True with attention_backend='pallas_tpu_interpret' is for"):
-        ops.prepare(table, cache, windows=(None, 64), num_heads=4, head_dim=8, dtype=jnp.float32)
+        ops.prepare(table, cache, windows=(0, 64), num_heads=4, head_dim=8, dtype=jnp.float32)
 
 
 def report(folder: str) -> None:

@@ -242,7 +242,7 @@ class Steps:
         chunks = [
             msgspec.structs.replace(chunk, num_draws=count) for chunk, count in zip(chunks, num_draws, strict=True)
         ]
-        buffer = pack_batch(chunks, page_updates_of(chunks), self.layout, parameters)
+        buffer = pack_batch(chunks, page_updates_of(chunks, self.layout), self.layout, parameters)
         self.num_runs = 0
         _, drawn = self.run(self.leaves, self.state, buffer)
         jax.effects_barrier()
