@@ -1,7 +1,9 @@
 """Engine cores over a tiny random model; programs are shared through one compilation cache a test session."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,25 +35,39 @@ def tiny_settings(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
 
 
-@pytest.fixture(scope="module")
-def make_core(tiny_settings: dict[str, object]) -> Iterator[CoreFactory]:
-    """Build an engine core from the tiny settings and changes to them; it ends with the module, as executables take
-    more memory maps than one process may have for those of all modules.
+@contextmanager
+def engine_cores(settings: dict[str, object]) -> Iterator[CoreFactory]:
+    """Builds engine cores from the tiny settings and changes to them, and ends them. Their smaller programs compile in
+    the background, as far as there is time, unless a change says otherwise.
     """
     cores: list[InProcessCore] = []
 
     def make(**changes: object) -> InProcessCore:
-        cores.append(InProcessCore(EngineConfig(**(tiny_settings | {"compile_before_ready": True} | changes))))
+        cores.append(InProcessCore(EngineConfig(**(settings | changes))))
         return cores[-1]
 
     yield make
-    for core in cores:
-        core.shutdown()
+    while cores:
+        cores.pop().shutdown()
+    gc.collect()  # executables take more memory maps than a process may have for those of all tests
+
+
+@pytest.fixture
+def make_core(tiny_settings: dict[str, object]) -> Iterator[CoreFactory]:
+    """Build an engine core for one test."""
+    with engine_cores(tiny_settings) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_shared_core(tiny_settings: dict[str, object]) -> Iterator[CoreFactory]:
+    """Build an engine core for a module's tests."""
+    with engine_cores(tiny_settings) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")
 def core(tiny_settings: dict[str, object]) -> Iterator[InProcessCore]:
-    """One over the tiny settings as they are."""
-    core = InProcessCore(EngineConfig(**(tiny_settings | {"compile_before_ready": True})))
-    yield core
-    core.shutdown()
+    """One over the tiny settings as they are, with all its programs."""
+    with engine_cores(tiny_settings) as make:
+        yield make(compile_before_ready=True)

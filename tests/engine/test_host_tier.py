@@ -34,13 +34,13 @@ def requests(**fields: object) -> list[CoreRequest]:
 
 
 @pytest.fixture(scope="module")
-def tight(make_core: CoreFactory) -> InProcessCore:
-    return make_core(**TIGHT)
+def tight(make_shared_core: CoreFactory) -> InProcessCore:
+    return make_shared_core(**TIGHT)
 
 
 @pytest.fixture(scope="module")
-def tiered(make_core: CoreFactory) -> InProcessCore:
-    return make_core(**TIGHT, **host_tier(100))
+def tiered(make_shared_core: CoreFactory) -> InProcessCore:
+    return make_shared_core(**TIGHT, **host_tier(100))
 
 
 def alone(core: InProcessCore, requests: list[CoreRequest]) -> dict[str, list[int]]:

@@ -40,9 +40,9 @@ CORES = {
 
 
 @pytest.fixture(scope="module", params=CORES)
-def looped(request: pytest.FixtureRequest, make_core: Any) -> InProcessCore:
+def looped(request: pytest.FixtureRequest, make_shared_core: Any) -> InProcessCore:
     """One core that draws up to eight tokens a step, and one that draws four and has few pages."""
-    return make_core(**CORES[request.param])
+    return make_shared_core(**CORES[request.param], compile_before_ready=True)
 
 
 def num_steps_of(core: InProcessCore) -> int:
