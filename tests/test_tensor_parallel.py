@@ -27,6 +27,8 @@ from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import MESH_AXES, place, tensor_mesh
 from jax_engine.step_batch import BatchLayout, Bucket
 
+pytestmark = pytest.mark.timeout(1200)  # a dozen engines on eight devices, in one child of one fixture
+
 # Two key and value heads: over four and eight devices, several hold the same one.
 HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4, "vocab_size": 104}
 MODELS = {"even": HF, "uneven": HF | {"vocab_size": 101}, "tied": HF | {"tie_word_embeddings": True}}
