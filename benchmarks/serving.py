@@ -247,21 +247,29 @@ def running_server(model: str | None, arguments: Sequence[str]) -> Iterator[str]
     command = [str(Path(sys.executable).with_name("jax-engine")), "serve", *([model] if model else [])]
     command += ["--host", "127.0.0.1", "--port", str(port), "--compile-before-ready", "--no-enable-prefix-caching"]
     command += arguments
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        ended_afterwards(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)) as process,
+    ):
+        url = f"http://127.0.0.1:{port}"
+        if not asyncio.run(becomes_healthy(Target(url), process)):
+            log.seek(0)
+            sys.exit(f"the server did not become ready; its log ends:\n{log.read()[-4000:]}")
+        yield url
+
+
+@contextmanager
+def ended_afterwards(process: "subprocess.Popen[bytes]") -> Iterator["subprocess.Popen[bytes]"]:
+    """The process, ended by SIGTERM, and after `STOP_SECONDS` by SIGKILL."""
+    try:
+        yield process
+    finally:
+        process.terminate()
         try:
-            url = f"http://127.0.0.1:{port}"
-            if not asyncio.run(becomes_healthy(Target(url), process)):
-                log.seek(0)
-                sys.exit(f"the server did not become ready; its log ends:\n{log.read()[-4000:]}")
-            yield url
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 async def becomes_healthy(target: Target, process: "subprocess.Popen[bytes]") -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from http_client import RequestError, Target, stream
 from measure import format_table, write_json
-from serving import START_SECONDS, STOP_SECONDS, free_port, metrics
+from serving import START_SECONDS, ended_afterwards, free_port, metrics
 
 BODY = {"prompt": "What is 17 + 25?", "max_tokens": 8, "temperature": 0, "stream": True}
 POLL_SECONDS = 0.02
@@ -95,18 +95,12 @@ def start(arguments: Sequence[str], cache: str) -> Start:
     with tempfile.TemporaryFile("w+") as log:
         begin = time.perf_counter()
         process = subprocess.Popen([*command, "--compilation-cache-dir", cache], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            return asyncio.run(watch(Target(f"http://127.0.0.1:{port}"), process, begin))
-        except TimeoutError:
-            log.seek(0)
-            sys.exit(f"the server did not answer; its log ends:\n{log.read()[-4000:]}")
-        finally:
-            process.terminate()
+        with ended_afterwards(process):
             try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                return asyncio.run(watch(Target(f"http://127.0.0.1:{port}"), process, begin))
+            except TimeoutError:
+                log.seek(0)
+                sys.exit(f"the server did not answer; its log ends:\n{log.read()[-4000:]}")
 
 
 async def watch(target: Target, process: "subprocess.Popen[bytes]", begin: float) -> Start:

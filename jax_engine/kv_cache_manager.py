@@ -191,11 +191,13 @@ class KVCacheManager:
                 self.pool.free([request.pages[place]])
                 request.pages[place] = copy
         start = request.num_computed
-        request.num_computed += length
-        self.counters.recomputed_tokens += max(0, min(request.num_computed, request.num_once_computed) - start)
-        request.num_once_computed = max(request.num_computed, request.num_once_computed)
-        request.pages += self.pool.allocate(self._pages_for(request.num_computed) - len(request.pages))
-        if self.enable_prefix_caching and start // self.page_size < request.num_computed // self.page_size:
+        end = request.num_computed = start + length
+        if request.num_once_computed > start:
+            self.counters.recomputed_tokens += min(end, request.num_once_computed) - start
+        request.num_once_computed = max(end, request.num_once_computed)
+        if num_missing := self._pages_for(end) - len(request.pages):
+            request.pages += self.pool.allocate(num_missing)
+        if self.enable_prefix_caching and start // self.page_size < end // self.page_size:
             self._filling.append(request)
         if self._window_groups:
             self._advanced.append(request)

@@ -26,10 +26,8 @@ class PromptGroups:
     def __init__(self) -> None:
         self._groups: dict[str, PromptGroup] = {}
         self._starting: list[Request] = []  # took their pages and have not got through the prompt yet
-
-    @property
-    def num_held(self) -> int:
-        return sum(len(group.held) for group in self._groups.values())
+        self._leaderless: list[PromptGroup] = []  # have lost their leader since the last step was begun
+        self.num_held = 0
 
     def add(self, request: Request) -> None:
         """Take note of a new request."""
@@ -47,13 +45,13 @@ class PromptGroups:
         group.num_members -= 1
         if group.num_members == 0:
             del self._groups[request.asked.prompt_group or ""]
-        if group.leader is request:
-            group.leader = None
+        self._end_lead(group, request)
         if request in group.ready:
             group.ready.remove(request)
         was_held = request in group.held
         if was_held:
             group.held.remove(request)
+            self.num_held -= 1
         return was_held
 
     def begin_step(self) -> list[Request]:
@@ -63,13 +61,13 @@ class PromptGroups:
         for request in running:
             if request.num_computed >= request.num_prompt and (group := self._group(request)) is not None:
                 group.ready.append(request)
-                if group.leader is request:
-                    group.leader = None
+                self._end_lead(group, request)
         released: list[Request] = []
-        for group in self._groups.values():
-            if group.held and group.leader is None:
-                released += group.held
-                group.held.clear()
+        for group in self._leaderless:
+            released += group.held
+            group.held.clear()
+        self._leaderless.clear()
+        self.num_held -= len(released)
         return sorted(released, key=lambda request: request.order)
 
     def holds(self, request: Request) -> bool:
@@ -83,6 +81,7 @@ class PromptGroups:
             group.leader = request
             return False
         group.held.append(request)
+        self.num_held += 1
         return True
 
     def donor(self, request: Request) -> Request | None:
@@ -97,6 +96,11 @@ class PromptGroups:
             if request in group.ready:  # preempted since
                 group.ready.remove(request)
             self._starting.append(request)
+
+    def _end_lead(self, group: PromptGroup, request: Request) -> None:
+        if group.leader is request:
+            group.leader = None
+            self._leaderless.append(group)
 
     def _group(self, request: Request) -> PromptGroup | None:
         name = request.asked.prompt_group

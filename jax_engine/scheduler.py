@@ -241,8 +241,9 @@ class Scheduler:
         For its next page, less urgent requests give way. If there are none it waits in its place and keeps what it has,
         which more urgent ones may still take.
         """
-        is_decode = request.num_uncomputed == 1
-        length = 1 if is_decode else self._chunk_length(request.num_uncomputed, step.tokens)
+        num_uncomputed = request.num_uncomputed
+        is_decode = num_uncomputed == 1
+        length = 1 if is_decode else self._chunk_length(num_uncomputed, step.tokens)
         if not length:
             return
         while not (room := self.cache.room(request)):

@@ -245,37 +245,6 @@ def test_a_page_is_shared_by_later_steps_than_the_one_that_fills_it():
     assert (second.chunks[2].first_new_page, len(second.chunks[2].new_pages)) == (0, 3)
 
 
-@pytest.mark.parametrize(
-    ("windows", "missing", "cached"),
-    [
-        ((0,), [], 28),
-        ((9,), [], 28),
-        ((9,), [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4)], 28),  # the window before token 28 begins in page 5
-        ((9,), [(0, 5)], 20),
-        ((9,), [(0, 6), (0, 4)], 16),  # 24 needs pages 4 and 5, 20 needs 3 and 4, 16 needs 2 and 3
-        ((0, 9), [(1, 5)], 20),
-        ((0, 9), [(0, 5)], 20),
-        ((0, 9), [(0, 5), (1, 4)], 16),
-        ((0, 9), [(0, 0)], 0),
-        ((0, 9), [(1, 0)], 28),
-        ((0, 5, 13), [(1, 3)], 28),
-        ((0, 5, 13), [(2, 4)], 16),
-        ((0, 5, 13), [(2, 4), (1, 3)], 12),
-    ],
-)
-def test_a_prefix_needs_only_what_the_window_behind_it_sees(windows, missing, cached):
-    """Of seven full pages in each cache group, some are forgotten: (group, index)."""
-    scheduler = Scheduler(limits(token_budget=64, num_pages=64, windows=windows))
-    scheduler.add(core_request("a", list(range(30)), 1))
-    finish(scheduler)
-    scheduler.add(core_request("b", list(range(30)), 1))
-    cache, request = scheduler.cache, scheduler.requests["b"]
-    for group, index in missing:
-        page = cache.pool.find(request.page_hash(index, 4) + bytes([group] if group else []))
-        cache.pool._pages = {key: other for key, other in cache.pool._pages.items() if other != page}
-    assert finish(scheduler) == {"b": cached}
-
-
 @pytest.mark.parametrize(("salt", "cached"), [("one", 8), ("two", 0), (None, 0)])
 def test_pages_are_shared_within_one_salt_only(salt, cached):
     scheduler = Scheduler(limits())
