@@ -18,17 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from tiny_engine import TINY, VOCAB_SIZE, core_request
+from tiny_engine import TINY, VOCAB_SIZE, core_request, placed_model
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.loader import load_leaves
 from jax_engine.messages import Add, CoreRequest
-from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
-from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.placed_model import StateSize
 from jax_engine.row_blocks import by_blocks
 from jax_engine.step_program import run_model
 
@@ -155,18 +153,7 @@ class Steps:
     NUM_SEQUENCES, MAX_PAGES = 32, MAX_MODEL_LEN // PAGE
 
     def __init__(self, backend: str, *, num_tokens: int = 64, deterministic: bool = True) -> None:
-        config = ModelConfig.from_hf(TINY)
-        placed = PlacedModel.of(
-            resolve_model(config.architecture),
-            config,
-            platform="cpu",
-            mesh=None,
-            attention_backend=backend,
-            dtype=jnp.float32,
-            page_size=PAGE,
-            scan_layers=False,
-            deterministic=deterministic,
-        )
+        placed = placed_model(backend, page_size=PAGE, deterministic=deterministic)
         leaves = load_leaves(placed.structure, None, load_format="dummy")
         size = placed.row_block
 
@@ -181,7 +168,7 @@ class Steps:
             def logits(first, nothing):
                 return nothing, model.compute_logits(lax.dynamic_slice_in_dim(last, first, size))
 
-            rows = jax.ShapeDtypeStruct((self.NUM_SEQUENCES, config.vocab_size), jnp.float32)
+            rows = jax.ShapeDtypeStruct((self.NUM_SEQUENCES, VOCAB_SIZE), jnp.float32)
             return cache, by_blocks(logits, None, rows=rows, size=size, used=jnp.sum(lengths > 0))[1]
 
         self._num_tokens = num_tokens

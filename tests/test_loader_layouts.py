@@ -1,5 +1,6 @@
 """Stacked layers, copied heads and shards hold the same tensors as plain layers on one device."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_a_load_over_eight_devices_equals_that_on_one(tmp_path: Path, monkeypatc
     write(tmp_path / "stored", random_tensors(HF), HF)
     write(tmp_path / "random", {}, SQUARE)
     write(tmp_path / "shared", random_tensors(SHARED), SHARED)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))
     command = [sys.executable, "-c", SHARDED, str(tmp_path)]

@@ -130,7 +130,7 @@ def run_child(script: str, *arguments: str, **environment: str) -> Any:
 
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"}
     return run_child("import sys; tests.report(sys.argv[1])", str(tmp_path_factory.mktemp("models")), **flags)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
-from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
+from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, placed_model, run_requests
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
@@ -18,7 +18,7 @@ from jax_engine.messages import Abort, Add, CoreRequest
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import select_ops
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.placed_model import StateSize
 from jax_engine.planner import step_programs
 from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Scheduler, SchedulerLimits
@@ -207,19 +207,9 @@ class Steps:
             jax.debug.callback(self._count)
             return ops.prepare(sequences, cache, **given)
 
-        model_class = resolve_model(config.architecture)
-        placed = PlacedModel.of(
-            model_class,
-            config,
-            platform="cpu",
-            mesh=None,
-            attention_backend=backend,
-            dtype=jnp.float32,
-            page_size=page_size,
-            scan_layers=scan_layers,
-        )
+        placed = placed_model(backend, page_size=page_size, scan_layers=scan_layers)
         counted = {"ops": replace(ops, prepare=prepare), "dtype": jnp.float32, "scan_layers": scan_layers}
-        structure = ModelStructure.of(model_class, config, kv_head_copies=1, **counted)
+        structure = ModelStructure.of(resolve_model(config.architecture), config, kv_head_copies=1, **counted)
         self.layout = BatchLayout(Bucket(4, 4), page_size, num_slots=4)
         self.state = placed.zero_state(StateSize(num_pages=16, num_slots=4, max_pages=4))
         keys = jax.random.split(jax.random.key(0), len(structure.parameters))
@@ -287,17 +277,7 @@ def test_the_interpreted_tpu_kernel_loops_over_the_same_tokens():
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_a_loop_makes_no_copy_of_the_cache(scan_layers):
-    config = ModelConfig.from_hf(TINY)
-    placed = PlacedModel.of(
-        resolve_model(config.architecture),
-        config,
-        platform="cpu",
-        mesh=None,
-        attention_backend="xla",
-        dtype=jnp.float32,
-        page_size=PAGE,
-        scan_layers=scan_layers,
-    )
+    placed = placed_model(page_size=PAGE, scan_layers=scan_layers)
     layout, size = BatchLayout(Bucket(8, 8), PAGE, num_slots=8), StateSize(num_pages=4096, num_slots=8, max_pages=32)
     analysis = placed.lower(layout, SamplingMode.SAMPLE, size, num_steps=4).compile().memory_analysis()
     cache_bytes = 4096 * placed.geometry.page_bytes

@@ -1,7 +1,12 @@
 """A tiny random model's configuration, requests for the engine core, and what comes of them."""
 
+import jax.numpy as jnp
+
 from jax_engine.core_client import InProcessCore
 from jax_engine.messages import Add, CoreOutput, CoreRequest
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.registry import resolve_model
+from jax_engine.placed_model import PlacedModel
 
 VOCAB_SIZE = 101
 TINY = {
@@ -18,6 +23,19 @@ TINY = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
+
+
+def placed_model(attention_backend: str = "xla", **given: object) -> PlacedModel:
+    """The tiny model on one CPU device, in pages of 8 tokens unless told otherwise."""
+    config = ModelConfig.from_hf(TINY)
+    defaults = {"mesh": None, "dtype": jnp.float32, "page_size": 8, "scan_layers": False}
+    return PlacedModel.of(
+        resolve_model(config.architecture),
+        config,
+        platform="cpu",
+        attention_backend=attention_backend,
+        **(defaults | given),
+    )
 
 
 def core_request(request_id: str, prompt: list[int], max_tokens: int = 8, **fields: object) -> CoreRequest:

@@ -51,7 +51,11 @@ def test_matches_the_specification(ragged_case, implementation, ranges, window):
     compare(implementation, ragged_case(ranges, seed=0, **SHAPE), window=window)
 
 
-@pytest.mark.parametrize("implementation", [reference.ragged_paged_attention, *IMPLEMENTATIONS.values()], ids=str)
+@pytest.mark.parametrize(
+    "implementation",
+    [reference.ragged_paged_attention, *IMPLEMENTATIONS.values()],
+    ids=["specification", *IMPLEMENTATIONS],
+)
 @pytest.mark.parametrize("window", [None, 24])
 def test_nan_in_places_that_nobody_sees_does_not_spread(ragged_case, implementation, window):
     """Pages of others, places past a sequence's end, and those before its window."""
