@@ -236,6 +236,15 @@ def test_the_progress_bar_counts_prompts_and_rates(llm: LLM, capsys: pytest.Capt
     assert capsys.readouterr().err == ""
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a terminal; a shell starts its background jobs with Ctrl-C ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_aborts_and_leaves_the_engine_usable(llm: LLM) -> None:
     before = generate(llm, "abc", greedy())
 
@@ -253,6 +262,7 @@ def test_ctrl_c_aborts_and_leaves_the_engine_usable(llm: LLM) -> None:
     assert generate(llm, "abc", greedy())[0].outputs == before[0].outputs
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_waits_for_the_step_to_end_and_a_second_does_not() -> None:
     handler = signal.getsignal(signal.SIGINT)
     with interrupts_between_steps() as deliver:
