@@ -24,7 +24,7 @@ from typing import Any
 
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
 from jax_engine.planner import step_sizes
-from jax_engine.scheduler import SchedulerLimits
+from jax_engine.step_plan import SchedulerLimits
 from measure import write_json
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Simulation

@@ -16,8 +16,9 @@ from jax_engine.messages import (
     StepOutputs,
 )
 from jax_engine.runner import PendingTokens, Runner
-from jax_engine.scheduler import Scheduler, StepPlan
+from jax_engine.scheduler import Scheduler
 from jax_engine.stats import EngineStats, HostTime
+from jax_engine.step_plan import StepPlan
 
 STATS_PERIOD = 0.1  # seconds between snapshots sent along with outputs
 WASTE_PERIOD = 4  # steps between samples of the page waste

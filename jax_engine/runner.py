@@ -30,7 +30,6 @@ from jax_engine.planner import (
     step_programs,
 )
 from jax_engine.row_blocks import whole_blocks
-from jax_engine.scheduler import Chunk, SchedulerLimits, StepPlan
 from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import (
     NO_TOKEN,
@@ -41,6 +40,7 @@ from jax_engine.step_batch import (
     page_updates_of,
     write_block_tables,
 )
+from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 from jax_engine.step_program import DeviceState, Program
 
 logger = logging.getLogger(__name__)

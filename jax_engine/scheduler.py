@@ -11,67 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-import msgspec
-
-from jax_engine.host_pool import NO_COPIES, LoadRule, PageCopies
+from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
 from jax_engine.request import Request, digest_function
+from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
 _urgency = attrgetter("urgency")
-
-
-class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence of every step: a dataclass costs 5 times
-    """A range of one request's tokens, `start` to `start + length`, and the pages it is the first to need."""
-
-    request: Request
-    slot: int
-    start: int
-    length: int
-    num_draws: int  # 0: the range ends before the request's last token; more than 1: the step draws and goes on, alone
-    first_new_page: int  # place in the request's pages; 0 when the request has just taken its slot
-    new_pages: list[int]  # those that enter the block tables, cached ones included
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What one step computes."""
-
-    chunks: Sequence[Chunk]
-    copies: PageCopies = NO_COPIES  # of whole pages, before the chunks
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.length for chunk in self.chunks)
-
-    @property
-    def num_steps(self) -> int:
-        """How often the device runs the model: once, or as often as the longest of its decodes draws."""
-        return max(1, *(chunk.num_draws for chunk in self.chunks))
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """Sizes that the memory plan and the configuration set."""
-
-    num_pages: int
-    page_size: int
-    max_num_seqs: int
-    token_budget: int
-    watermark: float = (
-        0.01  # share of the pages that admission leaves to running requests, so that it does not preempt at once
-    )
-    enable_prefix_caching: bool = True
-    policy: str = "fcfs"  # of waiting_queue.POLICIES
-    enable_chunked_prefill: bool = True  # False: a prompt is computed in one step, which the budget must hold
-    long_prefill_token_threshold: int = 0  # longest chunk; 0: the budget
-    hash_algorithm: str = "sha256"
-    num_host_pages: int = 0
-    seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
-    step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget
-    windows: tuple[int, ...] = (0,)  # of each cache group, in tokens; 0: none
 
 
 @dataclass(slots=True)

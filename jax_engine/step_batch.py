@@ -14,7 +14,7 @@ from jax_engine.cache_records import NO_PAGE
 from jax_engine.messages import CoreRequest
 from jax_engine.sampler import SamplingMode, SamplingRows
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS
-from jax_engine.scheduler import Chunk
+from jax_engine.step_plan import Chunk
 
 TAKE_LAST = -1  # in place of a token id: the token that the step before drew for this slot
 NO_TOKEN = -1  # in place of a drawn token: the row had ended

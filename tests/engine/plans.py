@@ -3,7 +3,8 @@
 from tiny_engine import core_request
 
 from jax_engine.messages import CoreRequest
-from jax_engine.scheduler import Chunk, Scheduler, SchedulerLimits, StepPlan
+from jax_engine.scheduler import Scheduler
+from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
 
 
 def limits(**changes: object) -> SchedulerLimits:

@@ -21,8 +21,9 @@ from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import StateSize
 from jax_engine.planner import step_programs
 from jax_engine.sampler import SamplingMode
-from jax_engine.scheduler import Scheduler, SchedulerLimits
+from jax_engine.scheduler import Scheduler
 from jax_engine.step_batch import NO_TOKEN, BatchLayout, Bucket, SlotParameters, pack_batch, page_updates_of
+from jax_engine.step_plan import SchedulerLimits
 from jax_engine.step_program import step_function
 
 PAGE = 8

@@ -21,8 +21,9 @@ from jax_engine.planner import (
     step_sizes,
 )
 from jax_engine.sampler import SamplingMode
-from jax_engine.scheduler import Scheduler, SchedulerLimits
+from jax_engine.scheduler import Scheduler
 from jax_engine.step_batch import Bucket
+from jax_engine.step_plan import SchedulerLimits
 from jax_engine.step_program import Program
 from measure import mixed_workload
 from serving import Load

@@ -13,7 +13,8 @@ from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.request import Request
-from jax_engine.scheduler import Scheduler, StepPlan
+from jax_engine.scheduler import Scheduler
+from jax_engine.step_plan import StepPlan
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
