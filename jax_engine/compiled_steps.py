@@ -2,7 +2,8 @@
 
 The largest program is compiled first, and from then on the engine serves, because every step can be padded into it.
 The others follow in background threads, in the order in which they help most. A step never waits for a compile: it
-takes the smallest program that is ready and large enough.
+takes the smallest program that is ready and large enough. Programs of the FULL sampling mode come last: most engines
+are never asked for it.
 """
 
 import logging
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from jax_engine.sampler import SamplingMode
+from jax_engine.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.step_program import Program
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ class CompiledSteps:
     def __init__(
         self, programs: Iterable[Program], lower: Callable[[Program], jax.stages.Lowered], *, threads: int | None = None
     ) -> None:
-        """`programs` are all there will be, the largest in the mode that can do everything among them; `lower` traces
-        one; `threads` compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most).
+        """`programs` are all there will be, of each size one in SAMPLE mode at least; `lower` traces one; `threads`
+        compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most).
         """
         self._lower = lower
         self.programs = compile_order(programs)
@@ -118,7 +119,7 @@ class CompiledSteps:
 
     def num_steps(self, num_decodes: int) -> int:
         """How many steps a program can loop over for so many decodes: 1 while that of their bucket is not compiled."""
-        widest = list(SamplingMode)[-1]
+        widest = LOOPING_MODES[-1]
         fitting = [loop for loop in self._loops if loop.mode is widest and loop.bucket.num_sequences >= num_decodes]
         if not fitting or fitting[0] not in self._executables:
             return 1
@@ -134,11 +135,16 @@ class CompiledSteps:
             if program.holds(num_tokens, num_sequences, num_steps):
                 return program, self._executables[program]
         assert num_steps == 1, "no program loops over so many steps yet"
-        assert self.largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
-        if self.largest not in self._executables:
+        largest = self._largest_of(mode)
+        assert largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
+        if largest not in self._executables:
             self.num_in_request_path += 1
-            self._compile(self.largest)
-        return self.largest, self._executables[self.largest]
+            self._compile(largest)
+        return largest, self._executables[largest]
+
+    def _largest_of(self, mode: SamplingMode) -> Program:
+        """The program that every step of a mode fits in."""
+        return next(program for program in self.programs if program.can_do(mode))
 
     def _compile_queue(self) -> None:
         """Compile what is queued until nothing is left, or `stop` is called, or the interpreter ends."""
@@ -185,22 +191,26 @@ class CompiledSteps:
             self._executables[program] = executable
             # A program serves its own mode and those it contains. New lists: `find` never sees one half-sorted.
             modes = list(SamplingMode)
-            for mode in modes[: modes.index(program.mode) + 1]:
-                ready = [other for other in self._executables if modes.index(other.mode) >= modes.index(mode)]
+            for mode in filter(program.can_do, modes):
+                ready = [other for other in self._executables if other.can_do(mode)]
                 self._by_mode[mode] = sorted(ready, key=lambda other: (other.bucket, modes.index(other.mode)))
         return executable
 
 
 def compile_order(programs: Iterable[Program]) -> list[Program]:
     """The largest first, and then always one in the middle of the widest gap: any step soon has a program not much
-    larger than itself. A mode that can do everything serves the others too, so it goes before them; loops go last.
+    larger than itself. A mode that can do more serves the others too, so it goes before them; then come loops, and at
+    last the FULL mode.
     """
     ascending, modes = sorted(programs), list(SamplingMode)
-    kinds = sorted({(program.num_steps, -modes.index(program.mode)) for program in ascending})
+
+    def kind(program: Program) -> tuple[bool, int, int]:
+        return program.mode is SamplingMode.FULL, program.num_steps, -modes.index(program.mode)
+
     return [
         program
-        for kind in kinds
-        for program in _by_halves([other for other in ascending if (other.num_steps, -modes.index(other.mode)) == kind])
+        for one in sorted({kind(program) for program in ascending})
+        for program in _by_halves([other for other in ascending if kind(other) == one])
     ]
 
 

@@ -8,6 +8,12 @@ import msgspec
 from jax_engine.stats import EngineStats
 
 
+class TokenControls(msgspec.Struct, array_like=True, frozen=True):
+    """What a request asks of the FULL sampling mode; most ask for nothing of it."""
+
+    allowed_token_ids: tuple[int, ...] | None = None  # no other is drawn
+
+
 class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     """One sequence to generate: everything resolved to numbers and already validated by the front end."""
 
@@ -28,6 +34,12 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     cache_salt: str | None = None  # pages are shared only among requests of one salt
     priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
     needs_host: bool = False  # what ends it is not for the device to see: each token goes to the host before the next
+    controls: TokenControls | None = None
+
+    @property
+    def needs_full(self) -> bool:
+        """Whether its steps are of the FULL sampling mode."""
+        return self.controls is not None
 
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):

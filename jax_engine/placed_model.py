@@ -6,12 +6,14 @@ The runner serves with it. Without weights and without the devices, it compiles 
 
 import logging
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from jax_engine.full_sampling import FullInputs, FullState
 from jax_engine.loader import ModelStructure, Parameter
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
@@ -21,9 +23,11 @@ from jax_engine.row_blocks import row_block
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement, place
 from jax_engine.step_batch import BatchLayout
-from jax_engine.step_program import DeviceState, step_function
+from jax_engine.step_program import DeviceState, full_step_function, step_function
 
 logger = logging.getLogger(__name__)
+
+Shapes = TypeVar("Shapes")  # a pytree of `jax.ShapeDtypeStruct`s
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class PlacedModel:
     structure: ModelStructure
     geometry: CacheGeometry
     placement: Placement
+    vocab_size: int
     row_block: int | None = None  # rows of a step that run together; None: all
     compiler_options: tuple[tuple[str, bool], ...] = ()
 
@@ -89,10 +94,10 @@ class PlacedModel:
             placement=placement,
         )
         if not deterministic:
-            return cls(structure, geometry, placement)
+            return cls(structure, geometry, placement, config.vocab_size)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
-        return cls(structure, geometry, placement, row_block(platform), options)
+        return cls(structure, geometry, placement, config.vocab_size, row_block(platform), options)
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -112,21 +117,45 @@ class PlacedModel:
         state = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), state)
         return replace(state, cache=cache)
 
+    def full_state_shapes(self, num_slots: int) -> FullState:
+        """What the FULL mode keeps for the slots, as `jax.ShapeDtypeStruct`s; a copy on every device."""
+        return self._whole(jax.eval_shape(lambda: FullState.zeros(num_slots, self.vocab_size)))
+
+    def zero_full_state(self, num_slots: int) -> FullState:
+        """What the FULL mode keeps, before its first step, on its devices."""
+        if self.placement.mesh is None:
+            return FullState.zeros(num_slots, self.vocab_size)
+        shardings = _shardings(self.full_state_shapes(num_slots))
+        return jax.jit(lambda: FullState.zeros(num_slots, self.vocab_size), out_shardings=shardings)()
+
     def lower(
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1
     ) -> jax.stages.Lowered:
-        """Trace the step program of a bucket; its arguments are the leaves, the state (donated) and a packed buffer."""
+        """Trace the step program of a bucket; its arguments are those of `step_function` or `full_step_function`."""
         leaves = tuple(
             _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
             for parameter in self.structure.parameters
         )
         state, whole = self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
-        step = step_function(self.structure, layout, mode, self.placement, self.row_block, num_steps=num_steps)
-        shardings = None if self.placement.mesh is None else (_shardings(state), whole)
-        options = dict(self.compiler_options)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
-        return jitted.lower(leaves, state, buffer)
+        on_mesh, options = self.placement.mesh is not None, dict(self.compiler_options)
+        if mode is not SamplingMode.FULL:
+            step = step_function(self.structure, layout, mode, self.placement, self.row_block, num_steps=num_steps)
+            shardings = (_shardings(state), whole) if on_mesh else None
+            jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
+            return jitted.lower(leaves, state, buffer)
+        assert num_steps == 1, "a step of the FULL mode draws one token"
+        full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
+        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, self.vocab_size)))
+        full_step = full_step_function(self.structure, layout, self.placement, self.row_block)
+        full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
+        jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)
+        return jitted.lower(leaves, state, full, buffer, inputs)
+
+    def _whole(self, shapes: Shapes) -> Shapes:
+        """Shapes, each with a copy on every device."""
+        whole = self.placement.of()
+        return jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), shapes)
 
     def _zeros(self, size: StateSize) -> DeviceState:
         return DeviceState.zeros(
@@ -142,5 +171,5 @@ def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | N
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _shardings(state: DeviceState) -> DeviceState:
-    return jax.tree.map(lambda leaf: leaf.sharding, state)
+def _shardings(shapes: Shapes) -> Shapes:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)

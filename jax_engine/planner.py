@@ -14,7 +14,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import CacheLayout, PageShape, split_page_shape
 from jax_engine.row_blocks import whole_blocks
-from jax_engine.sampler import SamplingMode
+from jax_engine.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import Bucket
 from jax_engine.step_program import Program
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
 MAX_PROGRAMS = 26  # step programs of all sizes and sampling modes: what a start compiles
+MAX_FULL_PROGRAMS = 8  # in the FULL mode, which few requests need
+FULL_SIZE_STEP = 4  # its step sizes grow by this factor
 MAX_LOOP_PROGRAMS = 14  # beside them, where decodes loop on the device
 SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
@@ -105,9 +107,26 @@ def step_sizes(max_num_seqs: int, token_budget: int, *, max_programs: int = MAX_
         power *= 2
     ladder = sorted(size for size in sizes if size <= token_budget)
     while sum(len(_modes(size, max_num_seqs)) for size in ladder) > max_programs:
-        spare = [size for size in ladder if size not in (1, max_num_seqs, token_budget)]
-        ladder.remove(min(spare, key=lambda size: (_padding_without(size, ladder), size)))
+        _thin(ladder, (1, max_num_seqs, token_budget))
     return tuple(ladder)
+
+
+def full_step_sizes(max_num_seqs: int, token_budget: int) -> tuple[int, ...]:
+    """The same for steps of the FULL mode: fewer, powers of `FULL_SIZE_STEP`."""
+    sizes, power = {1, max_num_seqs, token_budget}, 1
+    while power < token_budget:
+        sizes.add(power)
+        power *= FULL_SIZE_STEP
+    ladder = sorted(sizes)
+    while len(ladder) > MAX_FULL_PROGRAMS:
+        _thin(ladder, (1, max_num_seqs, token_budget))
+    return tuple(ladder)
+
+
+def _thin(ladder: list[int], fixed: Sequence[int]) -> None:
+    """Remove the size whose absence adds least padding, but none of those that are `fixed`."""
+    spare = [size for size in ladder if size not in fixed]
+    ladder.remove(min(spare, key=lambda size: (_padding_without(size, ladder), size)))
 
 
 def _padding_without(size: int, ladder: Sequence[int]) -> float:
@@ -120,11 +139,10 @@ def _padding_without(size: int, ladder: Sequence[int]) -> float:
 
 
 def _modes(size: int, max_num_seqs: int) -> Sequence[SamplingMode]:
-    """Sampling modes that a step size is compiled for. Steps larger than `max_num_seqs` hold a chunk of a prompt,
-    beside which the cost of drawing is small: one mode, the one that can do everything, serves them all.
+    """Sampling modes that a step size is compiled for, FULL apart. Steps larger than `max_num_seqs` hold a chunk of a
+    prompt, beside which the cost of drawing is small: one mode that can do both serves them all.
     """
-    modes = list(SamplingMode)
-    return modes if size <= max_num_seqs else modes[-1:]
+    return LOOPING_MODES if size <= max_num_seqs else LOOPING_MODES[-1:]
 
 
 def step_programs(
@@ -136,19 +154,23 @@ def step_programs(
     real lengths. Where steps run in blocks of `row_block` rows, their cost follows their blocks, and one program of
     whole blocks, in the mode that does everything, is all there is.
 
-    With `num_steps` above 1 there are loops of so many steps besides, for decodes alone, at fewer sizes.
+    The FULL mode has fewer sizes. With `num_steps` above 1 there are loops of so many steps besides, for decodes alone,
+    at fewer sizes and not in the FULL mode.
     """
     if row_block is not None:
         bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
-        return (Program(bucket, list(SamplingMode)[-1]),)
+        return (Program(bucket, SamplingMode.FULL),)
     kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget)]
     if num_steps > 1:
         loop_sizes = step_sizes(max_num_seqs, max_num_seqs, max_programs=MAX_LOOP_PROGRAMS)
         kinds += [(num_steps, size) for size in loop_sizes]
+    full = [(1, size, SamplingMode.FULL) for size in full_step_sizes(max_num_seqs, token_budget)]
     return tuple(
         Program(Bucket(size, min(size, max_num_seqs)), mode, steps)
-        for steps, size in kinds
-        for mode in _modes(size, max_num_seqs)
+        for steps, size, mode in [
+            *((steps, size, mode) for steps, size in kinds for mode in _modes(size, max_num_seqs)),
+            *full,
+        ]
     )
 
 

@@ -4,6 +4,10 @@ import hashlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jax_engine.messages import CoreRequest
 
@@ -26,6 +30,16 @@ def digest_function(algorithm: str) -> Digest:
     import xxhash  # needed by those who ask for it alone
 
     return xxhash.xxh3_128_digest
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, as a state that goes along with a request's output."""
+
+    def fill(self, row: NDArray[np.uint32]) -> None:
+        """Write the bitmask of the tokens that may come next: bit v % 32 of word v // 32 for token v."""
+
+    def advance(self, tokens: list[int]) -> None:
+        """Take tokens that the request was given."""
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +72,7 @@ class Request:
     num_registered: int = 0  # full pages of tokens, from the first, whose content the pool was told, or knew already
     num_cached_tokens: int = 0  # prompt tokens that the first admission found in the cache
     finish_reason: str | None = None
+    constraint: Constraint | None = None  # what its next token has to meet beside `asked`
     _page_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:

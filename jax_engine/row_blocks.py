@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 Carry = TypeVar("Carry")
+Rows = TypeVar("Rows")  # an array, or a pytree of arrays, with one entry for each row
 
 CPU_ROWS = 32  # 62 GFLOP/s of the 71 that 512 rows reach on 2 cores, in a product of [rows, 160] and [160, 448]
 ACCELERATOR_ROWS = 128  # as many as a matrix unit has
@@ -30,26 +31,30 @@ def whole_blocks(num_rows: int, size: int) -> int:
 
 
 def by_blocks(
-    run: Callable[[Int[Array, ""], Carry], tuple[Carry, Array]],
+    run: Callable[[Int[Array, ""], Carry], tuple[Carry, Rows]],
     carry: Carry,
     *,
-    rows: jax.ShapeDtypeStruct,
+    num_rows: int,
     size: int,
     used: Int[Array, ""],
-) -> tuple[Carry, Array]:
+) -> tuple[Carry, Rows]:
     """The last carry, and the rows of every block that holds one of the first `used` rows; zeros after them.
 
-    `run` takes a block's first row and what the block before carried, and gives `size` of the `rows`, which are a
-    multiple of that.
+    `run` takes a block's first row and what the block before carried, and gives the results of its `size` rows, of
+    which `num_rows` are a multiple.
     """
-    assert rows.shape[0] % size == 0
+    assert num_rows % size == 0
 
-    def body(index: Int[Array, ""], state: tuple[Carry, Array]) -> tuple[Carry, Array]:
+    def body(index: Int[Array, ""], state: tuple[Carry, Rows]) -> tuple[Carry, Rows]:
         carry, out = state
         carry, block = run(index * size, carry)
-        return carry, lax.dynamic_update_slice_in_dim(out, block, index * size, axis=0)
 
-    out: tuple[Carry, Array] = lax.fori_loop(
-        0, (used + size - 1) // size, body, (carry, jnp.zeros(rows.shape, rows.dtype))
-    )
+        def put(rows: Array, some: Array) -> Array:
+            return lax.dynamic_update_slice_in_dim(rows, some, index * size, axis=0)
+
+        return carry, jax.tree.map(put, out, block)
+
+    shapes = jax.eval_shape(lambda carry: run(jnp.int32(0), carry)[1], carry)
+    zeros: Rows = jax.tree.map(lambda leaf: jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype), shapes)
+    out: tuple[Carry, Rows] = lax.fori_loop(0, (used + size - 1) // size, body, (carry, zeros))
     return out

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
+from jax_engine.full_sampling import FullResults
+from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_config, load_leaves
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
@@ -30,6 +32,7 @@ from jax_engine.planner import (
     step_programs,
 )
 from jax_engine.row_blocks import whole_blocks
+from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import (
     NO_TOKEN,
@@ -53,6 +56,7 @@ class PendingTokens:
     plan: StepPlan
     tokens: jax.Array  # [steps, rows]
     program: Program
+    full: FullResults | None = None  # of a program of the FULL mode
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Runner:
         self._load_while_compiling(folder, config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         self._parameters = SlotParameters(self._num_slots, self.vocab_size)
+        self._full = FullSlots(self.placed, self._num_slots)
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
 
@@ -147,15 +152,24 @@ class Runner:
             self._write_pages(updates[layout.num_page_updates :])
         buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
         packed = time.perf_counter()
-        self._state, tokens = executable(self._leaves, self._state, buffer)
+        full: FullResults | None = None
+        if program.mode is SamplingMode.FULL:
+            inputs = self._full.inputs(chunks, slots, program.bucket.num_sequences)
+            packed = time.perf_counter()
+            self._state, self._full.state, full = executable(
+                self._leaves, self._state, self._full.state, buffer, inputs
+            )
+            tokens = full.tokens[None]
+        else:
+            self._state, tokens = executable(self._leaves, self._state, buffer)
         if self._is_remote:
-            tokens.copy_to_host_async()
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full))
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
-        return PendingTokens(StepPlan(chunks), tokens, program)
+        return PendingTokens(StepPlan(chunks), tokens, program, full)
 
     def collect(self, pending: PendingTokens) -> list[list[int]]:
         """Wait for a step; the tokens of each of its chunks."""
@@ -177,7 +191,7 @@ class Runner:
         if rows := self.counters.token_rows:
             share = 100 * self.counters.padding_tokens / rows
             logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
-        del self._state, self._leaves
+        del self._state, self._leaves, self._full
 
     def _choose_programs(self, config: EngineConfig) -> None:
         """The step programs there will be, and the sizes and layouts of their steps."""
@@ -188,7 +202,11 @@ class Runner:
         buckets = sorted({program.bucket for program in self._programs})
         largest = buckets[-1].num_tokens
         # A step in blocks of rows costs those that it fills.
-        sizes = {program.bucket.num_tokens for program in self._programs if program.num_steps == 1}
+        sizes = {
+            program.bucket.num_tokens
+            for program in self._programs
+            if program.num_steps == 1 and program.mode is not SamplingMode.FULL
+        }
         self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
         sizes_of_state = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups
         self._layouts = {bucket: BatchLayout(bucket, *sizes_of_state) for bucket in buckets}
@@ -221,6 +239,7 @@ class Runner:
         for chunk in chunks:
             if chunk.first_new_page == 0 and chunk.new_pages:
                 self._parameters.set(chunk.slot, chunk.request.asked)
+                self._full.take(chunk.slot, chunk.request.asked)
 
     def _write_pages(self, updates: NDArray[np.int32]) -> None:
         """Write into the block tables what a step's own buffer has no room for, before the step."""

@@ -23,6 +23,10 @@ class SamplingMode(StrEnum):
 
     GREEDY = "greedy"  # every row takes the likeliest token
     SAMPLE = "sample"  # temperature, top-k, top-p, min-p, min_tokens
+    FULL = "full"  # masks, and all that reads or changes logits row by row (`full_sampling.py`); one token a step
+
+
+LOOPING_MODES = (SamplingMode.GREEDY, SamplingMode.SAMPLE)  # those whose steps may draw several tokens a row
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +45,7 @@ class SamplingRows:
 
 
 def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) -> Int[Array, " B"]:
-    """The next token of each row."""
+    """The next token of each row; `full_sampling.sample_full` does what FULL has beyond SAMPLE."""
     if mode is SamplingMode.GREEDY:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     holds = rows.positions < rows.hold_until

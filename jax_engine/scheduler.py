@@ -173,11 +173,15 @@ class Scheduler:
 
     def _num_steps(self, bound: int) -> int:
         """How many tokens a request may draw in the next plan: up to `bound` while nobody waits, all running requests
-        decode, the host need not see each token, and there are pages for that many; else one.
+        decode, the host need not see each token, none is in the FULL sampling mode, and there are pages for that many;
+        else one.
         """
         if bound == 1 or self.num_waiting:
             return 1
-        if any(request.asked.needs_host or request.num_uncomputed > 1 for request in self.running):
+        if any(
+            request.asked.needs_host or request.asked.needs_full or request.num_uncomputed > 1
+            for request in self.running
+        ):
             return 1
         decoding = [request for request in self.running if request.num_uncomputed]
         needed = sum(self.cache.num_new_pages(request, min(bound, request.num_undrawn)) for request in decoding)

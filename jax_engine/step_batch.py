@@ -98,6 +98,11 @@ class StepBatch:
     page_updates: Int[Array, "U 3"]
     sampling: SamplingRows
 
+    @property
+    def last_rows(self) -> Int[Array, " B"]:
+        """The token row that each sequence's next token is drawn from."""
+        return jnp.maximum(self.query_starts[1:] - 1, 0)
+
     @classmethod
     def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":
         view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
@@ -138,6 +143,7 @@ class SlotParameters:
         self._numbers = np.zeros((num_slots, NUM_PARAMETERS), np.int32)
         self._held_back = np.full((num_slots, MAX_HELD_BACK_TOKENS), vocab_size, np.int32)
         self._samples = np.zeros(num_slots, bool)
+        self.needs_full = np.zeros(num_slots, bool)
         self._vocab_size = vocab_size
 
     def set(self, slot: int, asked: CoreRequest) -> None:
@@ -152,9 +158,12 @@ class SlotParameters:
         self._held_back[slot] = self._vocab_size
         self._held_back[slot, : len(held_back)] = held_back
         self._samples[slot] = asked.temperature > 0 or bool(asked.min_tokens and held_back)
+        self.needs_full[slot] = asked.needs_full
 
     def mode(self, slots: NDArray[np.int32]) -> SamplingMode:
         """The least that a step over these slots needs."""
+        if self.needs_full[slots].any():
+            return SamplingMode.FULL
         return SamplingMode.SAMPLE if self._samples[slots].any() else SamplingMode.GREEDY
 
     def copy_into(self, view: dict[str, NDArray[np.int32]], slots: NDArray[np.int32]) -> None:

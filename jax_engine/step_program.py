@@ -4,8 +4,9 @@ A plan of decodes alone may have several tokens a row: the same step, looped ove
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_engine.decode_loop import decode_loop
+from jax_engine.full_sampling import FullInputs, FullResults, FullState, full_rows, sample_full
 from jax_engine.loader import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
@@ -20,6 +22,9 @@ from jax_engine.row_blocks import by_blocks
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch, write_block_tables
+
+Rows = TypeVar("Rows")  # pytrees of arrays with one entry for each row
+Results = TypeVar("Results")
 
 
 @jax.tree_util.register_dataclass
@@ -54,12 +59,21 @@ class Program:
         loop = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
         return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}"
 
+    def can_do(self, mode: SamplingMode) -> bool:
+        """Whether it serves steps of a mode: its own and those before it."""
+        modes = list(SamplingMode)
+        return modes.index(self.mode) >= modes.index(mode)
+
     def holds(self, num_tokens: int, num_sequences: int, num_steps: int) -> bool:
         is_of_kind = (self.num_steps > 1) == (num_steps > 1)
         return is_of_kind and num_steps <= self.num_steps and self.bucket.holds(num_tokens, num_sequences)
 
 
 StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, "K B"]]]
+FullStepFunction = Callable[
+    [tuple[jax.Array, ...], DeviceState, FullState, Int[Array, " W"], FullInputs],
+    tuple[DeviceState, FullState, FullResults],
+]
 
 
 def step_function(
@@ -78,7 +92,7 @@ def step_function(
     rows, and then sequences, go through it `row_block` at a time, which divides the bucket's sizes; all at once without
     it.
     """
-    num_tokens = layout.bucket.num_tokens
+    assert mode is not SamplingMode.FULL
 
     def step(
         leaves: tuple[jax.Array, ...], state: DeviceState, buffer: Int[Array, " W"]
@@ -93,32 +107,73 @@ def step_function(
             last_rows: Int[Array, " B"],
             rows: SamplingRows,
         ) -> tuple[KVPages, Int[Array, " B"]]:
-            cache, hidden = run_model(model, tokens, cache, sequences, row_block)
-            given = replace(batch, sampling=rows)
-            return cache, draw_tokens(model, hidden[last_rows], given, mode, placement, row_block)
+            def draw(logits: Float[Array, "R V"], rows: SamplingRows) -> Int[Array, " R"]:
+                return sample(logits, rows, mode)
 
-        block_tables = write_block_tables(state.block_tables, batch.page_updates)
-        first_rows = layout.num_slots * jnp.arange(layout.num_groups)[:, None]
-        sequences = SequenceTable.build(
-            block_tables[first_rows + jnp.minimum(batch.slots, layout.num_slots - 1)],
-            batch.query_starts,
-            batch.kv_lengths,
-            batch.num_decodes,
-            num_tokens=num_tokens,
-        )
-        last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
-        tokens = jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
+            cache, hidden = run_model(model, tokens, cache, sequences, row_block)
+            # A draw sums a row over the vocabulary dozens of times: on one device, and in the same order on any mesh.
+            by_rows = mode is not SamplingMode.GREEDY
+            return cache, draw_tokens(
+                model, hidden[last_rows], batch, draw, rows, placement, row_block, by_rows=by_rows
+            )
+
+        block_tables, sequences, tokens = take_batch(state, batch, layout)
         if num_steps > 1:
             cache, latest, drawn = decode_loop(run, state.cache, sequences, tokens, batch, num_steps=num_steps)
         else:
-            last_rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-            cache, latest = run(tokens, state.cache, sequences, last_rows, batch.sampling)
+            cache, latest = run(tokens, state.cache, sequences, batch.last_rows, batch.sampling)
             drawn = latest[None]
-        kept = jnp.where(batch.num_draws > 0, batch.slots, layout.num_slots)
-        last_tokens = state.last_tokens.at[kept].set(latest, mode="drop")
-        return DeviceState(cache, block_tables, last_tokens), drawn
+        return DeviceState(cache, block_tables, keep_tokens(state, batch, latest)), drawn
 
     return step
+
+
+def full_step_function(
+    structure: ModelStructure, layout: BatchLayout, placement: Placement, row_block: int | None = None
+) -> FullStepFunction:
+    """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
+    `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`.
+    """
+
+    def step(
+        leaves: tuple[jax.Array, ...],
+        state: DeviceState,
+        full: FullState,
+        buffer: Int[Array, " W"],
+        inputs: FullInputs,
+    ) -> tuple[DeviceState, FullState, FullResults]:
+        model = structure.merge(leaves)
+        batch = StepBatch.unpack(buffer, layout)
+        block_tables, sequences, tokens = take_batch(state, batch, layout)
+        cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
+        rows = full_rows(batch.sampling, full, inputs, batch.slots)
+        results = draw_tokens(model, hidden[batch.last_rows], batch, sample_full, rows, placement, row_block)
+        return DeviceState(cache, block_tables, keep_tokens(state, batch, results.tokens)), full, results
+
+    return step
+
+
+def take_batch(
+    state: DeviceState, batch: StepBatch, layout: BatchLayout
+) -> tuple[Int[Array, "rows M"], SequenceTable, Int[Array, " T"]]:
+    """The block tables with a step's page updates, its sequences, and its tokens, those of the step before included."""
+    block_tables = write_block_tables(state.block_tables, batch.page_updates)
+    first_rows = layout.num_slots * jnp.arange(layout.num_groups)[:, None]
+    sequences = SequenceTable.build(
+        block_tables[first_rows + jnp.minimum(batch.slots, layout.num_slots - 1)],
+        batch.query_starts,
+        batch.kv_lengths,
+        batch.num_decodes,
+        num_tokens=layout.bucket.num_tokens,
+    )
+    last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
+    return block_tables, sequences, jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
+
+
+def keep_tokens(state: DeviceState, batch: StepBatch, latest: Int[Array, " B"]) -> Int[Array, " slots"]:
+    """The last tokens of all slots, with those that a step drew to be kept."""
+    kept = jnp.where(batch.num_draws > 0, batch.slots, state.last_tokens.shape[0])
+    return state.last_tokens.at[kept].set(latest, mode="drop")
 
 
 def run_model(
@@ -144,36 +199,38 @@ def run_model(
     def block(first: Int[Array, ""], cache: KVPages) -> tuple[KVPages, Float[Array, "R D"]]:
         return run(cache, lax.dynamic_slice_in_dim(tokens, first, row_block), sequences.block(first, row_block))
 
-    embedding = model.model.embed_tokens.weight
-    rows = jax.ShapeDtypeStruct((tokens.shape[0], embedding.shape[1]), embedding.dtype)
-    return by_blocks(block, cache, rows=rows, size=row_block, used=sequences.query_starts[-1])
+    return by_blocks(block, cache, num_rows=tokens.shape[0], size=row_block, used=sequences.query_starts[-1])
 
 
 def draw_tokens(
     model: LlamaForCausalLM,
     hidden: Float[Array, "B D"],
     batch: StepBatch,
-    mode: SamplingMode,
+    draw: Callable[[Float[Array, "R V"], Rows], Results],
+    rows: Rows,
     placement: Placement,
     row_block: int | None,
-) -> Int[Array, " B"]:
-    """The next token of each sequence, from the hidden state of its last token."""
+    *,
+    by_rows: bool = True,
+) -> Results:
+    """What `draw` makes of each sequence's logits and its `rows`, from the hidden state of its last token.
 
-    def draw(hidden: Float[Array, "R D"], rows: SamplingRows) -> Int[Array, " R"]:
+    `by_rows` moves logits and rows so that each row is whole on one device of a mesh.
+    """
+
+    def draw_rows(hidden: Float[Array, "R D"], rows: Rows) -> Results:
         logits = model.compute_logits(hidden)
-        if mode is not SamplingMode.GREEDY:
-            # A row's draw sums over the vocabulary dozens of times: on one device, and in the same order on any mesh.
+        if by_rows:
             logits = placement.by_rows(logits, (None, "vocab"))
             rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
-        return placement.constrain(sample(logits, rows, mode), ())
+        return jax.tree.map(lambda column: placement.constrain(column, ()), draw(logits, rows))
 
     if row_block is None:
-        return draw(hidden, batch.sampling)
+        return draw_rows(hidden, rows)
 
-    def block(first: Int[Array, ""], nothing: None) -> tuple[None, Int[Array, " R"]]:
+    def block(first: Int[Array, ""], nothing: None) -> tuple[None, Results]:
         part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=row_block)
-        return nothing, draw(part(hidden), jax.tree.map(part, batch.sampling))
+        return nothing, draw_rows(part(hidden), jax.tree.map(part, rows))
 
-    rows = jax.ShapeDtypeStruct(hidden.shape[:1], jnp.int32)
     used = jnp.sum(batch.kv_lengths > 0)  # padding follows the sequences
-    return by_blocks(block, None, rows=rows, size=row_block, used=used)[1]
+    return by_blocks(block, None, num_rows=hidden.shape[0], size=row_block, used=used)[1]

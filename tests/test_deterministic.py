@@ -168,8 +168,7 @@ class Steps:
             def logits(first, nothing):
                 return nothing, model.compute_logits(lax.dynamic_slice_in_dim(last, first, size))
 
-            rows = jax.ShapeDtypeStruct((self.NUM_SEQUENCES, VOCAB_SIZE), jnp.float32)
-            return cache, by_blocks(logits, None, rows=rows, size=size, used=jnp.sum(lengths > 0))[1]
+            return cache, by_blocks(logits, None, num_rows=self.NUM_SEQUENCES, size=size, used=jnp.sum(lengths > 0))[1]
 
         self._num_tokens = num_tokens
         self._step = jax.jit(step, donate_argnums=0)

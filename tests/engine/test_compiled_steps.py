@@ -15,7 +15,7 @@ from jax_engine.step_batch import Bucket
 from jax_engine.step_program import Program
 
 PROGRAMS = step_programs(4, 16)
-GREEDY, SAMPLE = SamplingMode
+GREEDY, SAMPLE, FULL = SamplingMode
 
 
 def lower(program: Program) -> jax.stages.Lowered:
@@ -36,7 +36,9 @@ def test_the_largest_comes_first_and_then_the_middle_of_the_widest_gap():
     assert len(order) == len(set(order)) == len(step_programs(8, 64))
     wide = [program for program in order if program.mode is SAMPLE]
     assert sizes(wide) == [64, 1, 12, 4, 24, 2, 8, 16, 32, 48]
-    assert order == wide + [program for program in order if program.mode is GREEDY], "one that serves both modes first"
+    narrow, full = ([program for program in order if program.mode is mode] for mode in (GREEDY, FULL))
+    assert order == [*wide, *narrow, *full], "one that serves both modes first, and one that few requests need last"
+    assert sizes(full) == [64, 1, 8, 4, 16]
 
 
 def test_a_single_program_is_an_order():
@@ -46,12 +48,14 @@ def test_a_single_program_is_an_order():
 def test_a_step_takes_the_smallest_program_that_is_ready():
     steps = compiled()
     steps.compile_largest()
-    assert {steps.find(1, 1, mode)[0] for mode in SamplingMode} == {steps.largest}
+    assert {steps.find(1, 1, mode)[0] for mode in (GREEDY, SAMPLE)} == {steps.largest}
     steps.compile_rest(background=False)
     assert steps.num_ready == len(PROGRAMS)
     assert steps.find(3, 2, GREEDY)[0] == Program(Bucket(4, 4), GREEDY)
     assert steps.find(3, 2, SAMPLE)[0] == Program(Bucket(4, 4), SAMPLE)
     assert steps.find(5, 2, GREEDY)[0] == Program(Bucket(8, 4), SAMPLE)
+    assert steps.find(2, 2, FULL)[0] == Program(Bucket(4, 4), FULL)
+    assert steps.find(5, 2, FULL)[0] == Program(Bucket(16, 4), FULL)
     assert steps.num_in_request_path == 0
 
 
@@ -59,6 +63,8 @@ def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path
     steps = compiled()
     steps.find(1, 1, GREEDY)
     assert steps.num_in_request_path == 1
+    assert steps.find(1, 1, FULL)[0] == Program(Bucket(16, 4), FULL)
+    assert steps.num_in_request_path == 2
 
 
 def test_programs_are_traced_one_at_a_time_and_compiled_side_by_side():
@@ -117,7 +123,7 @@ def test_a_program_that_does_not_compile_is_missed_in_the_background_and_an_erro
     steps.compile_rest(background=True)
     steps.wait()
     assert "4 tokens x 4 sequences, sample did not compile" in caplog.text
-    assert steps.num_ready == len(PROGRAMS) - 2
+    assert steps.num_ready == len(PROGRAMS) - 3
     assert steps.find(3, 2, SAMPLE)[0].bucket.num_tokens == 8
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         compiled(lower=broken).compile_rest(background=False)

@@ -20,7 +20,7 @@ from jax_engine.planner import (
     step_programs,
     step_sizes,
 )
-from jax_engine.sampler import SamplingMode
+from jax_engine.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.scheduler import Scheduler
 from jax_engine.step_batch import Bucket
 from jax_engine.step_plan import SchedulerLimits
@@ -40,7 +40,7 @@ MIB = 2**20
 def test_every_step_the_scheduler_may_plan_fits_one_of_few_programs(max_num_seqs, extra):
     budget = max_num_seqs + extra
     programs = step_programs(max_num_seqs, budget)
-    assert len(programs) == len(set(programs)) <= 26
+    assert len(programs) == len(set(programs)) <= 26 + 8
     assert max(programs).bucket.holds(budget, max_num_seqs)
     for num_tokens in {1, max_num_seqs, budget, (1 + budget) // 2}:
         num_sequences = min(num_tokens, max_num_seqs)
@@ -55,8 +55,9 @@ def test_at_usual_limits_padding_stays_under_60_percent_of_any_step(max_num_seqs
 def test_steps_with_a_chunk_have_one_program_and_decodes_one_for_each_mode():
     programs = step_programs(4, 16)
     assert [(program.bucket.num_tokens, program.mode) for program in programs] == [
-        *((size, mode) for size in (1, 2, 4) for mode in SamplingMode),
+        *((size, mode) for size in (1, 2, 4) for mode in LOOPING_MODES),
         *((size, SamplingMode.SAMPLE) for size in (8, 12, 16)),
+        *((size, SamplingMode.FULL) for size in (1, 4, 16)),
     ]
 
 
@@ -95,7 +96,7 @@ def test_a_prompt_alone_is_not_cut_to_a_step_program():
 
 
 def test_steps_in_blocks_of_rows_have_one_program():
-    assert step_programs(5, 48, row_block=32) == (Program(Bucket(64, 32), SamplingMode.SAMPLE),)
+    assert step_programs(5, 48, row_block=32) == (Program(Bucket(64, 32), SamplingMode.FULL),)
 
 
 def test_a_page_is_what_the_layout_says():
