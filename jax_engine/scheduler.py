@@ -147,8 +147,9 @@ class Scheduler:
         """
         limits, num_free = self.limits, len(self._free_slots)
         limit, sizes = limits.token_budget, limits.step_sizes
+        only_decodes = num_decodes == len(self.running) and not self.waiting
         fill_it = 1 < num_free < len(self.waiting)  # with whose prompts, only sorting the queue would tell
-        if not sizes or not num_decodes or fill_it or not limits.enable_chunked_prefill:
+        if not sizes or not num_decodes or only_decodes or fill_it or not limits.enable_chunked_prefill:
             return limit
         first = self.waiting.first()
         starting = self.waiting if len(self.waiting) <= num_free else [first] if first and num_free else []

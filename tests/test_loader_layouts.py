@@ -115,7 +115,8 @@ for load, name, options in [*cases, (copied, "shared", {}), (copied, "shared", r
         shape = other.addressable_shards[0].data.shape
         divisors = [{"data": 2, "tensor": 4}.get(axes.get(axis), 1) for axis in parameter.logical_axes]
         assert shape == tuple(size // by for size, by in zip(parameter.shape, divisors)), parameter
-        np.testing.assert_array_equal(one, other)
+        # Random numbers are computed, and a compiler may round the ends of a vector loop in another way.
+        np.testing.assert_allclose(one, other, rtol=1e-6 if options.get("load_format") == "dummy" else 0)
 """
 
 
