@@ -14,7 +14,9 @@ A share of the clients leave, in the middle of an answer or before it. Checked a
 - at the end no request runs or waits, no page is in use, and no compile was waited for;
 - memory: neither process has grown since a quarter of the requests were done, beyond an allowance.
 
-Requests are the same for the same seed. Ends with status 1 if a check failed. What follows `--` goes to the server.
+Requests are the same for the same seed. Programs of other sizes may round a logit otherwise, so that now and then a
+seeded answer draws another token; with `--deterministic` none does. Ends with status 1 if a check failed. What follows
+`--` goes to the server.
 """
 
 import argparse
@@ -112,9 +114,10 @@ def draw_visits(count: int, num_specs: int, rng: random.Random) -> list[Visit]:
     return visits
 
 
-def known_answers(specs: Sequence[Spec], max_model_len: int) -> list[list[Answer]]:
+def known_answers(specs: Sequence[Spec], max_model_len: int, *, deterministic: bool) -> list[list[Answer]]:
     """What each request must answer: each run to its end alone, with all the memory it wants."""
-    llm = LLM(max_num_seqs=1, max_model_len=max_model_len, enable_prefix_caching=False)
+    limits = {"max_num_batched_tokens": 64, "max_model_len": max_model_len}
+    llm = LLM(max_num_seqs=1, enable_prefix_caching=False, deterministic=deterministic, **limits)
     try:
         outputs = llm.generate([spec.prompt for spec in specs], [spec.params() for spec in specs], use_tqdm=False)
     finally:
@@ -281,6 +284,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--num-different", type=int, default=400, metavar="N", help="requests (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=96, metavar="N", help="open at once (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="bitwise equal numbers in any batch, and so certainly equal answers",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and complaint there too")
     parser.add_argument("server_arguments", nargs="*", metavar="-- FLAGS", help="passed to the server")
     return parser.parse_args(arguments)
@@ -291,8 +299,9 @@ def main() -> None:
     rng = random.Random(options.seed)
     specs = draw_specs(options.num_different, rng)
     visits = draw_visits(options.num_requests, len(specs), rng)
-    known = known_answers(specs, max_model_len=512)
-    with running_server(None, [*PRESSURE, *options.server_arguments]) as url:
+    known = known_answers(specs, max_model_len=512, deterministic=options.deterministic)
+    exactness = ["--deterministic"] if options.deterministic else []
+    with running_server(None, [*PRESSURE, *exactness, *options.server_arguments]) as url:
         figures, complaints = asyncio.run(soak(Target(url), specs, visits, known, options.concurrency))
     print(format_table(["", "soak"], [[name, value] for name, value in figures.items()]))
     if options.json:

@@ -49,8 +49,9 @@ def test_counts_at_the_end_are_held_to_what_was_asked():
 def test_requests_under_pressure_from_clients_that_leave_end_once_and_right(tmp_path):
     """Some hundreds of requests; ten thousand are `python benchmarks/soak.py`."""
     report = tmp_path / "report.json"
-    command = [sys.executable, str(SOAK), "--num-requests", "400", "--num-different", "60", "--json", str(report)]
-    command += ["--", "--max-num-seqs", "16", "--max-num-batched-tokens", "64"]  # few programs to compile
+    command = [sys.executable, str(SOAK), "--num-requests", "400", "--num-different", "60", "--deterministic"]
+    command += ["--json", str(report), "--", "--max-num-seqs", "16", "--max-num-batched-tokens", "64"]
+    command += ["--kv-cache-memory-bytes", "2M"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

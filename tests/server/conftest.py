@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,7 @@ class RunningServer:
     url: str
     log_file: Path
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
@@ -66,6 +67,7 @@ class RunningServer:
 
     def stop(self) -> int:
         """End it as an operator would, and return the exit code."""
+        self.client.close()
         self.process.terminate()
         try:
             return self.process.wait(60)
@@ -102,6 +104,7 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
 
     yield start
     for server in started:
+        server.client.close()
         if server.process.poll() is None:
             server.stop()
 

@@ -200,22 +200,18 @@ def test_usage_tells_what_came_from_the_cache(server, route):
     def ask(**settings):
         settings = {"model": "demo", "max_tokens": 2, **settings}
         if route == "chat":
-            return client.chat.completions.create(messages=[{"role": "user", "content": words}], **settings)
-        return client.completions.create(prompt=words, **settings)
+            return server.client.chat.completions.create(messages=[{"role": "user", "content": words}], **settings)
+        return server.client.completions.create(prompt=words, **settings)
 
-    def check_cached() -> None:
-        first, again = ask(), ask()
-        expected = (again.usage.prompt_tokens - 1) // 16 * 16
-        assert expected >= 32
-        assert cached_tokens(first) < expected
-        assert cached_tokens(again) == expected
-        *_, last = ask(stream=True, stream_options={"include_usage": True})
-        assert cached_tokens(last) == expected
-        salted = [ask(extra_body={"cache_salt": "mine"}) for _ in range(2)]
-        assert [cached_tokens(answer) for answer in salted] == [0, expected]
-
-    with server.client as client:
-        check_cached()
+    first, again = ask(), ask()
+    expected = (again.usage.prompt_tokens - 1) // 16 * 16
+    assert expected >= 32
+    assert cached_tokens(first) < expected
+    assert cached_tokens(again) == expected
+    *_, last = ask(stream=True, stream_options={"include_usage": True})
+    assert cached_tokens(last) == expected
+    salted = [ask(extra_body={"cache_salt": "mine"}) for _ in range(2)]
+    assert [cached_tokens(answer) for answer in salted] == [0, expected]
 
 
 def test_prefix_cache_metrics_and_reset(server):
