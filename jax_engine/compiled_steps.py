@@ -4,6 +4,9 @@ The largest program is compiled first, and from then on the engine serves, becau
 The others follow in background threads, in the order in which they help most. A step never waits for a compile: it
 takes the smallest program that is ready and large enough. Programs of the FULL sampling mode come last: most engines
 are never asked for it.
+
+An executable for a CPU takes some 40 memory maps for each layer that is not scanned. Linux lets a process have 65,530
+by default, and where there are no more XLA's compiler crashes; compiling ends before that.
 """
 
 import logging
@@ -12,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import jax
 
@@ -21,18 +25,26 @@ from jax_engine.step_program import Program
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_THREADS = 4  # a compile of a large program takes gigabytes of host memory
+MOST_MEMORY_MAPS = 0.75  # of those that Linux allows: the rest is for arrays, threads and the compiler itself
 
 
 class CompiledSteps:
     """Programs, compiled once each. Mutable; owned by the runner; background threads add to it."""
 
     def __init__(
-        self, programs: Iterable[Program], lower: Callable[[Program], jax.stages.Lowered], *, threads: int | None = None
+        self,
+        programs: Iterable[Program],
+        lower: Callable[[Program], jax.stages.Lowered],
+        *,
+        threads: int | None = None,
+        most_memory_maps: float = MOST_MEMORY_MAPS,
     ) -> None:
         """`programs` are all there will be, of each size one in SAMPLE mode at least; `lower` traces one; `threads`
-        compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most).
+        compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most), until the process
+        has the share `most_memory_maps` of those it may have.
         """
         self._lower = lower
+        self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
@@ -153,6 +165,9 @@ class CompiledSteps:
                 program = self._queue.popleft()
             except IndexError:
                 return
+            if (share := share_of_memory_maps()) > self._most_memory_maps:
+                self._leave_out(program, share)
+                return
             try:
                 self._compile(program)
             except jax.errors.JaxRuntimeError as error:
@@ -163,6 +178,21 @@ class CompiledSteps:
                     self._num_done += 1
                     self._last_done = time.monotonic()
                     self._log_progress()
+
+    def _leave_out(self, program: Program, share: float) -> None:
+        """Compile no more, and say why."""
+        with self._changing:
+            if not self._stop.is_set():
+                logger.warning(
+                    "%d of %d step programs stay uncompiled, such as %s, and their steps are padded to larger ones: "
+                    "the process has %.0f %% of the memory maps it may have; raise vm.max_map_count (sysctl), or set "
+                    "scan_layers=True for smaller programs",
+                    len(self.programs) - self.num_ready,
+                    len(self.programs),
+                    program,
+                    100 * share,
+                )
+            self._stop.set()
 
     def _log_progress(self) -> None:
         if self._num_done == self._num_queued:
@@ -195,6 +225,15 @@ class CompiledSteps:
                 ready = [other for other in self._executables if other.can_do(mode)]
                 self._by_mode[mode] = sorted(ready, key=lambda other: (other.bucket, modes.index(other.mode)))
         return executable
+
+
+def share_of_memory_maps() -> float:
+    """This process's memory maps, as a share of those that Linux allows it; 0 where that cannot be told."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        return Path("/proc/self/maps").read_bytes().count(b"\n") / limit
+    except OSError:  # not Linux
+        return 0.0
 
 
 def compile_order(programs: Iterable[Program]) -> list[Program]:

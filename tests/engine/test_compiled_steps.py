@@ -129,6 +129,18 @@ def test_a_program_that_does_not_compile_is_missed_in_the_background_and_an_erro
         compiled(lower=broken).compile_rest(background=False)
 
 
+def test_compiling_ends_before_the_process_has_all_memory_maps(caplog):
+    steps = compiled(most_memory_maps=0.0)
+    steps.compile_largest()
+    steps.compile_rest(background=True)
+    steps.wait()
+    assert (steps.num_ready, steps.eta) == (1, 0)
+    (warning,) = [record.message for record in caplog.records]
+    assert f"{len(PROGRAMS) - 1} of {len(PROGRAMS)} step programs stay uncompiled" in warning
+    assert "raise vm.max_map_count" in warning
+    assert steps.find(3, 2, SAMPLE)[0] == steps.largest
+
+
 def test_no_threads_are_refused():
     with pytest.raises(ValueError, match=r"compile_threads=0 must be .*; leave it out for half of the processor's"):
         EngineConfig(compile_threads=0)
