@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jax_engine.output_processor import QueueOverflowError as QueueOverflowError
     from jax_engine.output_processor import RequestFailedError as RequestFailedError
     from jax_engine.outputs import CompletionOutput as CompletionOutput
+    from jax_engine.outputs import Logprob as Logprob
     from jax_engine.outputs import RequestOutput as RequestOutput
     from jax_engine.processor import TextPrompt as TextPrompt
     from jax_engine.processor import TokensPrompt as TokensPrompt
@@ -23,6 +24,7 @@ _HOMES = {
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
     "EngineDeadError": "core_client",
+    "Logprob": "outputs",
     "QueueOverflowError": "output_processor",
     "RequestFailedError": "output_processor",
     "RequestOutput": "outputs",

@@ -96,9 +96,11 @@ class AsyncLLM:
             core.info,
             seed=config.seed,
             scheduling_policy=config.scheduling_policy,
+            max_logprobs=config.max_logprobs,
             numbers=itertools.count(number, count),
         )
         self._outputs = OutputProcessor(text.tokenizer)
+        self.token_texts = self._outputs.texts
         self._streams: dict[str, RequestStream] = {}
         self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
         self._dead_callbacks: list[Callable[[str], object]] = []

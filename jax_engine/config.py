@@ -8,6 +8,7 @@ from jax_engine.sampling_params import integer, number
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
+MAX_LOGPROBS = 1024  # beyond it, sorting takes longer than all else that a step does
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
@@ -47,6 +48,7 @@ class EngineConfig:
     max_num_queued_reqs: int | None = None  # sequences in flight, waiting or running, of a server; None: no bound
     num_scheduler_steps: int = 1  # tokens that a request draws in one step while nothing waits: a loop on the device
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
+    max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
     kv_cache_memory_bytes: int | None = None
@@ -122,6 +124,14 @@ class EngineConfig:
         self._check_scheduling()
 
     def _check_scheduling(self) -> None:
+        integer(
+            "max_logprobs",
+            self.max_logprobs,
+            low=0,
+            high=MAX_LOGPROBS,
+            remedy="20 is the default; every step that is asked for any finds that many, and the whole vocabulary "
+            "(-1) is not supported",
+        )
         choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
         integer(
             "num_scheduler_steps",

@@ -88,7 +88,13 @@ class LLM:
         self._tokenizer = text.tokenizer
         self._core: InProcessCore | None = InProcessCore(config)
         self.info = self._core.info
-        self._inputs = InputProcessor(text, self.info, seed=config.seed, scheduling_policy=config.scheduling_policy)
+        self._inputs = InputProcessor(
+            text,
+            self.info,
+            seed=config.seed,
+            scheduling_policy=config.scheduling_policy,
+            max_logprobs=config.max_logprobs,
+        )
         self._outputs = OutputProcessor(text.tokenizer)
         self._request_ids = map(str, itertools.count())
         self._lock = threading.Lock()

@@ -42,6 +42,14 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
         return self.controls is not None
 
 
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Log-probabilities at one position: of its own token, and then of the likeliest in order."""
+
+    rank: int  # of its own token, 1 being the likeliest
+    token_ids: list[int]
+    logprobs: list[float]
+
+
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
     end of sequence), "length", "abort", "error", or "refused" when the queue is full."""
@@ -54,6 +62,8 @@ class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     error: str | None = None  # what went wrong, with finish_reason "error" or "refused"
+    logprobs: list[TokenLogprobs] | None = None  # one for each new token, if asked for
+    prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on, with the first output
 
 
 class StepOutputs(msgspec.Struct, array_like=True, frozen=True, tag="step"):

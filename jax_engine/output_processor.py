@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jax_engine.detokenizer import IncrementalDetokenizer, StopMatcher, StopStrings
-from jax_engine.messages import CoreOutput
-from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jax_engine.messages import CoreOutput, TokenLogprobs
+from jax_engine.outputs import CompletionOutput, Logprob, LogprobsAtPosition, RequestMetrics, RequestOutput
 from jax_engine.processor import PreparedRequest
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.token_texts import TokenTexts
 from jax_engine.tokenizer import Tokenizer
 
 
@@ -22,6 +23,28 @@ class QueueOverflowError(RuntimeError):
     """
 
 
+class LogprobRecord:
+    """The log-probabilities of a growing sequence's tokens, as the user gets them. Mutable; owned by a `Completion`."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self.positions: list[LogprobsAtPosition] = []  # with deltas, those that no output had yet
+        self.cumulative = 0.0
+        self._texts = texts
+
+    def append(self, position: TokenLogprobs) -> None:
+        self.cumulative += position.logprobs[0]
+        self.positions.append(by_token(position, self._texts))
+
+
+def by_token(position: TokenLogprobs, texts: TokenTexts) -> LogprobsAtPosition:
+    """vLLM's dictionary: the position's own token first, which may be one of the likeliest."""
+    ranks = (position.rank, *range(1, len(position.token_ids)))
+    return {
+        token: Logprob(logprob, rank, texts.text(token))
+        for token, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True)
+    }
+
+
 class Completion:
     """One completion as it grows. Mutable; owned by its `RequestState`.
 
@@ -30,7 +53,12 @@ class Completion:
     """
 
     def __init__(
-        self, index: int, params: SamplingParams, detokenizer: IncrementalDetokenizer, stops: StopStrings | None
+        self,
+        index: int,
+        params: SamplingParams,
+        detokenizer: IncrementalDetokenizer,
+        stops: StopStrings | None,
+        texts: TokenTexts,
     ) -> None:
         self.index = index
         self.finish_reason: str | None = None
@@ -43,15 +71,16 @@ class Completion:
         self._token_ids: list[int] = []  # all so far; with DELTA, those that no output had yet
         self._text: list[str] = []  # pieces of the text, likewise
         self._undecoded: list[int] = []
+        self._logprobs = LogprobRecord(texts) if params.logprobs is not None else None
 
     def extend(self, output: CoreOutput) -> bool:
         """Take the core's new tokens; returns whether a stop string ended a sequence that the core would go on with."""
         self.changed = True
         if self._matcher is None:
-            self._append(output.new_token_ids)
+            self._append(output.new_token_ids, output.logprobs)
         else:
             for position, token in enumerate(output.new_token_ids):
-                self._append([token])
+                self._append([token], output.logprobs and output.logprobs[position : position + 1])
                 if self._is_hidden(output, position):
                     continue
                 if self._match(self._matcher, self._decode_pending()):
@@ -77,20 +106,30 @@ class Completion:
         self.changed = False
         if self._matcher is None and self._undecoded:
             self._text.append(self._decode_pending())
-        text, token_ids = "".join(self._text), self._token_ids
+        text, token_ids, record = "".join(self._text), self._token_ids, self._logprobs
+        logprobs = record.positions if record else None
         if kind is RequestOutputKind.DELTA:
             self._text, self._token_ids = [], []
+            if record:
+                record.positions = []
         else:
             self._text, token_ids = [text], token_ids.copy()
+            logprobs = logprobs and logprobs.copy()
         return CompletionOutput(
             index=self.index,
             text=text,
             token_ids=token_ids,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            cumulative_logprob=record.cumulative if record else None,
+            logprobs=logprobs,
         )
 
-    def _append(self, token_ids: list[int]) -> None:
+    def _append(self, token_ids: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        if self._logprobs is not None:
+            assert len(logprobs or ()) == len(token_ids), "each token comes with the log-probabilities asked for"
+            for position in logprobs or ():
+                self._logprobs.append(position)
         self._token_ids += token_ids
         self._undecoded += token_ids
         self.num_tokens += len(token_ids)
@@ -120,7 +159,7 @@ class Completion:
 class RequestState:
     """One live request: its prompt and its completions. Mutable; owned by the `OutputProcessor`."""
 
-    def __init__(self, request: PreparedRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: PreparedRequest, tokenizer: Tokenizer, texts: TokenTexts) -> None:
         params = request.params
         stops = StopStrings(params.stop_strings) if params.stop_strings else None
         self.request = request
@@ -135,9 +174,12 @@ class RequestState:
                     tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_token_ids=request.prompt_token_ids
                 ),
                 stops,
+                texts,
             )
             for index in range(params.n)
         ]
+        self._texts = texts
+        self._prompt_logprobs: list[LogprobsAtPosition | None] | None = None  # with deltas, until they were taken
         self._num_cached_tokens = 0
         self._first_scheduled_time: float | None = None
         self._first_token_time: float | None = None
@@ -154,6 +196,8 @@ class RequestState:
         if output.new_token_ids:
             self._first_token_time = self._first_token_time or now
             self._last_token_time = now
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = [None, *(by_token(position, self._texts) for position in output.prompt_logprobs)]
         self._first_scheduled_time = self._first_scheduled_time or output.first_scheduled_time
         if completion.index == 0:  # the others may find what this one has computed
             self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
@@ -166,6 +210,9 @@ class RequestState:
         request = self.request
         kind = request.params.output_kind
         delta = kind is RequestOutputKind.DELTA
+        prompt_logprobs = self._prompt_logprobs
+        if delta:
+            self._prompt_logprobs = None
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
@@ -180,6 +227,7 @@ class RequestState:
                 num_preemptions=sum(self._num_preemptions.values()),
             ),
             num_cached_tokens=self._num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -195,6 +243,7 @@ class OutputProcessor:
     """All live requests of one engine. Mutable; owned by one `LLM` or `AsyncLLM` and used from one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.texts = TokenTexts(tokenizer)
         self._tokenizer = tokenizer
         self._requests: dict[str, RequestState] = {}
         self._sequences: dict[str, tuple[RequestState, Completion]] = {}
@@ -215,7 +264,7 @@ class OutputProcessor:
         """
         if request.request_id in self._requests:
             raise ValueError(f"request_id={request.request_id!r} is in use by a running request; use a unique one")
-        state = RequestState(request, self._tokenizer)
+        state = RequestState(request, self._tokenizer, self.texts)
         self._requests[request.request_id] = state
         for core_request, completion in zip(request.core_requests, state.completions, strict=True):
             self._sequences[core_request.request_id] = (state, completion)

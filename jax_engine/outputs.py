@@ -6,6 +6,19 @@ Structs rather than frozen dataclasses: one of each is made for every streamed t
 import msgspec
 
 
+class Logprob(msgspec.Struct, frozen=True):
+    """The log-probability of one token at one position, under the model's own distribution: before temperature,
+    penalties and masks.
+    """
+
+    logprob: float  # natural logarithm
+    rank: int | None = None  # among all tokens, 1 being the likeliest; of equal ones each has the last one's
+    decoded_token: str | None = None  # its text by itself; special tokens are shown
+
+
+LogprobsAtPosition = dict[int, Logprob]  # the position's own token first, then the likeliest ones in order
+
+
 class CompletionOutput(msgspec.Struct, frozen=True):
     """One completion of a prompt, as far as it has got."""
 
@@ -14,6 +27,8 @@ class CompletionOutput(msgspec.Struct, frozen=True):
     token_ids: list[int]
     finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
     stop_reason: int | str | None = None  # the stop id or stop string that ended it; None for end of sequence
+    cumulative_logprob: float | None = None  # of all tokens so far, also where the other fields are deltas
+    logprobs: list[LogprobsAtPosition] | None = None  # one for each of `token_ids`, if `SamplingParams.logprobs` asks
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -40,3 +55,6 @@ class RequestOutput(msgspec.Struct, frozen=True):
     metrics: RequestMetrics | None = None
     # Prompt tokens that an earlier request had left in the prefix cache; with several completions, those of the first.
     num_cached_tokens: int = 0
+    # One for each prompt token, None for the first, if `SamplingParams.prompt_logprobs` asks; with deltas, in the first
+    # output alone.
+    prompt_logprobs: list[LogprobsAtPosition | None] | None = None

@@ -89,6 +89,7 @@ class InputProcessor:
         *,
         seed: int = 0,
         scheduling_policy: str = "fcfs",
+        max_logprobs: int = 20,
         numbers: Iterator[int] | None = None,
     ) -> None:
         """`seed` is the engine's, for requests without one. The `numbers` tell requests apart, in the core and in what
@@ -100,6 +101,7 @@ class InputProcessor:
         self._info = info
         self._seed = seed
         self._scheduling_policy = scheduling_policy
+        self._max_logprobs = max_logprobs
         self._numbers = itertools.count() if numbers is None else numbers
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> PreparedRequest:
@@ -113,6 +115,7 @@ class InputProcessor:
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         self._check_stop_ids(params)
+        self._check_logprobs(params)
         cache_salt = checked_salt(prompt)
         max_tokens = self._max_tokens(len(token_ids), params)
         number = next(self._numbers)
@@ -196,6 +199,14 @@ class InputProcessor:
                 f"priority={priority} needs scheduling_policy='priority', and this engine's is "
                 f"{self._scheduling_policy!r}; leave it out or send 0"
             )
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self._max_logprobs:
+                raise ValueError(
+                    f"{name}={getattr(params, name)} must be at most max_logprobs={self._max_logprobs}; ask for fewer, "
+                    "or start the engine with a larger max_logprobs"
+                )
 
     def _check_stop_ids(self, params: SamplingParams) -> None:
         stop_ids = params.stop_token_ids or ()

@@ -42,6 +42,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    logprobs: int | None = None  # of each token drawn, and of so many of the likeliest beside it
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -86,6 +88,10 @@ class SamplingParams:
             integer(
                 "max_tokens", self.max_tokens, low=1, high=2**31 - 1, remedy="leave it None for the rest of the context"
             )
+        for name in ("logprobs", "prompt_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                remedy = "0 is the token's own, None turns it off"
+                integer(name, value, low=0, high=2**31 - 1, remedy=remedy)
         integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1, remedy="0 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

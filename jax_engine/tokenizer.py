@@ -74,6 +74,10 @@ class Tokenizer:
             return str(self.hugging_face.backend_tokenizer.decode(token_ids, skip_special_tokens=False))
         return str(self.hugging_face.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def token(self, token_id: int) -> str:
+        """A known id's entry in the vocabulary, in the tokenizer's own writing."""
+        return str(self.hugging_face.convert_ids_to_tokens(token_id))
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -111,6 +111,7 @@ STEP_FLAGS = (
     Flag("max_num_seqs", "sequences that run at once", type=count, metavar="N"),
     Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
     Flag("num_scheduler_steps", "tokens a request draws in a step while nothing waits", type=count, metavar="N"),
+    Flag("max_logprobs", "log-probabilities of a position that a request may ask for", type=count, metavar="N"),
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),

@@ -29,11 +29,13 @@ class Frames(ABC):
         """What comes before the first text of completion `index`."""
 
     @abstractmethod
-    def delta(self, index: int, text: str) -> bytes:
-        """New text."""
+    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        """New text, and log-probabilities in the route's form (see `answers.py`)."""
 
     @abstractmethod
-    def finish(self, index: int, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
+    def finish(
+        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+    ) -> bytes:
         """The last text, which may be empty, and why it ended."""
 
     @abstractmethod
@@ -79,15 +81,20 @@ class CompletionFrames(OpenAIFrames):
     def start(self, index: int) -> bytes:
         return b""
 
-    def delta(self, index: int, text: str) -> bytes:
+    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        if logprobs is not None:
+            ending = {"logprobs": logprobs, "finish_reason": None, "stop_reason": None}
+            return self._choice({"index": index, "text": text, **ending})
         return b'%b{"index":%d,"text":%b%b' % (self._before_choices, index, encode_json(text), self._after_text)
 
-    def finish(self, index: int, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
+    def finish(
+        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+    ) -> bytes:
         return self._choice(
             {
                 "index": index,
                 "text": text,
-                "logprobs": None,
+                "logprobs": logprobs,
                 "finish_reason": finish_reason,
                 "stop_reason": stop_reason,
             }
@@ -105,7 +112,10 @@ class ChatFrames(OpenAIFrames):
         delta = {"role": "assistant", "content": ""}
         return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def delta(self, index: int, text: str) -> bytes:
+    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        if logprobs is not None:
+            choice = {"index": index, "delta": {"content": text}, "logprobs": logprobs}
+            return self._choice({**choice, "finish_reason": None})
         return b'%b{"index":%d,"delta":{"content":%b%b' % (
             self._before_choices,
             index,
@@ -113,8 +123,10 @@ class ChatFrames(OpenAIFrames):
             self._after_content,
         )
 
-    def finish(self, index: int, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
-        last = self.delta(index, text) if text else b""
+    def finish(
+        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+    ) -> bytes:
+        last = self.delta(index, text, logprobs) if text or logprobs is not None else b""
         choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
         return last + self._choice({**choice, "stop_reason": stop_reason})
 
@@ -127,11 +139,19 @@ class LineFrames(Frames):
     def start(self, index: int) -> bytes:
         return b""
 
-    def delta(self, index: int, text: str) -> bytes:
+    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
+        if logprobs is not None:
+            return self._line({"index": index, "text": text, "finish_reason": None, "logprobs": logprobs})
         return b'{"index":%d,"text":%b,"finish_reason":null}\n' % (index, encode_json(text))
 
-    def finish(self, index: int, text: str, finish_reason: str, stop_reason: int | str | None) -> bytes:
-        return encode_json({"index": index, "text": text, "finish_reason": finish_reason}) + b"\n"
+    def finish(
+        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+    ) -> bytes:
+        line = {"index": index, "text": text, "finish_reason": finish_reason}
+        return self._line(line if logprobs is None else {**line, "logprobs": logprobs})
+
+    def _line(self, content: dict[str, Any]) -> bytes:
+        return encode_json(content) + b"\n"
 
     def end(self, usage: dict[str, Any]) -> bytes:
         return encode_json({"usage": usage}) + b"\n"

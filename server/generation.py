@@ -15,6 +15,7 @@ from jax_engine.output_processor import QueueOverflowError, RequestFailedError
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import Prompt
 from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.answers import Answers
 from jax_engine.server.errors import ApiError, bad_request, unavailable
 from jax_engine.server.frames import Frames
 from jax_engine.server.gate import shutting_down
@@ -137,6 +138,7 @@ class GenerationStream(Response):
         prompts: Sequence[Prompt],
         params: SamplingParams,
         frames: Frames,
+        answers: Answers,
         *,
         priority: int,
     ) -> None:
@@ -147,6 +149,7 @@ class GenerationStream(Response):
         self._params = params
         self._priority = priority
         self._frames = frames
+        self._answers = answers
         self._started: set[int] = set()  # completions that have begun
         self._sending = False
 
@@ -171,7 +174,7 @@ class GenerationStream(Response):
 
     def _written(self, running: Generation, batch: list[tuple[int, RequestOutput]]) -> Iterator[bytes]:
         """The frames of all outputs that are ready: they go out in one write."""
-        frames = self._frames
+        frames, answers = self._frames, self._answers
         for number, output in batch:
             running.trackers[number].take(output)
             for completion in output.outputs:
@@ -179,10 +182,12 @@ class GenerationStream(Response):
                 if index not in self._started:
                     self._started.add(index)
                     yield frames.start(index)
+                text = answers.text(index, output, completion)
+                logprobs = answers.logprobs(index, output, completion)
                 if completion.finish_reason is not None:
-                    yield frames.finish(index, completion.text, completion.finish_reason, completion.stop_reason)
-                elif completion.text:
-                    yield frames.delta(index, completion.text)
+                    yield frames.finish(index, text, completion.finish_reason, completion.stop_reason, logprobs)
+                elif text or logprobs is not None:
+                    yield frames.delta(index, text, logprobs)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
         if not self._sending:

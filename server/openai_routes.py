@@ -6,7 +6,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jax_engine.outputs import CompletionOutput
+from jax_engine.outputs import CompletionOutput, RequestOutput
+from jax_engine.server.answers import ChatAnswers, CompletionAnswers
 from jax_engine.server.body import read_body
 from jax_engine.server.errors import bad_request
 from jax_engine.server.frames import ChatFrames, CompletionFrames, encode_json
@@ -58,24 +59,28 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     """The response to a checked body of /v1/completions."""
     record: RequestRecord = request.state.record
     service.check_model(asked.model)
-    params = asked.sampling_params(service.engine().get_default_sampling_params())
+    engine = service.engine()
+    params = asked.sampling_params(engine.get_default_sampling_params())
+    answers = CompletionAnswers(engine.token_texts, params, engine.tokenizer, echo=bool(asked.echo))
     prompts = asked.prompts()
     priority = asked.priority or 0
     response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, prompts, params, frames, priority=priority)
+        return GenerationStream(service, record, prompts, params, frames, answers, priority=priority)
     async with generation(service, record, prompts, params, request.receive, priority=priority) as running:
         outputs = await running.results()
     choices = [
         {
-            "index": number * params.n + completion.index,
-            "text": completion.text,
-            "logprobs": None,
+            "index": index,
+            "text": answers.text(index, output, completion),
+            "logprobs": answers.logprobs(index, output, completion),
             **ending(completion),
+            **of_prompt(asked, output),
         }
         for number, output in enumerate(outputs)
         for completion in output.outputs
+        for index in (number * params.n + completion.index,)
     ]
     return json_response(
         {
@@ -95,6 +100,7 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
     service.check_model(asked.model)
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
+    answers = ChatAnswers(engine.token_texts, params)
     template = service.settings.chat_template
     try:
         prompt = engine.render_chat(asked.conversation(), chat_template=template, **asked.template_arguments())
@@ -108,14 +114,14 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
     response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, [prompt], params, frames, priority=priority)
+        return GenerationStream(service, record, [prompt], params, frames, answers, priority=priority)
     async with generation(service, record, [prompt], params, request.receive, priority=priority) as running:
         (output,) = await running.results()
     choices = [
         {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": None,
+            "logprobs": answers.logprobs(completion.index, output, completion),
             **ending(completion),
         }
         for completion in output.outputs
@@ -128,8 +134,14 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
             "model": model,
             "choices": choices,
             "usage": record.usage(),
+            **of_prompt(asked, output),
         }
     )
+
+
+def of_prompt(asked: CompletionRequest | ChatCompletionRequest, output: RequestOutput) -> dict[str, Any]:
+    """vLLM's `prompt_logprobs`, by token id, where the client asks for them."""
+    return {} if asked.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}
 
 
 def ending(completion: CompletionOutput) -> dict[str, Any]:

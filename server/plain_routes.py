@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from jax_engine.server.answers import Answers
 from jax_engine.server.body import read_body
 from jax_engine.server.frames import LineFrames
 from jax_engine.server.generation import GenerationStream, generation
@@ -37,17 +38,22 @@ async def answer_plain(service: Service, request: Request, asked: PlainRequest, 
     """The response to a checked body; completions stand in the order of their prompts, `n` for each."""
     record: RequestRecord = request.state.record
     service.check_model(asked.model)
-    params = asked.params(service.engine().get_default_sampling_params(), stream=stream)
+    engine = service.engine()
+    params = asked.params(engine.get_default_sampling_params(), stream=stream)
+    answers = Answers(engine.token_texts, params)
     prompts, priority = asked.prompts(), asked.priority or 0
     if stream:
-        return GenerationStream(service, record, prompts, params, LineFrames(), priority=priority)
+        return GenerationStream(service, record, prompts, params, LineFrames(), answers, priority=priority)
     async with generation(service, record, prompts, params, request.receive, priority=priority) as running:
         outputs = await running.results()
     completions = [completion for output in outputs for completion in output.outputs]
-    return json_response(
-        {
-            "text": [completion.text for completion in completions],
-            "finish_reason": [completion.finish_reason for completion in completions],
-            "usage": record.usage(),
-        }
-    )
+    content = {
+        "text": [completion.text for completion in completions],
+        "finish_reason": [completion.finish_reason for completion in completions],
+        "usage": record.usage(),
+    }
+    if params.logprobs is not None:
+        content["logprobs"] = [completion.logprobs for completion in completions]
+    if params.prompt_logprobs is not None:
+        content["prompt_logprobs"] = [output.prompt_logprobs for output in outputs]
+    return json_response(content)

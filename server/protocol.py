@@ -27,18 +27,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "bad_words": ([],),
     "allowed_token_ids": (),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
-    "echo": (False,),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "parallel_tool_calls": (True,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -96,6 +92,8 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def given(self) -> dict[str, Any]:
         """What is not null."""
@@ -106,6 +104,9 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def sampling_params(base: SamplingParams, given: Mapping[str, Any], *, stream: bool) -> SamplingParams:
     """`base` with what is given; ApiError 400 for a value out of range."""
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
+    if stream and given.get("prompt_logprobs") is not None:
+        message = "prompt_logprobs cannot be streamed; leave out stream, or prompt_logprobs"
+        raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
     try:
         return replace(base, **{**given, "output_kind": kind})
     except ValueError as error:
@@ -148,13 +149,11 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     logit_bias: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
-    prompt_logprobs: Any = None
     truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
     use_beam_search: Any = None
     structured_outputs: Any = None
     response_format: Any = None
-    echo: Any = None
     return_token_ids: Any = None
     service_tier: Any = None
     store: Any = None
@@ -194,15 +193,20 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     prompt: PromptField
     best_of: int | None = None
-    logprobs: Any = None
+    echo: bool | None = None  # the prompt before its completion, with its log-probabilities if any are asked for
     suffix: Any = None
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        if self.logprobs is False:  # here a number; 0 already asks for the sampled token's own
-            raise not_supported("logprobs", False, ())
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise not_supported("best_of", self.best_of, (self.n or 1,))
+
+    def sampling_params(self, base: SamplingParams) -> SamplingParams:
+        """With `echo`, log-probabilities are of the prompt too."""
+        params = GenerationRequest.sampling_params(self, base)
+        if not self.echo or params.logprobs is None:
+            return params
+        return replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
 
     def prompts(self) -> list[Prompt]:
         """The prompts in order; each text or token ids, with what belongs to it."""
@@ -230,8 +234,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    logprobs: Any = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None  # a switch here, the number being top_logprobs
+    top_logprobs: int | None = None
+    echo: Any = None
     parallel_tool_calls: Any = None
     function_call: Any = None
     functions: Any = None
@@ -255,10 +260,15 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         if None not in both and both[0] != both[1]:
             message = f"max_tokens={both[0]} and max_completion_tokens={both[1]} differ; give only the second"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        check_neutral("echo", self.echo, (False,))
+        if self.top_logprobs and not self.logprobs:
+            message = f"top_logprobs={self.top_logprobs} needs logprobs=true; add it, or leave top_logprobs out"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
 
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
         """As for completions, but an answer without a limit goes on to the end of the context."""
-        given = {"max_tokens": self.max_completion_tokens, **self.given()}
+        number = (self.top_logprobs or 0) if self.logprobs else None
+        given = {"max_tokens": self.max_completion_tokens, **self.given(), "logprobs": number}
         return sampling_params(base, given, stream=bool(self.stream))
 
     def template_arguments(self) -> dict[str, Any]:

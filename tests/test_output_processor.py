@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jax_engine import CompletionOutput, RequestOutput, RequestOutputKind, SamplingParams
-from jax_engine.messages import CoreOutput, Ready
+from jax_engine import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
+from jax_engine.messages import CoreOutput, Ready, TokenLogprobs
 from jax_engine.output_processor import OutputProcessor, QueueOverflowError, RequestFailedError, RequestState
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest
 from jax_engine.tokenizer import Tokenizer
@@ -300,3 +300,57 @@ def test_text_that_nobody_looks_at_is_not_decoded(monkeypatch: pytest.MonkeyPatc
         assert play.completion().text == "a" * 101
 
     assert count_decodings(run, monkeypatch) <= 4
+
+
+def logprobs_of(token_ids: list[int], value: float = -1.0) -> list[TokenLogprobs]:
+    """Each token's own, of rank 3, and the likeliest, which is the id after it."""
+    return [TokenLogprobs(3, [token, token + 1], [value, -0.5]) for token in token_ids]
+
+
+def test_logprobs_come_with_their_tokens_as_vllms_dictionaries() -> None:
+    play = Playback(logprobs=1)
+    play.send("ab", logprobs=logprobs_of(ids_of("ab")))
+    play.send("c", logprobs=logprobs_of(ids_of("c"), -2.0), finish_reason="length")
+    completion = play.completion()
+    a = ids_of("a")[0]
+    assert completion.logprobs is not None and len(completion.logprobs) == 3
+    assert completion.logprobs[0] == {a: Logprob(-1.0, 3, "a"), a + 1: Logprob(-0.5, 1, "b")}
+    assert completion.cumulative_logprob == -4.0
+
+
+def test_a_token_that_is_the_likeliest_is_there_once() -> None:
+    play = Playback(logprobs=1)
+    (a,) = ids_of("a")
+    play.send([a], logprobs=[TokenLogprobs(1, [a, a], [-0.25, -0.25])])
+    assert play.completion().logprobs == [{a: Logprob(-0.25, 1, "a")}]
+
+
+def test_deltas_have_the_new_logprobs_and_the_whole_sum() -> None:
+    play = Playback(logprobs=0, output_kind=DELTA)
+    sums = []
+    for text in "abc":
+        play.send(text, logprobs=logprobs_of(ids_of(text)))
+        completion = play.completion()
+        assert [next(iter(position)) for position in completion.logprobs or ()] == completion.token_ids == ids_of(text)
+        sums.append(completion.cumulative_logprob)
+    assert sums == [-1.0, -2.0, -3.0]
+
+
+def test_logprobs_end_where_a_stop_string_ends_the_tokens() -> None:
+    play = Playback(logprobs=0, stop="b")
+    play.send("abc", logprobs=logprobs_of(ids_of("abc")))
+    completion = play.completion()
+    assert completion.token_ids == ids_of("ab")
+    assert len(completion.logprobs or ()) == 2
+
+
+def test_prompt_logprobs_begin_with_none_and_are_in_one_delta_only() -> None:
+    for kind, later in ((DELTA, None), (CUMULATIVE, 2)):
+        play = Playback(prompt_logprobs=1, output_kind=kind)
+        play.send("a", prompt_logprobs=logprobs_of(ids_of("i")))
+        prompt_logprobs = play.take().prompt_logprobs
+        assert prompt_logprobs is not None and prompt_logprobs[0] is None
+        assert list(prompt_logprobs[1] or ()) == [ids_of("i")[0], ids_of("i")[0] + 1]
+        play.send("b")
+        again = play.take().prompt_logprobs
+        assert (again and len(again)) == later

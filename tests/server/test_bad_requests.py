@@ -27,7 +27,8 @@ BAD_FIELDS = {
     "wrong type": ({"temperature": "hot"}, "expected `float | null`, got `str`", "temperature"),
     "unknown parameter": ({"temprature": 1}, "did you mean 'temperature'?", "temprature"),
     "priority under fcfs": ({"priority": 1}, "priority=1 needs scheduling_policy='priority'", "priority"),
-    "not there yet": ({"logprobs": 5}, "logprobs=5 is not supported yet", "logprobs"),
+    "more logprobs than there are": ({"logprobs": 21}, "must be at most max_logprobs=20", "logprobs"),
+    "not there yet": ({"suffix": "a"}, 'suffix="a" is not supported yet', "suffix"),
 }
 BAD_BODIES = {
     "malformed JSON": (b'{"model": ', 400, "not valid JSON"),

@@ -37,7 +37,7 @@ def refusal(make, **fields):
 def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
-    used |= {"priority", "tools", "tool_choice", "max_completion_tokens"}
+    used |= {"priority", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
     fields = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
@@ -53,8 +53,7 @@ def test_sampling_fields_are_those_of_sampling_params():
 def test_a_feature_that_is_not_there_is_refused_unless_it_is_off(name):
     make = completion if name in CompletionRequest.__struct_fields__ else chat
     for value in (None, *NEUTRAL[name]):
-        if (make, name, value) != (completion, "logprobs", False):
-            make(**{name: value})
+        make(**{name: value})
     error = refusal(make, **{name: {"something": "else"}})
     assert error.param == name
     assert error.code == "unsupported_parameter"
@@ -64,8 +63,26 @@ def test_a_feature_that_is_not_there_is_refused_unless_it_is_off(name):
 def test_true_is_not_one_and_zero_is_not_false():
     assert refusal(completion, repetition_penalty=True).param == "repetition_penalty"
     assert refusal(chat, logprobs=0).param == "logprobs"
-    assert refusal(completion, logprobs=0).param == "logprobs"
     assert refusal(completion, logprobs=False).param == "logprobs"
+
+
+def test_logprobs_are_a_number_in_completions_and_a_switch_with_a_number_in_chats():
+    def asked(made):
+        params = made.sampling_params(DEFAULTS)
+        return params.logprobs, params.prompt_logprobs
+
+    assert asked(completion()) == (None, None)
+    assert asked(completion(logprobs=0)) == (0, None)
+    assert asked(completion(logprobs=3, prompt_logprobs=1)) == (3, 1)
+    assert asked(completion(logprobs=3, echo=True)) == (3, 3), "an echoed prompt has them too"
+    assert asked(completion(echo=True)) == (None, None)
+    assert asked(chat(logprobs=True)) == (0, None)
+    assert asked(chat(logprobs=True, top_logprobs=4, prompt_logprobs=2)) == (4, 2)
+    assert asked(chat(logprobs=False)) == asked(chat(top_logprobs=0)) == (None, None)
+    assert "needs logprobs=true" in refusal(chat, top_logprobs=4).message
+    assert refusal(chat, echo=True).param == "echo"
+    with pytest.raises(ApiError, match="cannot be streamed"):
+        completion(prompt_logprobs=1, stream=True).sampling_params(DEFAULTS)
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)

@@ -1,0 +1,118 @@
+"""What a route writes of a completion besides its ending: its text, and its log-probabilities in the route's form."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_engine.outputs import CompletionOutput, LogprobsAtPosition, RequestOutput
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.token_texts import TokenTexts
+from jax_engine.tokenizer import Tokenizer
+
+LOWEST = -9999.0  # in place of minus infinity, which JSON lacks
+
+
+class Answers:
+    """The completions of one HTTP request, as POST /generate shows them. Mutable; owned by the handler.
+
+    Outputs are whole completions or, in a stream, what is new of them; each is shown once, in order.
+    """
+
+    def __init__(self, texts: TokenTexts, params: SamplingParams) -> None:
+        self._texts = texts
+        self._params = params
+
+    def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
+        """The text of completion `index`."""
+        return completion.text
+
+    def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
+        """Its log-probabilities, for JSON; None if nobody asks, or there are no new ones."""
+        return completion.logprobs or None
+
+
+class ChatAnswers(Answers):
+    """OpenAI's form for chats: a list of tokens, each with its bytes and the likeliest in its place."""
+
+    def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
+        if not completion.logprobs:
+            return None
+        count = self._params.logprobs or 0
+        content = []
+        for token, position in zip(completion.token_ids, completion.logprobs, strict=True):
+            likeliest = sorted(position, key=lambda other: -position[other].logprob)[:count]
+            top = [self._entry(other, position) for other in likeliest]
+            content.append({**self._entry(token, position), "top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, position: LogprobsAtPosition) -> dict[str, Any]:
+        return {
+            "token": self._texts.text(token),
+            "logprob": finite(position[token].logprob),
+            "bytes": list(self._texts.utf8(token)),
+        }
+
+
+class CompletionAnswers(Answers):
+    """OpenAI's form for completions: parallel lists of tokens, and with `echo` the prompt before its completion."""
+
+    def __init__(self, texts: TokenTexts, params: SamplingParams, tokenizer: Tokenizer, *, echo: bool = False) -> None:
+        super().__init__(texts, params)
+        self._tokenizer = tokenizer
+        self._echo = echo
+        self._shown: set[int] = set()  # completions whose prompt was shown
+        self._offsets: dict[int, int] = {}  # characters of each completion that were shown with log-probabilities
+
+    def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
+        if not self._echo or index in self._shown:
+            return completion.text
+        self._shown.add(index)
+        return self._prompt(output) + completion.text
+
+    def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
+        if completion.logprobs is None or not (completion.logprobs or self._is_first(index)):
+            return None
+        result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if self._is_first(index):
+            self._offsets[index] = 0
+            if self._echo:
+                self._extend(result, index, output.prompt_token_ids, output.prompt_logprobs or ())
+                self._offsets[index] = len(self._prompt(output))
+        self._extend(result, index, completion.token_ids, completion.logprobs)
+        return result
+
+    def _is_first(self, index: int) -> bool:
+        return index not in self._offsets
+
+    def _prompt(self, output: RequestOutput) -> str:
+        return output.prompt if output.prompt is not None else self._tokenizer.decode(output.prompt_token_ids)
+
+    def _extend(
+        self,
+        result: dict[str, list[Any]],
+        index: int,
+        token_ids: Sequence[int],
+        positions: Sequence[LogprobsAtPosition | None],
+    ) -> None:
+        skipped = self._tokenizer.skipped_ids(skip_special_tokens=self._params.skip_special_tokens)
+        for token, position in zip(token_ids, positions, strict=True):
+            top = {self._key(other): finite(entry.logprob) for other, entry in (position or {}).items()}
+            result["tokens"].append(self._key(token))
+            result["token_logprobs"].append(None if position is None else finite(position[token].logprob))
+            result["top_logprobs"].append(None if position is None else top)
+            result["text_offset"].append(self._offsets[index])
+            if token not in skipped:
+                self._offsets[index] += num_characters(self._texts.utf8(token))
+
+    def _key(self, token: int) -> str:
+        """A token's text; OpenAI's `bytes:\\xe2\\x80` for one that holds part of a character."""
+        text, utf8 = self._texts.text(token), self._texts.utf8(token)
+        return text if text.encode() == utf8 else "bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8)
+
+
+def num_characters(utf8: bytes) -> int:
+    """How many characters begin in a piece of UTF-8."""
+    return sum(byte & 0xC0 != 0x80 for byte in utf8)
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST)
