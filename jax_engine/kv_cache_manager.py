@@ -107,8 +107,11 @@ class KVCacheManager:
         page that it ends in as well, to be copied when it is written. Without one, or if its windows have passed the
         prompt's end, known pages are looked for.
 
-        Groups without a window must have all of it, others what the token behind it sees.
+        Groups without a window must have all of it, others what the token behind it sees. A request that is to learn
+        the log-probabilities of its prompt computes all of it.
         """
+        if request.is_unscored:
+            return CachedPrefix()
         if donor is not None and (shared := self._prompt_of(donor, request)) is not None:
             return shared
         if not self.enable_prefix_caching:

@@ -9,10 +9,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.messages import CoreRequest
+from jax_engine.messages import CoreRequest, TokenLogprobs
 
 Urgency = tuple[float, int]  # the lower, the sooner; no two requests have the same
 Digest = Callable[[bytes], bytes]  # of fixed length
+NO_POSITIONS = range(0)
 
 
 def sha256(data: bytes) -> bytes:
@@ -73,12 +74,17 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens that the first admission found in the cache
     finish_reason: str | None = None
     constraint: Constraint | None = None  # what its next token has to meet beside `asked`
+    num_scored: int = 0  # prompt tokens after the first whose log-probabilities the launched steps find
+    prompt_logprobs: list[TokenLogprobs] | None = None  # those found so far, until they are sent; None if nobody asks
     _page_hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.asked.prompt_token_ids)
         self.num_prompt = len(self.tokens)
         self.length_limit = self.num_prompt + self.asked.max_tokens
+        controls = self.asked.controls
+        if controls is not None and controls.num_prompt_logprobs is not None:
+            self.prompt_logprobs = []
 
     @property
     def length(self) -> int:
@@ -95,6 +101,25 @@ class Request:
     def num_undrawn(self) -> int:
         """Tokens it may still have beside those known or on their way."""
         return self.length_limit - self.length
+
+    @property
+    def is_unscored(self) -> bool:
+        """Whether tokens of the prompt have to be run for their log-probabilities, even if the cache has them."""
+        return self.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
+
+    def score(self, start: int, length: int) -> range:
+        """Which prompt tokens' log-probabilities a planned range finds that no step before has: each is found once."""
+        if not self.is_unscored:
+            return NO_POSITIONS
+        assert start <= self.num_scored, "a prompt is scored from its beginning, without gaps"
+        first = self.num_scored + 1
+        self.num_scored = max(self.num_scored, min(start + length, self.num_prompt - 1))
+        return range(first, self.num_scored + 1)
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        """All of them, once."""
+        found, self.prompt_logprobs = self.prompt_logprobs, None
+        return found
 
     def page_hash(self, index: int, page_size: int) -> bytes:
         """What is known of page `index` by: a hash of its tokens, of all before them, and of the request's salt.

@@ -16,7 +16,7 @@ from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
 from jax_engine.request import Request, digest_function
-from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
+from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
 _urgency = attrgetter("urgency")
@@ -114,11 +114,18 @@ class Scheduler:
         self._admit(step)
         return StepPlan(step.chunks, self.cache.take_copies()) if step.chunks else None
 
-    def commit(self, plan: StepPlan, drawn: Sequence[Sequence[int]]) -> list[CoreOutput]:
-        """Take what a step drew for each chunk (ignored where it was to draw nothing) and report what is new."""
+    def commit(
+        self, plan: StepPlan, drawn: Sequence[Sequence[int]], logprobs: Sequence[ChunkLogprobs] | None = None
+    ) -> list[CoreOutput]:
+        """Take what a step drew for each chunk (ignored where it was to draw nothing), and the log-probabilities that
+        it found, and report what is new.
+        """
         outputs = []
-        for chunk, tokens in zip(plan.chunks, drawn, strict=True):
+        for index, (chunk, tokens) in enumerate(zip(plan.chunks, drawn, strict=True)):
             request = chunk.request
+            found = logprobs[index] if logprobs else NO_LOGPROBS
+            if found.prompt and request.prompt_logprobs is not None:
+                request.prompt_logprobs += found.prompt
             if not chunk.num_draws or request.finish_reason is not None:
                 continue
             request.num_pending -= chunk.num_draws
@@ -132,6 +139,8 @@ class Scheduler:
                     first_scheduled_time=request.first_scheduled_time,
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
+                    logprobs=found.drawn,
+                    prompt_logprobs=request.take_prompt_logprobs(),
                 )
             )
             if reason is not None:
@@ -279,7 +288,8 @@ class Scheduler:
             first_new_page = 0
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         request.num_pending += num_draws
-        return Chunk(request, request.slot, start, length, num_draws, first_new_page, request.pages[first_new_page:])
+        new_pages, scored = request.pages[first_new_page:], request.score(start, length)
+        return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored)
 
     def _victim(self, candidates: Sequence[Request]) -> Request:
         """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""

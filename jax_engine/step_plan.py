@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import msgspec
 
 from jax_engine.host_pool import NO_COPIES, PageCopies
-from jax_engine.request import Request
+from jax_engine.messages import TokenLogprobs
+from jax_engine.request import NO_POSITIONS, Request
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence of every step: a dataclass costs 5 times
@@ -19,6 +20,17 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     num_draws: int  # 0: the range ends before the request's last token; more than 1: the step draws and goes on, alone
     first_new_page: int  # place in the request's pages; 0 when the request has just taken its slot
     new_pages: list[int]  # those that enter the block tables, cached ones included
+    scored: range = NO_POSITIONS  # of the prompt's tokens whose log-probabilities it finds, from the rows before them
+
+
+class ChunkLogprobs(msgspec.Struct, frozen=True, gc=False):
+    """The log-probabilities that a step found for one chunk."""
+
+    drawn: list[TokenLogprobs] | None = None  # of the tokens drawn, if the request asks
+    prompt: list[TokenLogprobs] | None = None  # of the prompt's tokens at `Chunk.scored`
+
+
+NO_LOGPROBS = ChunkLogprobs()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,183 @@
+"""Log-probabilities of answers and prompts: those of `transformers`, however the engine gets to them."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from jax_engine import LLM, Logprob, RequestOutput, SamplingParams
+from jax_engine.model_files import resolve_model_path
+
+VOCAB_SIZE = 1024
+TOLERANCE = 1e-4
+PROMPTS = [[(31 * i + 7 * k + 3) % VOCAB_SIZE for k in range(length)] for i, length in enumerate((40, 1, 13, 57))]
+Model = transformers.PreTrainedModel
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
+    """A random model of two cache groups, every other layer with a window, and its folder."""
+    config = transformers.AutoConfig.for_model(
+        "qwen3",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention"],
+        use_sliding_window=True,
+        sliding_window=12,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * (0.5 if parameter.ndim > 1 else 1)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model_path("demo") / name, folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def settings(reference: tuple[Path, Model], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Steps of at most 16 tokens, which cut most prompts."""
+    return {
+        "model": str(reference[0]),
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "block_size": 8,
+        "compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
+    }
+
+
+@pytest.fixture(scope="module")
+def llm(settings: dict[str, Any]) -> Iterator[LLM]:
+    with LLM(**settings) as llm:
+        yield llm
+        stats = llm.get_metrics()
+        assert (stats.num_running, stats.num_waiting, stats.num_pages_in_use) == (0, 0, 0)
+
+
+def expected(model: Model, token_ids: list[int]) -> np.ndarray:
+    """Log-probabilities of what follows each token of a sequence, in float64 from the logits on."""
+    with torch.no_grad():
+        logits = model(torch.tensor([token_ids])).logits[0].double()
+    return np.asarray(torch.log_softmax(logits, dim=-1))
+
+
+def check(position: dict[int, Logprob], wanted: np.ndarray, token: int, count: int) -> None:
+    """Against one position's log-probabilities: the token's own first, then the `count` likeliest in order."""
+    assert next(iter(position)) == token
+    likeliest = np.argsort(-wanted)[:count]
+    assert len(position) == count + (token not in likeliest)
+    for other, entry in position.items():
+        assert abs(entry.logprob - wanted[other]) < TOLERANCE
+        assert entry.rank == (wanted >= wanted[other]).sum()
+        assert entry.decoded_token is not None
+
+
+def check_all(model: Model, output: RequestOutput, count: int) -> None:
+    """Both kinds of a whole output, all its completions."""
+    prompt = output.prompt_token_ids
+    for completion in output.outputs:
+        wanted = expected(model, prompt + completion.token_ids)
+        assert completion.logprobs is not None and len(completion.logprobs) == len(completion.token_ids)
+        for index, token in enumerate(completion.token_ids):
+            check(completion.logprobs[index], wanted[len(prompt) + index - 1], token, count)
+        own = [entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        assert completion.cumulative_logprob == pytest.approx(sum(own))
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(prompt)
+    assert output.prompt_logprobs[0] is None
+    for index in range(1, len(prompt)):
+        position = output.prompt_logprobs[index]
+        assert position is not None
+        check(position, wanted[index - 1], prompt[index], count)
+
+
+def sampled(**params: Any) -> SamplingParams:
+    return SamplingParams(**{"seed": 3, "max_tokens": 10, "logprobs": 3, "prompt_logprobs": 3, **params})
+
+
+def generate(llm: LLM, prompts: Any, params: Any) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_they_are_those_of_transformers_in_chunks_and_in_company(llm: LLM, reference: tuple[Path, Model]) -> None:
+    """Temperature, top-k and penalties change what is drawn, and none of the figures."""
+    params = [
+        sampled(temperature=0),
+        sampled(temperature=2.0, top_k=50),
+        sampled(logprobs=0, prompt_logprobs=0),
+        sampled(logprobs=20, prompt_logprobs=20, top_p=0.9),
+    ]
+    for output, count in zip(generate(llm, PROMPTS, params), (3, 3, 0, 20), strict=True):
+        check_all(reference[1], output, count)
+
+
+def test_who_does_not_ask_gets_none_and_the_same_tokens(llm: LLM) -> None:
+    asked, silent = generate(llm, [PROMPTS[0]] * 2, [sampled(), sampled(logprobs=None, prompt_logprobs=None)])
+    assert silent.outputs[0].token_ids == asked.outputs[0].token_ids
+    assert (silent.outputs[0].logprobs, silent.outputs[0].cumulative_logprob, silent.prompt_logprobs) == (None,) * 3
+    (prompt_only,) = generate(llm, PROMPTS[0], sampled(logprobs=None))
+    assert prompt_only.outputs[0].logprobs is None
+    assert prompt_only.prompt_logprobs == asked.prompt_logprobs
+
+
+def test_a_cached_prompt_is_computed_again_for_its_logprobs(llm: LLM, reference: tuple[Path, Model]) -> None:
+    assert llm.reset_prefix_cache()
+    generate(llm, PROMPTS[3], sampled(logprobs=None, prompt_logprobs=None))
+    (scored,) = generate(llm, PROMPTS[3], sampled())
+    assert scored.num_cached_tokens == 0
+    check_all(reference[1], scored, 3)
+    (answer,) = generate(llm, PROMPTS[3], sampled(prompt_logprobs=None))
+    assert answer.num_cached_tokens == 56, "those of the answer alone need no more than its last token"
+    assert answer.outputs[0].token_ids == scored.outputs[0].token_ids
+
+
+def test_completions_of_one_prompt_have_their_own(llm: LLM, reference: tuple[Path, Model]) -> None:
+    (output,) = generate(llm, PROMPTS[2], sampled(n=6))
+    assert len({tuple(completion.token_ids) for completion in output.outputs}) == 6
+    check_all(reference[1], output, 3)
+
+
+def test_a_preempted_request_records_nothing_twice(settings: dict[str, Any], reference: tuple[Path, Model]) -> None:
+    """Pages for little more than the longest sequence: requests give way in the midst of prompts and answers."""
+    page_bytes = 2 * 2 * 8 * 8 * 4
+    params = sampled(max_tokens=40, temperature=1.0)
+    with LLM(**settings, kv_cache_memory_bytes=24 * page_bytes) as llm:
+        outputs = generate(llm, [*PROMPTS, PROMPTS[0]], params)
+        assert llm.get_metrics().preemptions_total > 0
+    for output in outputs:
+        check_all(reference[1], output, 3)
+
+
+def test_deterministic_steps_give_the_same_bits_in_any_company(
+    settings: dict[str, Any], reference: tuple[Path, Model]
+) -> None:
+    with LLM(**(settings | {"max_num_batched_tokens": 64}), deterministic=True) as llm:
+        together = generate(llm, PROMPTS, sampled())
+        alone = [generate(llm, prompt, sampled())[0] for prompt in PROMPTS]
+    for one, other in zip(together, alone, strict=True):
+        assert one.prompt_logprobs == other.prompt_logprobs
+        assert one.outputs == other.outputs
+    check_all(reference[1], together[0], 3)
+
+
+def test_more_than_max_logprobs_is_refused(llm: LLM) -> None:
+    for name in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(ValueError, match=rf"^{name}=21 must be at most max_logprobs=20"):
+            generate(llm, "a", SamplingParams(**{name: 21}))
+        with pytest.raises(ValueError, match=rf"^{name}=-1 must be a whole number, at least 0"):
+            SamplingParams(**{name: -1})
