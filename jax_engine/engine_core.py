@@ -94,7 +94,8 @@ class EngineCore:
             if previous.plan.num_steps == 1:
                 self.scheduler.cache.load_rule.observe(previous.plan.num_tokens, ready - self._device_since)
             self._device_since = ready
-            outputs = self.scheduler.commit(previous.plan, self.runner.collect(previous))
+            drawn = self.runner.collect(previous)
+            outputs = self.scheduler.commit(previous.plan, drawn, self.runner.collect_logprobs(previous, drawn))
             self._wait_us += (ready - start) * 1e6
             self._collect_us += (time.perf_counter() - ready) * 1e6
         now = time.monotonic()

@@ -10,9 +10,11 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 from numpy.typing import NDArray
 
+from jax_engine.logprobs import RowLogprobs, row_logprobs
 from jax_engine.messages import CoreRequest
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 
@@ -41,10 +43,17 @@ class FullInputs:
 
     controlled: Bool[Array, " B"]  # whether the row's own slot of the `FullState` is in force
     masks: UInt[Array, "B W"]  # as `FullState.allowed`, of this step alone; a token needs both bits
+    logprobs: Bool[Array, " B"]  # whether those of the drawn token are to be found
+    targets: Int[Array, " T"]  # the token after each token row, if its log-probability is to be found, or else -1
 
     @classmethod
-    def zeros(cls, num_rows: int, vocab_size: int) -> "FullInputs":
-        return cls(jnp.zeros(num_rows, bool), jnp.zeros((num_rows, num_words(vocab_size)), jnp.uint32))
+    def zeros(cls, num_rows: int, num_tokens: int, vocab_size: int) -> "FullInputs":
+        return cls(
+            controlled=jnp.zeros(num_rows, bool),
+            masks=jnp.zeros((num_rows, num_words(vocab_size)), jnp.uint32),
+            logprobs=jnp.zeros(num_rows, bool),
+            targets=jnp.zeros(num_tokens, jnp.int32),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -55,26 +64,37 @@ class FullRows:
     sampling: SamplingRows
     controlled: Bool[Array, " B"]
     allowed: UInt[Array, "B W"]
+    logprobs: Bool[Array, " B"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullResults:
-    """What a FULL step gives for each row."""
+    """What a FULL step gives for each row; of log-probabilities nothing that counts where nobody asks."""
 
     tokens: Int[Array, " B"]
+    logprobs: RowLogprobs | None = None  # of the tokens
+    prompt: RowLogprobs | None = None  # of `FullInputs.targets`
 
 
 def full_rows(sampling: SamplingRows, state: FullState, inputs: FullInputs, slots: Int[Array, " B"]) -> FullRows:
     """The parameters of a step's rows, which are in these slots; past the last, they are padding."""
     allowed = jnp.where(inputs.controlled[:, None], state.allowed.at[slots].get(mode="clip"), ALL_TOKENS)
-    return FullRows(sampling, inputs.controlled, allowed & inputs.masks)
+    return FullRows(sampling, inputs.controlled, allowed & inputs.masks, inputs.logprobs)
 
 
-def sample_full(logits: Float[Array, "B V"], rows: FullRows) -> FullResults:
-    """The next token of each row, under all that it asked for."""
-    logits = jnp.where(unpack_bits(rows.allowed, logits.shape[1]), logits, -jnp.inf)
-    return FullResults(sample(logits, rows.sampling, SamplingMode.SAMPLE))
+def sample_full(logits: Float[Array, "B V"], rows: FullRows, num_logprobs: int) -> FullResults:
+    """The next token of each row, under all that it asked for, and if any row asks, log-probabilities of it and of the
+    `num_logprobs` (static) likeliest.
+    """
+    chosen = jnp.where(unpack_bits(rows.allowed, logits.shape[1]), logits, -jnp.inf)
+    tokens = sample(chosen, rows.sampling, SamplingMode.SAMPLE)
+    logprobs: RowLogprobs = lax.cond(
+        jnp.any(rows.logprobs),
+        lambda: row_logprobs(logits, tokens, num_logprobs),
+        lambda: RowLogprobs.zeros(logits.shape[0], num_logprobs),
+    )
+    return FullResults(tokens, logprobs)
 
 
 def slot_row(asked: CoreRequest, vocab_size: int) -> FullState:

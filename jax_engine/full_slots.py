@@ -8,8 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_engine.full_sampling import ALL_TOKENS, FullInputs, FullState, num_words, slot_row, write_slot
+from jax_engine.logprob_results import asks_logprobs, prompt_targets
 from jax_engine.messages import CoreRequest
 from jax_engine.placed_model import PlacedModel
+from jax_engine.step_batch import Bucket
 from jax_engine.step_plan import Chunk
 
 
@@ -43,15 +45,19 @@ class FullSlots:
         if asked.needs_full:
             self.state = self._write(self.state, np.int32(slot), slot_row(asked, self._placed.vocab_size))
 
-    def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], num_rows: int) -> FullInputs:
-        """What a step over these ordered chunks takes beside its packed buffer, in a bucket of `num_rows` sequences.
+    def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], bucket: Bucket) -> FullInputs:
+        """What a step over these ordered chunks takes beside its packed buffer.
 
         Made of NumPy arrays: the step's executable puts them where it wants them.
         """
+        num_rows = bucket.num_sequences
         controlled = np.zeros(num_rows, bool)
         controlled[: len(slots)] = self._is_controlled[slots]
         masks = np.full((num_rows, num_words(self._placed.vocab_size)), ALL_TOKENS)
         for row, chunk in enumerate(chunks):
             if chunk.num_draws and chunk.request.constraint is not None:
                 chunk.request.constraint.fill(masks[row])
-        return FullInputs(cast(jax.Array, controlled), cast(jax.Array, masks))
+        logprobs = np.zeros(num_rows, bool)
+        logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
+        targets = prompt_targets(chunks, bucket.num_tokens)
+        return FullInputs(*(cast(jax.Array, array) for array in (controlled, masks, logprobs, targets)))

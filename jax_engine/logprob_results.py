@@ -5,24 +5,25 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_engine.full_sampling import FullResults
 from jax_engine.logprobs import RowLogprobs
 from jax_engine.messages import TokenLogprobs
 from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs
 
 
-def any_drawn(chunks: Sequence[Chunk]) -> bool:
-    """Whether a step is to find log-probabilities of what it draws."""
-    return any(chunk.num_draws and num_logprobs(chunk) is not None for chunk in chunks)
-
-
-def any_scored(chunks: Sequence[Chunk]) -> bool:
-    """Whether a step is to find log-probabilities of prompts."""
-    return any(chunk.scored for chunk in chunks)
-
-
-def num_logprobs(chunk: Chunk) -> int | None:
+def asks_logprobs(chunk: Chunk) -> bool:
+    """Whether log-probabilities of what a chunk draws are to be found."""
     controls = chunk.request.asked.controls
-    return controls.num_logprobs if controls is not None else None
+    return controls is not None and controls.num_logprobs is not None and chunk.num_draws > 0
+
+
+def what_is_asked(results: FullResults, chunks: Sequence[Chunk]) -> FullResults:
+    """A step's results without those that none of its chunks asks for: what has to come to the host."""
+    return FullResults(
+        results.tokens,
+        results.logprobs if any(map(asks_logprobs, chunks)) else None,
+        results.prompt if any(chunk.scored for chunk in chunks) else None,
+    )
 
 
 def prompt_targets(chunks: Sequence[Chunk], num_rows: int) -> NDArray[np.int32]:
@@ -40,28 +41,25 @@ def prompt_targets(chunks: Sequence[Chunk], num_rows: int) -> NDArray[np.int32]:
 
 
 def read_logprobs(
-    chunks: Sequence[Chunk], tokens: Sequence[Sequence[int]], drawn: RowLogprobs | None, prompt: RowLogprobs | None
-) -> list[ChunkLogprobs]:
-    """What a step found for each of its ordered chunks, which drew these tokens; None where nobody asked. Waits for the
-    arrays.
-    """
-    drawn_rows = None if drawn is None else _Rows(drawn)
-    prompt_rows = None if prompt is None else _Rows(prompt)
-    results, first_row = [], 0
+    asked: FullResults, chunks: Sequence[Chunk], tokens: Sequence[Sequence[int]]
+) -> list[ChunkLogprobs] | None:
+    """What a step found for each of its ordered chunks, which drew these tokens; None if nobody asked. Waits for it."""
+    if asked.logprobs is None and asked.prompt is None:
+        return None
+    drawn = None if asked.logprobs is None else _Rows(asked.logprobs)
+    prompt = None if asked.prompt is None else _Rows(asked.prompt)
+    results, first_row = [NO_LOGPROBS] * len(chunks), 0
     for row, chunk in enumerate(chunks):
-        results.append(NO_LOGPROBS)
-        asked, scored = num_logprobs(chunk), chunk.scored
-        found: dict[str, list[TokenLogprobs]] = {}
-        if drawn_rows is not None and asked is not None and chunk.num_draws:
-            found["drawn"] = drawn_rows.read(row, tokens[row][:1], asked)
-        if prompt_rows is not None and scored:
-            controls = chunk.request.asked.controls
-            assert controls is not None and controls.num_prompt_logprobs is not None
-            own = chunk.request.tokens[scored.start : scored.stop]
-            start = first_row + scored.start - 1 - chunk.start
-            found["prompt"] = prompt_rows.read(start, own, controls.num_prompt_logprobs)
-        if found:
-            results[-1] = ChunkLogprobs(**found)
+        controls, scored = chunk.request.asked.controls, chunk.scored
+        if controls is not None and (scored or asks_logprobs(chunk)):
+            of_tokens, of_prompt = None, None
+            if drawn is not None and controls.num_logprobs is not None and chunk.num_draws:
+                of_tokens = drawn.read(row, tokens[row], controls.num_logprobs)
+            if prompt is not None and controls.num_prompt_logprobs is not None and scored:
+                start = first_row + scored.start - 1 - chunk.start
+                own = chunk.request.tokens[scored.start : scored.stop]
+                of_prompt = prompt.read(start, own, controls.num_prompt_logprobs)
+            results[row] = ChunkLogprobs(of_tokens, of_prompt)
         first_row += chunk.length
     return results
 

@@ -12,6 +12,10 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
     """What a request asks of the FULL sampling mode; most ask for nothing of it."""
 
     allowed_token_ids: tuple[int, ...] | None = None  # no other is drawn
+    # Log-probabilities of each drawn token, and of each of the prompt's but the first, and of so many of the likeliest
+    # in its place.
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 class CoreRequest(msgspec.Struct, array_like=True, frozen=True):

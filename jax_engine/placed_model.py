@@ -47,6 +47,7 @@ class PlacedModel:
     geometry: CacheGeometry
     placement: Placement
     vocab_size: int
+    num_logprobs: int  # of the likeliest tokens, that a step finds if it is asked for any
     row_block: int | None = None  # rows of a step that run together; None: all
     compiler_options: tuple[tuple[str, bool], ...] = ()
 
@@ -63,6 +64,7 @@ class PlacedModel:
         page_size: int,
         scan_layers: bool,
         deterministic: bool = False,
+        max_logprobs: int = 20,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh`, or on one device without one.
 
@@ -93,11 +95,12 @@ class PlacedModel:
             page_shape=ops.page_shape,
             placement=placement,
         )
+        num_logprobs = min(max_logprobs, config.vocab_size)
         if not deterministic:
-            return cls(structure, geometry, placement, config.vocab_size)
+            return cls(structure, geometry, placement, config.vocab_size, num_logprobs)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
-        return cls(structure, geometry, placement, config.vocab_size, row_block(platform), options)
+        return cls(structure, geometry, placement, config.vocab_size, num_logprobs, row_block(platform), options)
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -146,8 +149,11 @@ class PlacedModel:
             return jitted.lower(leaves, state, buffer)
         assert num_steps == 1, "a step of the FULL mode draws one token"
         full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
-        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, self.vocab_size)))
-        full_step = full_step_function(self.structure, layout, self.placement, self.row_block)
+        tokens = layout.bucket.num_tokens
+        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, tokens, self.vocab_size)))
+        full_step = full_step_function(
+            self.structure, layout, self.placement, self.row_block, num_logprobs=self.num_logprobs
+        )
         full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
         jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)
         return jitted.lower(leaves, state, full, buffer, inputs)

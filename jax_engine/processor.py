@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import CoreRequest, Ready
+from jax_engine.messages import CoreRequest, Ready, TokenControls
 from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
@@ -145,6 +145,7 @@ class InputProcessor:
                     cache_salt=cache_salt,
                     priority=priority,
                     needs_host=self._needs_host(params),
+                    controls=token_controls(params, index),
                 )
                 for index in range(params.n)
             ),
@@ -250,6 +251,17 @@ class InputProcessor:
         words = ("request", seed) if seed is not None else ("engine", self._seed, number)
         digest = hashlib.blake2b(repr((*words, index)).encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def token_controls(params: SamplingParams, index: int) -> TokenControls | None:
+    """What completion `index` of a prompt asks of the FULL sampling mode; the first one alone, log-probabilities of the
+    prompt.
+    """
+    controls = TokenControls(
+        num_logprobs=params.logprobs,
+        num_prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+    )
+    return controls if controls != TokenControls() else None
 
 
 def checked_salt(prompt: Prompt) -> str | None:

@@ -18,6 +18,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_config, load_leaves
+from jax_engine.logprob_results import read_logprobs, what_is_asked
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
 from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
@@ -43,7 +44,7 @@ from jax_engine.step_batch import (
     page_updates_of,
     write_block_tables,
 )
-from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
+from jax_engine.step_plan import Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
 from jax_engine.step_program import DeviceState, Program
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class PendingTokens:
     plan: StepPlan
     tokens: jax.Array  # [steps, rows]
     program: Program
-    full: FullResults | None = None  # of a program of the FULL mode
+    full: FullResults | None = None  # of a program of the FULL mode: what is asked for
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Runner:
             page_size=page_size,
             scan_layers=self._is_remote if config.scan_layers is None else config.scan_layers,
             deterministic=config.deterministic,
+            max_logprobs=config.max_logprobs,
         )
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
@@ -154,11 +156,12 @@ class Runner:
         packed = time.perf_counter()
         full: FullResults | None = None
         if program.mode is SamplingMode.FULL:
-            inputs = self._full.inputs(chunks, slots, program.bucket.num_sequences)
+            inputs = self._full.inputs(chunks, slots, program.bucket)
             packed = time.perf_counter()
             self._state, self._full.state, full = executable(
                 self._leaves, self._state, self._full.state, buffer, inputs
             )
+            full = what_is_asked(full, chunks)
             tokens = full.tokens[None]
         else:
             self._state, tokens = executable(self._leaves, self._state, buffer)
@@ -184,6 +187,10 @@ class Runner:
         self.counters.token_rows += token_rows
         self.counters.padding_tokens += token_rows - num_tokens
         return [tokens[:count] for tokens, count in zip(drawn.T.tolist(), num_drawn.tolist(), strict=True)]
+
+    def collect_logprobs(self, pending: PendingTokens, drawn: Sequence[Sequence[int]]) -> list[ChunkLogprobs] | None:
+        """Wait for the log-probabilities that a step's chunks ask for; `drawn` are its tokens. None if none does."""
+        return read_logprobs(pending.full, pending.plan.chunks, drawn) if pending.full is not None else None
 
     def shutdown(self) -> None:
         """Stop compiling, log what padding there was, and let go of device memory."""

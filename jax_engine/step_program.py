@@ -4,7 +4,7 @@ A plan of decodes alone may have several tokens a row: the same step, looped ove
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.decode_loop import decode_loop
 from jax_engine.full_sampling import FullInputs, FullResults, FullState, full_rows, sample_full
 from jax_engine.loader import ModelStructure
+from jax_engine.logprobs import RowLogprobs, prompt_block, prompt_logprobs
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.row_blocks import by_blocks
@@ -129,11 +130,18 @@ def step_function(
 
 
 def full_step_function(
-    structure: ModelStructure, layout: BatchLayout, placement: Placement, row_block: int | None = None
+    structure: ModelStructure,
+    layout: BatchLayout,
+    placement: Placement,
+    row_block: int | None = None,
+    *,
+    num_logprobs: int,
 ) -> FullStepFunction:
     """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
-    `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`.
+    `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`, with the
+    log-probabilities of the `num_logprobs` likeliest tokens where any are asked for.
     """
+    draw = partial(sample_full, num_logprobs=num_logprobs)
 
     def step(
         leaves: tuple[jax.Array, ...],
@@ -147,8 +155,10 @@ def full_step_function(
         block_tables, sequences, tokens = take_batch(state, batch, layout)
         cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
         rows = full_rows(batch.sampling, full, inputs, batch.slots)
-        results = draw_tokens(model, hidden[batch.last_rows], batch, sample_full, rows, placement, row_block)
-        return DeviceState(cache, block_tables, keep_tokens(state, batch, results.tokens)), full, results
+        results = draw_tokens(model, hidden[batch.last_rows], batch, draw, rows, placement, row_block)
+        prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
+        new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, results.tokens))
+        return new_state, full, replace(results, prompt=prompt)
 
     return step
 
@@ -234,3 +244,21 @@ def draw_tokens(
 
     used = jnp.sum(batch.kv_lengths > 0)  # padding follows the sequences
     return by_blocks(block, None, num_rows=hidden.shape[0], size=row_block, used=used)[1]
+
+
+def score_prompts(
+    model: LlamaForCausalLM,
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    placement: Placement,
+    row_block: int | None,
+    *,
+    num_logprobs: int,
+) -> RowLogprobs:
+    """Log-probabilities of the prompt tokens that are asked about, from the hidden states of those before them."""
+
+    def logits_of(hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
+        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))
+
+    block = row_block or prompt_block(hidden.shape[0], model.model.embed_tokens.weight.shape[0])
+    return prompt_logprobs(logits_of, hidden, targets, num_top=num_logprobs, block=block)
