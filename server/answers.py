@@ -60,6 +60,8 @@ class CompletionAnswers(Answers):
         self._tokenizer = tokenizer
         self._echo = echo
         self._shown: set[int] = set()  # completions whose prompt was shown
+        # Of each request, whose completions begin one after another in a stream.
+        self._prompt_logprobs: dict[str, list[LogprobsAtPosition | None]] = {}
         self._offsets: dict[int, int] = {}  # characters of each completion that were shown with log-probabilities
 
     def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
@@ -71,11 +73,14 @@ class CompletionAnswers(Answers):
     def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         if completion.logprobs is None or not (completion.logprobs or self._is_first(index)):
             return None
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[output.request_id] = output.prompt_logprobs
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         if self._is_first(index):
             self._offsets[index] = 0
             if self._echo:
-                self._extend(result, index, output.prompt_token_ids, output.prompt_logprobs or ())
+                positions = self._prompt_logprobs[output.request_id]
+                self._extend(result, index, output.prompt_token_ids, positions)
                 self._offsets[index] = len(self._prompt(output))
         self._extend(result, index, completion.token_ids, completion.logprobs)
         return result

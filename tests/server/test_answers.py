@@ -81,6 +81,13 @@ def test_pieces_of_a_stream_join_to_the_whole(echo: bool):
         assert [item for _, piece in pieces for item in piece[name]] == whole[name]
 
 
+def test_a_completion_that_begins_later_in_a_stream_has_its_prompt_too():
+    answers = completions(echo=True)
+    first = shown(answers, output())
+    later = RequestOutput("r", PROMPT, PROMPT_IDS, output().outputs)
+    assert answers.logprobs(1, later, later.outputs[0]) == first[1]
+
+
 def test_chats_have_a_list_of_tokens_with_bytes():
     _, logprobs = shown(ChatAnswers(TEXTS, SamplingParams(logprobs=1)), output())
     content = logprobs["content"]
