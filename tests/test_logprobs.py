@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jax_engine import LLM, Logprob, RequestOutput, SamplingParams
+from jax_engine import LLM, EngineConfig, Logprob, RequestOutput, SamplingParams
 from jax_engine.model_files import resolve_model_path
 
 VOCAB_SIZE = 1024
@@ -180,3 +180,5 @@ def test_more_than_max_logprobs_is_refused(llm: LLM) -> None:
             generate(llm, "a", SamplingParams(**{name: 21}))
         with pytest.raises(ValueError, match=rf"^{name}=-1 must be a whole number, at least 0"):
             SamplingParams(**{name: -1})
+    with pytest.raises(ValueError, match=r"max_logprobs=-1 must be a whole number, between 0 and 1024"):
+        EngineConfig(max_logprobs=-1)
