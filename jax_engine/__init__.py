@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jax_engine.processor import TokensPrompt as TokensPrompt
     from jax_engine.sampling_params import RequestOutputKind as RequestOutputKind
     from jax_engine.sampling_params import SamplingParams as SamplingParams
+    from jax_engine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 _HOMES = {
     "LLM": "llm",
@@ -30,6 +31,7 @@ _HOMES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "structured_outputs",
     "TextPrompt": "processor",
     "TokensPrompt": "processor",
 }

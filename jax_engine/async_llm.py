@@ -101,6 +101,7 @@ class AsyncLLM:
         )
         self._outputs = OutputProcessor(text.tokenizer)
         self.token_texts = self._outputs.texts
+        self._core_knows_text = False  # whether it was sent the vocabulary
         self._streams: dict[str, RequestStream] = {}
         self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
         self._dead_callbacks: list[Callable[[str], object]] = []
@@ -164,7 +165,8 @@ class AsyncLLM:
         """Check and tokenize a request, for `add_prepared`; raises what `add_request` does."""
         self._check_alive()
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
-        if isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS:
+        is_long = isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS
+        if is_long or params.structured_outputs is not None:  # a grammar takes milliseconds to compile, or seconds
             return await asyncio.to_thread(self._inputs.prepare, request_id, prompt, params, priority=priority)
         return self._inputs.prepare(request_id, prompt, params, priority=priority)
 
@@ -191,6 +193,9 @@ class AsyncLLM:
             for stream in streams:
                 stream.abort()
             raise
+        if not self._core_knows_text and any(sequence.structured for sequence in sequences):
+            self._core_knows_text = True
+            self._core.send(self._inputs.vocabulary)
         self._core.send(Add(sequences))
         return streams
 

@@ -230,7 +230,10 @@ class LLM:
             Progress(len(requests), show=use_tqdm) as progress,
         ):
             states = [self._outputs.add(request) for request in requests]
-            core.send(Add([sequence for request in requests for sequence in request.core_requests]))
+            sequences = [sequence for request in requests for sequence in request.core_requests]
+            if any(sequence.structured for sequence in sequences):
+                core.send(self._inputs.vocabulary)
+            core.send(Add(sequences))
             step_failed = False
             try:
                 while self._outputs.num_requests:

@@ -18,6 +18,15 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
     num_prompt_logprobs: int | None = None
 
 
+class StructuredRequest(msgspec.Struct, array_like=True, frozen=True):
+    """The form that a sequence is held to; its requests' `min_tokens` are here, since the grammar decides what may end
+    it.
+    """
+
+    grammar: str  # as llguidance reads it
+    min_tokens: int = 0  # it does not end before that many where the grammar can go on
+
+
 class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     """One sequence to generate: everything resolved to numbers and already validated by the front end."""
 
@@ -39,11 +48,12 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     priority: int = 0  # the lower, the sooner; other than 0 only under the policy "priority"
     needs_host: bool = False  # what ends it is not for the device to see: each token goes to the host before the next
     controls: TokenControls | None = None
+    structured: StructuredRequest | None = None
 
     @property
     def needs_full(self) -> bool:
         """Whether its steps are of the FULL sampling mode."""
-        return self.controls is not None
+        return self.controls is not None or self.structured is not None
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -83,6 +93,14 @@ class Add(msgspec.Struct, array_like=True, frozen=True, tag="add"):
     requests: list[CoreRequest]
 
 
+class Vocabulary(msgspec.Struct, array_like=True, frozen=True, tag="vocabulary"):
+    """What the core must know of text to follow grammars; sent before the first request that has one."""
+
+    tokenizer: str  # the content of a tokenizer.json
+    size: int  # the model's and the tokenizer's ids are below
+    eos_token_ids: tuple[int, ...]
+
+
 class Abort(msgspec.Struct, array_like=True, frozen=True, tag="abort"):
     """Drop these requests and free their pages at the next step; unknown or finished ids are ignored. No output
     follows.
@@ -99,7 +117,7 @@ class ResetPrefixCache(msgspec.Struct, array_like=True, frozen=True, tag="reset_
     """Forget what free pages hold; answered by a `PrefixCacheReset`, in the order asked."""
 
 
-Command = Add | Abort | ResetPrefixCache | Shutdown
+Command = Add | Abort | ResetPrefixCache | Shutdown | Vocabulary
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):

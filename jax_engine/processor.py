@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import logging
+import threading
 import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import CoreRequest, Ready, TokenControls
+from jax_engine.grammar_checker import GrammarChecker
+from jax_engine.messages import CoreRequest, Ready, StructuredRequest, TokenControls, Vocabulary
 from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
@@ -98,6 +100,9 @@ class InputProcessor:
         self.eos_token_ids = end_of_sequence_ids(text.generation_config, text.tokenizer.eos_token_id)
         self.default_params = default_sampling_params(text.generation_config)
         self._tokenizer = text.tokenizer
+        self._vocabulary: Vocabulary | None = None
+        self._checker: GrammarChecker | None = None
+        self._checker_lock = threading.Lock()
         self._info = info
         self._seed = seed
         self._scheduling_policy = scheduling_policy
@@ -118,6 +123,7 @@ class InputProcessor:
         self._check_logprobs(params)
         cache_salt = checked_salt(prompt)
         max_tokens = self._max_tokens(len(token_ids), params)
+        structured = self._structured(params, max_tokens)
         number = next(self._numbers)
         return PreparedRequest(
             request_id=request_id,
@@ -132,23 +138,51 @@ class InputProcessor:
                     request_id=f"{number}.{index}",
                     prompt_token_ids=token_ids,
                     max_tokens=max_tokens,
-                    min_tokens=params.min_tokens,
+                    min_tokens=0 if structured else params.min_tokens,
                     temperature=float(params.temperature),
                     top_k=max(0, params.top_k),
                     top_p=float(params.top_p),
                     min_p=float(params.min_p),
                     prng_key=self._prng_key(params.seed, number, index),
-                    eos_token_ids=() if params.ignore_eos else self.eos_token_ids,
+                    eos_token_ids=() if params.ignore_eos and not structured else self.eos_token_ids,
                     stop_token_ids=tuple(params.stop_token_ids or ()),
                     arrival_time=arrival_time,
                     prompt_group=f"{number}.0" if params.n > 1 else None,
                     cache_salt=cache_salt,
                     priority=priority,
-                    needs_host=self._needs_host(params),
+                    needs_host=self._needs_host(params) or structured is not None,
                     controls=token_controls(params, index),
+                    structured=structured,
                 )
                 for index in range(params.n)
             ),
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the core must be sent before the first request with a grammar."""
+        with self._checker_lock:
+            if self._vocabulary is None:
+                size = max(self._info.vocab_size, self._tokenizer.num_ids)
+                self._vocabulary = Vocabulary(self._tokenizer.as_json(), size, self.eos_token_ids)
+            return self._vocabulary
+
+    def _structured(self, params: SamplingParams, max_tokens: int) -> StructuredRequest | None:
+        """The form that is asked for, as a grammar that works; ValueError for one that does not."""
+        if params.structured_outputs is None:
+            return None
+        if not self.eos_token_ids:
+            raise ValueError(
+                "structured_outputs has a form, which an end-of-sequence token must end, and neither the model's "
+                "generation_config.json nor its tokenizer names one; leave it out"
+            )
+        vocabulary = self.vocabulary
+        with self._checker_lock:
+            checker = self._checker = self._checker or GrammarChecker(vocabulary)
+        return StructuredRequest(
+            checker.grammar(params.structured_outputs),
+            # A form that is complete ends; with `ignore_eos`, one that may go on does.
+            min_tokens=max_tokens if params.ignore_eos else params.min_tokens,
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:

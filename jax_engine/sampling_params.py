@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from jax_engine.structured_outputs import StructuredOutputsParams
+
 # A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-
 # sequence ids).
 MAX_HELD_BACK_TOKENS = 32
@@ -45,11 +47,20 @@ class SamplingParams:
     logprobs: int | None = None  # of each token drawn, and of so many of the likeliest beside it
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None  # the form of the output; a mapping of its fields will do
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        if isinstance(self.structured_outputs, Mapping):
+            form = StructuredOutputsParams.from_mapping(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", form)
+        elif not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise ValueError(
+                f"structured_outputs={self.structured_outputs!r} must be StructuredOutputsParams or an object of its "
+                "fields"
+            )
         self._check_numbers()
         self._check_stops()
 

@@ -44,6 +44,14 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self.hugging_face.eos_token_id
 
+    def as_json(self) -> str:
+        """The content of its tokenizer.json, which says all about it; ValueError when it has none."""
+        if not self.hugging_face.is_fast:
+            raise ValueError(
+                "the model's tokenizer has no tokenizer.json, which structured_outputs need; leave them out"
+            )
+        return str(self.hugging_face.backend_tokenizer.to_str())
+
     def skipped_ids(self, *, skip_special_tokens: bool) -> frozenset[int]:
         """The ids below `num_ids` that add nothing to the text."""
         return self.unknown_ids | self.special_ids if skip_special_tokens else self.unknown_ids

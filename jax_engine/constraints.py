@@ -1,0 +1,175 @@
+"""What a request's grammar lets come next: followed and turned into bitmasks beside the engine's own thread.
+
+A request with a grammar waits until it is compiled. From then on each of its steps is planned when the token of the
+step before is on the host and the mask that follows from it is made (`GrammarConstraint.is_ready`).
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_engine.grammars import error_of, make_masks, mask_of, new_executor, new_matcher
+from jax_engine.messages import CoreRequest, Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+STACK_BYTES = 64 * 2**20  # what compiles on the stack of `grammar_checker` does so on this one
+NUM_KEPT_MATCHERS = 64
+
+
+class GrammarConstraint:
+    """A grammar as far as one request's output has come. Mutable; owned by its `Request`.
+
+    Only an end-of-sequence id ends the output, and it is allowed exactly where the grammar accepts; before `min_tokens`
+    it is not allowed where the grammar can go on, nor are the request's stop ids.
+    """
+
+    def __init__(self, matcher: "LLMatcher", asked: CoreRequest, vocabulary: Vocabulary) -> None:
+        assert asked.structured is not None
+        self.error: str | None = None  # why it cannot be followed any further
+        self.matcher = matcher
+        self._min_tokens = asked.structured.min_tokens
+        ends = {*asked.eos_token_ids, *asked.stop_token_ids}
+        self._goes_on = ~mask_of(ends, vocabulary.size)
+        self._num_tokens = 0
+        self._new_tokens: list[int] = []
+        self._mask = self._goes_on  # until the first one is made
+        self._making: Future[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the mask of the next token is made."""
+        return self._making is not None and self._making.done()
+
+    def fill(self, row: NDArray[np.uint32]) -> None:
+        """Write the bitmask of the tokens that may come next; waits until it is made."""
+        assert self._making is not None
+        self._making.result()
+        row[:] = self._mask[: len(row)]
+
+    def advance(self, tokens: list[int]) -> None:
+        """Take tokens that the request was given; the next mask is made by `Constraints.make_masks`."""
+        self._new_tokens += tokens
+        self._num_tokens += len(tokens)
+        self._making = None
+
+    def expect(self, making: "Future[None]") -> None:
+        """The next mask is being made. For `Constraints`."""
+        self._making = making
+
+    def follow(self) -> None:
+        """Take the new tokens into account. For `Constraints`."""
+        new, self._new_tokens = self._new_tokens, []
+        if not self.matcher.consume_tokens(new):
+            self.error = error_of(self.matcher) or "the grammar does not allow the token that was drawn"
+
+    def take(self, mask: NDArray[np.uint32]) -> None:
+        """The mask that the grammar gives. For `Constraints`."""
+        self.error = self.error or error_of(self.matcher) or None
+        if self._num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
+            mask = held
+        self._mask = mask
+
+
+class Constraints:
+    """Compiles the grammars of new requests and makes the masks of running ones. Mutable; owned by the engine core."""
+
+    def __init__(self) -> None:
+        self._vocabulary: Vocabulary | None = None
+        self._compiling: dict[str, tuple[CoreRequest, Future[GrammarConstraint]]] = {}  # in the order they came
+        self._compiler = _thread("grammars")
+        self._maker = _thread("masks")
+        self._executor: LLExecutor | None = None
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # at their start; the compiler thread's
+        self._making: Future[None] | None = None
+
+    def __len__(self) -> int:
+        """Requests whose grammars are being compiled."""
+        return len(self._compiling)
+
+    def take_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Have what the grammars of requests that come later are about; all front ends send the same."""
+        self._vocabulary = vocabulary
+
+    def begin(self, asked: CoreRequest) -> None:
+        """Compile a request's grammar."""
+        assert self._vocabulary is not None, "the vocabulary comes before the first grammar"
+        self._compiling[asked.request_id] = asked, self._compiler.submit(self._compile, asked, self._vocabulary)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget those among these requests whose grammars are being compiled."""
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
+
+    def take_compiled(self) -> list[tuple[CoreRequest, GrammarConstraint | str]]:
+        """The requests whose grammars are ready, in the order they came; or why one is not."""
+        ready: list[tuple[CoreRequest, GrammarConstraint | str]] = []
+        while self._compiling:
+            request_id, (asked, future) = next(iter(self._compiling.items()))
+            if not future.done():
+                break
+            del self._compiling[request_id]
+            error = future.exception()
+            ready.append((asked, future.result() if error is None else f"its grammar cannot be followed: {error}"))
+        self.make_masks([constraint for _, constraint in ready if not isinstance(constraint, str)])
+        return ready
+
+    def make_masks(self, constraints: Sequence[GrammarConstraint]) -> None:
+        """Begin to make the next masks of these, for their `fill`."""
+        if not constraints:
+            return
+        self._making = self._maker.submit(self._make, constraints)
+        for constraint in constraints:
+            constraint.expect(self._making)
+
+    def wait(self, seconds: float) -> None:
+        """Return when the masks are made, or a grammar is compiled, or after that many seconds."""
+        if self._making is not None:
+            wait([self._making], seconds)
+        elif self._compiling:
+            wait([next(iter(self._compiling.values()))[1]], seconds)
+
+    def shutdown(self) -> None:
+        """Let the threads end."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._maker.shutdown(wait=False, cancel_futures=True)
+
+    def _make_executor(self) -> "LLExecutor":
+        """The executor; llguidance is imported with it, in the thread that needs it first."""
+        if self._executor is None:
+            self._executor = new_executor()
+        return self._executor
+
+    def _compile(self, asked: CoreRequest, vocabulary: Vocabulary) -> GrammarConstraint:
+        assert asked.structured is not None
+        grammar = asked.structured.grammar
+        if grammar not in self._matchers:
+            self._matchers[grammar] = new_matcher(grammar, vocabulary)
+            make_masks(self._make_executor(), [self._matchers[grammar]], vocabulary)  # its copies have it then
+            if len(self._matchers) > NUM_KEPT_MATCHERS:
+                self._matchers.popitem(last=False)
+        self._matchers.move_to_end(grammar)
+        return GrammarConstraint(self._matchers[grammar].deep_copy(), asked, vocabulary)
+
+    def _make(self, constraints: Sequence[GrammarConstraint]) -> None:
+        assert self._vocabulary is not None
+        for constraint in constraints:
+            constraint.follow()
+        masks = make_masks(self._make_executor(), [constraint.matcher for constraint in constraints], self._vocabulary)
+        for constraint, mask in zip(constraints, masks, strict=True):
+            constraint.take(mask)
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread, with a large stack."""
+    usual = threading.stack_size(STACK_BYTES)
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    pool.submit(int).result()  # it starts with what it is given first
+    threading.stack_size(usual)
+    return pool

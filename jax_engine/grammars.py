@@ -1,0 +1,156 @@
+"""Forms of output as grammars of llguidance, which follows them token by token.
+
+The package is imported when the first request needs it. Its own limits bound the work of a step; a grammar that can
+do harm all the same is found by `grammar_checker.py`, in a process of its own.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jax_engine.messages import Vocabulary
+from jax_engine.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+WORD_BITS = 32
+MAX_ERROR_CHARACTERS = 400
+
+
+def grammar_text(params: StructuredOutputsParams, special_tokens: frozenset[str]) -> str:
+    """The grammar of a form, in llguidance's own notation; whether it is a good one, only `new_matcher` tells.
+
+    Raises:
+        ValueError: what is given is not JSON, EBNF or a description of tags.
+    """
+    from llguidance import LLMatcher
+
+    name, value = params.form
+    if name == "regex":
+        return LLMatcher.grammar_from_regex(value)
+    if name == "choice":
+        return LLMatcher.grammar_from_lark(
+            "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)
+        )
+    if name == "grammar":
+        return LLMatcher.grammar_from_lark(_lark(value))
+    given = json.loads(value) if isinstance(value, str) else value
+    if name == "structural_tag":
+        return _tags(given, special_tokens)
+    schema = {"type": "object"} if name == "json_object" else given
+    if not isinstance(schema, dict):
+        raise ValueError("a JSON schema is an object")
+    if params.disable_additional_properties:
+        schema = _closed(schema)
+    whitespace = {"whitespace_flexible": not params.disable_any_whitespace}
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides=whitespace | {"whitespace_pattern": params.whitespace_pattern}
+    )
+
+
+def new_matcher(grammar: str, vocabulary: Vocabulary) -> "LLMatcher":
+    """What follows a grammar, at its start; ValueError with the reason when it cannot be followed."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(llguidance_tokenizer(vocabulary), grammar, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise ValueError(error_of(matcher))
+    return matcher
+
+
+def new_executor() -> "LLExecutor":
+    """What makes the masks of several matchers at once, on threads of its own."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def make_masks(executor: "LLExecutor", matchers: "list[LLMatcher]", vocabulary: Vocabulary) -> NDArray[np.uint32]:
+    """The bitmask of the tokens that may come next for each matcher, [matchers, words]: bit v % 32 of word v // 32."""
+    masks = np.zeros((len(matchers), -(-llguidance_tokenizer(vocabulary).vocab_size // WORD_BITS)), np.uint32)
+    rows = [(matcher, row) for row, matcher in enumerate(matchers)]
+    executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.shape[1] * masks.itemsize, len(matchers))
+    return masks
+
+
+@lru_cache(maxsize=2)  # of one engine there is one; building takes a second for a large vocabulary
+def llguidance_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
+    """The vocabulary as llguidance wants it; threads may share it."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(vocabulary.tokenizer, n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
+
+
+def error_of(matcher: "LLMatcher") -> str:
+    """Why a matcher cannot go on, in one line; empty when it can."""
+    return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARACTERS]
+
+
+def ids_of(mask: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """The tokens whose bits are set, in ascending order."""
+    return np.flatnonzero(np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little"))
+
+
+def mask_of(tokens: Iterable[int], size: int) -> NDArray[np.uint32]:
+    """The bitmask of a vocabulary of that size with the bits of these tokens set."""
+    bits = np.zeros(-(-size // WORD_BITS) * WORD_BITS, np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
+
+
+def _lark(grammar: str) -> str:
+    """A grammar in Lark's notation, which an EBNF is rewritten to."""
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    try:
+        return any_to_lark(grammar)
+    except (GbnfToLarkError, AssertionError, IndexError, KeyError, RecursionError) as error:
+        raise ValueError(f"as EBNF it cannot be read: {error or type(error).__name__}") from error
+
+
+def _tags(given: Any, special_tokens: frozenset[str]) -> str:
+    """A grammar of text in which whatever begins like a tag is one."""
+    from llguidance import LLMatcher, StructTag
+
+    if not isinstance(given, Mapping) or {"type", *given} != {"type", "structures", "triggers"}:
+        raise ValueError('it must be {"type": "structural_tag", "structures": [...], "triggers": [...]}')
+    structures, triggers = given["structures"], given["triggers"]
+    if given.get("type", "structural_tag") != "structural_tag" or not _is_list(structures) or not _is_list(triggers):
+        raise ValueError("type must be structural_tag, and structures and triggers lists of at least one entry")
+    if not all(isinstance(trigger, str) and trigger for trigger in triggers):
+        raise ValueError("triggers must be non-empty strings")
+    tags = []
+    for index, structure in enumerate(structures):
+        if not isinstance(structure, Mapping) or set(structure) != {"begin", "schema", "end"}:
+            raise ValueError(f"structures[{index}] must be an object of begin, schema and end")
+        begin, schema, end = structure["begin"], structure["schema"], structure["end"]
+        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
+            raise ValueError(f"structures[{index}]: begin and end must be strings, and schema an object")
+        trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
+        if trigger is None:
+            raise ValueError(f"structures[{index}] begins with {begin!r}, and with none of the triggers")
+        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
+    special = all(tag.trigger in special_tokens for tag in tags if tag.trigger[0] == "<" and tag.trigger[-1] == ">")
+    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=special))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no properties but those it lists."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: _closed(value) for name, value in schema.items()}
+    if {"properties", "patternProperties"} & schema.keys():
+        closed.setdefault("additionalProperties", False)
+    return closed
