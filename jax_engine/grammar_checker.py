@@ -133,8 +133,8 @@ def check(form: bytes, vocabulary: Vocabulary, special_tokens: frozenset[str]) -
         start = time.process_time()
         (mask,) = make_masks(executor, [matcher], vocabulary)
         seconds = time.process_time() - start
-        if error := error_of(matcher):
-            return Checked(error=error if count else f"no output meets it, or it is too complex ({error})")
+        if reason := error_of(matcher):
+            return Checked(error=reason if count else f"no output meets it, or it is too complex ({reason})")
         if seconds > MASK_SECONDS:
             return Checked(error=f"it takes {seconds:.2f} seconds to find the tokens that may come next; simplify it")
         allowed = np.setdiff1d(ids_of(mask), vocabulary.eos_token_ids)

@@ -17,6 +17,7 @@ from jax_engine.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 WORD_BITS = 32
 MAX_ERROR_CHARACTERS = 400
@@ -47,10 +48,11 @@ def grammar_text(params: StructuredOutputsParams, special_tokens: frozenset[str]
         raise ValueError("a JSON schema is an object")
     if params.disable_additional_properties:
         schema = _closed(schema)
-    whitespace = {"whitespace_flexible": not params.disable_any_whitespace}
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema), overrides=whitespace | {"whitespace_pattern": params.whitespace_pattern}
-    )
+    options: JsonCompileOptions = {
+        "whitespace_flexible": not params.disable_any_whitespace,
+        "whitespace_pattern": params.whitespace_pattern,
+    }
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
 def new_matcher(grammar: str, vocabulary: Vocabulary) -> "LLMatcher":

@@ -16,6 +16,7 @@ from jax_engine.processor import Prompt, TextPrompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.conversation import checked_tools, plain_messages
 from jax_engine.server.errors import ApiError, bad_request
+from jax_engine.server.forms import FormFields
 from jax_engine.server.validation import check_neutral, checked_prompts, decode, not_supported
 
 # Field -> the values, besides null, at which it asks for nothing.
@@ -30,8 +31,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -76,8 +75,10 @@ PromptField = Annotated[
 ]
 
 
-class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """The fields that `SamplingParams` has under the same names; null asks for the model's default."""
+class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
+    """The fields that `SamplingParams` has under the same names, and other names of some; null asks for the model's
+    default.
+    """
 
     n: int | None = None
     temperature: float | None = None
@@ -96,9 +97,11 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     prompt_logprobs: int | None = None
 
     def given(self) -> dict[str, Any]:
-        """What is not null."""
+        """What is not null, under the names of `SamplingParams`; ApiError 400 for what contradicts itself."""
         values = msgspec.structs.asdict(self)
-        return {name: values[name] for name in SamplingFields.__struct_fields__ if values[name] is not None}
+        names = [name for name in SamplingFields.__struct_fields__ if name not in FormFields.__struct_fields__]
+        values["structured_outputs"] = self.form()
+        return {name: values[name] for name in (*names, "structured_outputs") if values[name] is not None}
 
 
 def sampling_params(base: SamplingParams, given: Mapping[str, Any], *, stream: bool) -> SamplingParams:
@@ -152,8 +155,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
     use_beam_search: Any = None
-    structured_outputs: Any = None
-    response_format: Any = None
     return_token_ids: Any = None
     service_tier: Any = None
     store: Any = None
