@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from jax_engine.grammars import error_of, make_masks, mask_of, new_executor, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
+from jax_engine.request import Request
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -41,6 +42,11 @@ class GrammarConstraint:
         self._new_tokens: list[int] = []
         self._mask = self._goes_on  # until the first one is made
         self._making: Future[None] | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the mask of the next token is neither made nor being made."""
+        return self._making is None
 
     @property
     def is_ready(self) -> bool:
@@ -83,8 +89,7 @@ class Constraints:
     def __init__(self) -> None:
         self._vocabulary: Vocabulary | None = None
         self._compiling: dict[str, tuple[CoreRequest, Future[GrammarConstraint]]] = {}  # in the order they came
-        self._compiler = _thread("grammars")
-        self._maker = _thread("masks")
+        self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # one compiles, one makes masks
         self._executor: LLExecutor | None = None
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # at their start; the compiler thread's
         self._making: Future[None] | None = None
@@ -96,11 +101,14 @@ class Constraints:
     def take_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Have what the grammars of requests that come later are about; all front ends send the same."""
         self._vocabulary = vocabulary
+        if self._threads is None:
+            self._threads = _thread("grammars"), _thread("masks")
 
     def begin(self, asked: CoreRequest) -> None:
         """Compile a request's grammar."""
-        assert self._vocabulary is not None, "the vocabulary comes before the first grammar"
-        self._compiling[asked.request_id] = asked, self._compiler.submit(self._compile, asked, self._vocabulary)
+        assert self._threads is not None and self._vocabulary is not None, "the vocabulary comes first"
+        future = self._threads[0].submit(self._compile, asked, self._vocabulary)
+        self._compiling[asked.request_id] = asked, future
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget those among these requests whose grammars are being compiled."""
@@ -120,25 +128,41 @@ class Constraints:
         self.make_masks([constraint for _, constraint in ready if not isinstance(constraint, str)])
         return ready
 
+    def go_on(self, requests: Iterable[Request]) -> None:
+        """Begin to make the next masks of those that have a grammar and were given a token."""
+        behind = [
+            request.constraint
+            for request in requests
+            if isinstance(request.constraint, GrammarConstraint)
+            and request.finish_reason is None
+            and request.constraint.is_behind
+        ]
+        self.make_masks(behind)
+
     def make_masks(self, constraints: Sequence[GrammarConstraint]) -> None:
         """Begin to make the next masks of these, for their `fill`."""
         if not constraints:
             return
-        self._making = self._maker.submit(self._make, constraints)
+        assert self._threads is not None
+        self._making = self._threads[1].submit(self._make, constraints)
         for constraint in constraints:
             constraint.expect(self._making)
 
-    def wait(self, seconds: float) -> None:
-        """Return when the masks are made, or a grammar is compiled, or after that many seconds."""
-        if self._making is not None:
+    def wait_for_masks(self, seconds: float) -> None:
+        """Return when the masks are made, or after that many seconds."""
+        if self._making is not None and not self._making.done():
             wait([self._making], seconds)
-        elif self._compiling:
+
+    def wait(self, seconds: float) -> None:
+        """Return when the masks are made, or else the next grammar is compiled, or after that many seconds."""
+        self.wait_for_masks(seconds)
+        if self._compiling and (self._making is None or self._making.done()):
             wait([next(iter(self._compiling.values()))[1]], seconds)
 
     def shutdown(self) -> None:
         """Let the threads end."""
-        self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._maker.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads or ():
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _make_executor(self) -> "LLExecutor":
         """The executor; llguidance is imported with it, in the thread that needs it first."""

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 
 from jax_engine.config import EngineConfig
+from jax_engine.constraints import Constraints
 from jax_engine.messages import (
     Abort,
     Add,
@@ -14,6 +15,7 @@ from jax_engine.messages import (
     Ready,
     ResetPrefixCache,
     StepOutputs,
+    Vocabulary,
 )
 from jax_engine.runner import PendingTokens, Runner
 from jax_engine.scheduler import Scheduler
@@ -21,6 +23,7 @@ from jax_engine.stats import EngineStats, HostTime
 from jax_engine.step_plan import StepPlan
 
 STATS_PERIOD = 0.1  # seconds between snapshots sent along with outputs
+IDLE_SECONDS = 0.05  # for which a step with nothing to run waits at most
 WASTE_PERIOD = 4  # steps between samples of the page waste
 
 
@@ -40,7 +43,9 @@ class EngineCore:
             page_size=limits.page_size,
             step_sizes=limits.step_sizes,
         )
+        self.constraints = Constraints()
         self._pending: PendingTokens | None = None
+        self._step_seconds = 0.0  # that the latest step took
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
         self._device_since = 0.0  # when the device began with the step it is at
@@ -52,7 +57,10 @@ class EngineCore:
         if isinstance(command, Add):
             return self._add(command.requests)
         if isinstance(command, Abort):
+            self.constraints.abort(command.request_ids)
             self.scheduler.abort(command.request_ids)
+        elif isinstance(command, Vocabulary):
+            self.constraints.take_vocabulary(command)
         elif isinstance(command, ResetPrefixCache):
             return PrefixCacheReset(self.scheduler.cache.reset())
         return None
@@ -62,10 +70,13 @@ class EngineCore:
 
         The core decides, since it alone knows all that is in flight, whoever sent it.
         """
-        limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests)
+        limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests) + len(self.constraints)
         if limit is None or num_in_flight + len(requests) <= limit:
             for request in requests:
-                self.scheduler.add(request)
+                if request.structured is None:
+                    self.scheduler.add(request)
+                else:
+                    self.constraints.begin(request)
             return None
         self._num_refused += len(requests)
         reason = f"{num_in_flight} sequences are in flight and max_num_queued_reqs={limit} is the most; try again later"
@@ -73,36 +84,61 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._pending is not None or self.scheduler.has_work
+        return self._pending is not None or self.scheduler.has_work or len(self.constraints) > 0
 
     def step(self) -> StepOutputs:
         """Launch the next step, then take the tokens of the one before it, so that the host works while the device
-        does.
+        does. Where the next step depends on what the host makes of these tokens, they are taken first.
         """
+        outputs: list[CoreOutput] = []
+        previous, self._pending = self._pending, None
+        if previous is not None and previous.plan.waits_for_host:
+            outputs += self._collect(previous)
+            previous = None
+        outputs += self._add_compiled()
+        self.constraints.wait_for_masks(self._step_seconds)
         start = time.perf_counter()
         plan = self.scheduler.schedule(self.runner.compiled.num_steps(len(self.scheduler.running)))
         planned = time.perf_counter()
         self._schedule_us += (planned - start) * 1e6
-        if self._pending is None:
+        if previous is None:
             self._device_since = planned
-        previous, self._pending = self._pending, self._launch(plan) if plan else None
-        outputs: Sequence[CoreOutput] = ()
+        self._pending = self._launch(plan) if plan else None
         if previous is not None:
-            start = time.perf_counter()
-            previous.tokens.block_until_ready()
-            ready = time.perf_counter()
-            if previous.plan.num_steps == 1:
-                self.scheduler.cache.load_rule.observe(previous.plan.num_tokens, ready - self._device_since)
-            self._device_since = ready
-            drawn = self.runner.collect(previous)
-            outputs = self.scheduler.commit(previous.plan, drawn, self.runner.collect_logprobs(previous, drawn))
-            self._wait_us += (ready - start) * 1e6
-            self._collect_us += (time.perf_counter() - ready) * 1e6
+            outputs += self._collect(previous)
+        elif plan is None and not outputs:  # masks or grammars are all there is to wait for
+            self.constraints.wait(IDLE_SECONDS)
         now = time.monotonic()
         if now < self._stats_due and self.has_work:
-            return StepOutputs(list(outputs))
+            return StepOutputs(outputs)
         self._stats_due = now + STATS_PERIOD
-        return StepOutputs(list(outputs), self.stats())
+        return StepOutputs(outputs, self.stats())
+
+    def _collect(self, pending: PendingTokens) -> list[CoreOutput]:
+        """Wait for a step, and take its tokens."""
+        start = time.perf_counter()
+        pending.tokens.block_until_ready()
+        ready = time.perf_counter()
+        self._step_seconds = ready - self._device_since
+        if pending.plan.num_steps == 1:
+            self.scheduler.cache.load_rule.observe(pending.plan.num_tokens, self._step_seconds)
+        self._device_since = ready
+        drawn = self.runner.collect(pending)
+        outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_logprobs(pending, drawn))
+        self.constraints.go_on(chunk.request for chunk in pending.plan.chunks)
+        self._wait_us += (ready - start) * 1e6
+        self._collect_us += (time.perf_counter() - ready) * 1e6
+        return outputs
+
+    def _add_compiled(self) -> list[CoreOutput]:
+        """Queue the requests whose grammars have been compiled; the outputs of those that cannot be."""
+        failed = []
+        for asked, constraint in self.constraints.take_compiled():
+            if isinstance(constraint, str):
+                failed.append(CoreOutput(asked.request_id, [], "error", error=constraint))
+            else:
+                self.scheduler.add(asked, constraint)
+        return failed
 
     def _launch(self, plan: StepPlan) -> PendingTokens:
         if self.runner.counters.steps % WASTE_PERIOD == 0:
@@ -115,7 +151,7 @@ class EngineCore:
         cache, counters = scheduler.cache, scheduler.cache.counters
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting,
+            num_waiting=scheduler.num_waiting + len(self.constraints),
             num_pages=cache.pool.num_pages,
             num_pages_in_use=cache.pool.num_in_use,
             num_tokens_in_pages=cache.num_tokens_in_pages(scheduler.running),
@@ -156,4 +192,5 @@ class EngineCore:
         )
 
     def shutdown(self) -> None:
+        self.constraints.shutdown()
         self.runner.shutdown()

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 WORD_BITS = 32
+# Between the parts of JSON unless a request says otherwise: indentation has room. Without a bound, small models go on
+# with blanks until their tokens are spent.
+WHITESPACE = r"[ \t\r\n]{1,20}"
 MAX_ERROR_CHARACTERS = 400
 
 
@@ -50,7 +53,7 @@ def grammar_text(params: StructuredOutputsParams, special_tokens: frozenset[str]
         schema = _closed(schema)
     options: JsonCompileOptions = {
         "whitespace_flexible": not params.disable_any_whitespace,
-        "whitespace_pattern": params.whitespace_pattern,
+        "whitespace_pattern": None if params.disable_any_whitespace else params.whitespace_pattern or WHITESPACE,
     }
     return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 

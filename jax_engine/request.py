@@ -36,6 +36,12 @@ def digest_function(algorithm: str) -> Digest:
 class Constraint(Protocol):
     """Which tokens may come next, as a state that goes along with a request's output."""
 
+    error: str | None  # why that can no longer be told; ends the request
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `fill` need not wait."""
+
     def fill(self, row: NDArray[np.uint32]) -> None:
         """Write the bitmask of the tokens that may come next: bit v % 32 of word v // 32 for token v."""
 
@@ -143,8 +149,12 @@ class Request:
         self.tokens.append(token)
         asked = self.asked
         num_output = len(self.tokens) - self.num_prompt
-        if num_output >= asked.min_tokens and (token in asked.eos_token_ids or token in asked.stop_token_ids):
+        if self.constraint is not None and self.constraint.error is not None:
+            self.finish_reason = "error"
+        elif num_output >= asked.min_tokens and (token in asked.eos_token_ids or token in asked.stop_token_ids):
             self.finish_reason = "stop"
         elif num_output >= asked.max_tokens:
             self.finish_reason = "length"
+        elif self.constraint is not None:
+            self.constraint.advance([token])
         return self.finish_reason

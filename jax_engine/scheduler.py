@@ -15,7 +15,7 @@ from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
-from jax_engine.request import Request, digest_function
+from jax_engine.request import Constraint, Request, digest_function
 from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
@@ -66,9 +66,9 @@ class Scheduler:
         self.num_generation_tokens = 0
         self.finished: dict[str, int] = {}
 
-    def add(self, asked: CoreRequest) -> None:
+    def add(self, asked: CoreRequest, constraint: Constraint | None = None) -> None:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
-        request = Request(asked, order=self._num_added, digest=self._digest)
+        request = Request(asked, order=self._num_added, digest=self._digest, constraint=constraint)
         self._num_added += 1
         request.urgency = self._urgency_of(request)
         self.requests[asked.request_id] = request
@@ -141,6 +141,7 @@ class Scheduler:
                     num_preemptions=request.num_preemptions,
                     logprobs=found.drawn,
                     prompt_logprobs=request.take_prompt_logprobs(),
+                    error=request.constraint.error if request.constraint is not None else None,
                 )
             )
             if reason is not None:
@@ -206,7 +207,7 @@ class Scheduler:
         num_uncomputed = request.num_uncomputed
         is_decode = num_uncomputed == 1
         length = 1 if is_decode else self._chunk_length(num_uncomputed, step.tokens)
-        if not length:
+        if not length or (request.constraint is not None and not request.constraint.is_ready):
             return
         while not (room := self.cache.room(request)):
             step.is_short = True

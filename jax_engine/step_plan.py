@@ -49,6 +49,11 @@ class StepPlan:
         """How often the device runs the model: once, or as often as the longest of its decodes draws."""
         return max(1, *(chunk.num_draws for chunk in self.chunks))
 
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a request's next step can only be planned when this one's token for it is on the host."""
+        return any(chunk.request.constraint is not None and chunk.num_draws for chunk in self.chunks)
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:

@@ -33,7 +33,7 @@ class StructuredOutputsParams:
     structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False  # JSON in one line, without blanks between its parts
     disable_additional_properties: bool = False  # objects whose schema lists properties have no others
-    whitespace_pattern: str | None = None  # a regular expression, in place of any blanks between the parts of JSON
+    whitespace_pattern: str | None = None  # between the parts of JSON, a regular expression; None: up to 20 blanks
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) not in (None, False)]
