@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.grammars import error_of, make_masks, mask_of, new_executor, new_matcher
+from jax_engine.full_sampling import pack_bits
+from jax_engine.grammars import error_of, make_masks, new_executor, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
 
@@ -37,7 +38,7 @@ class GrammarConstraint:
         self.matcher = matcher
         self._min_tokens = asked.structured.min_tokens
         ends = {*asked.eos_token_ids, *asked.stop_token_ids}
-        self._goes_on = ~mask_of(ends, vocabulary.size)
+        self._goes_on = ~pack_bits(tuple(ends), vocabulary.size)
         self._num_tokens = 0
         self._new_tokens: list[int] = []
         self._mask = self._goes_on  # until the first one is made

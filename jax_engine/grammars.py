@@ -5,7 +5,7 @@ do harm all the same is found by `grammar_checker.py`, in a process of its own.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +100,6 @@ def error_of(matcher: "LLMatcher") -> str:
 def ids_of(mask: NDArray[np.uint32]) -> NDArray[np.int64]:
     """The tokens whose bits are set, in ascending order."""
     return np.flatnonzero(np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little"))
-
-
-def mask_of(tokens: Iterable[int], size: int) -> NDArray[np.uint32]:
-    """The bitmask of a vocabulary of that size with the bits of these tokens set."""
-    bits = np.zeros(-(-size // WORD_BITS) * WORD_BITS, np.uint8)
-    bits[list(tokens)] = 1
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
 
 
 def _lark(grammar: str) -> str:

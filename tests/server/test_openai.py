@@ -247,3 +247,34 @@ def test_metrics_count_what_was_served(server):
     assert server.metric("vllm:request_generation_tokens_sum") == tokens + 10
     assert server.metric("jax_engine:compiles_in_request_path_total", model_name="demo", engine="0") == 0
     assert server.metric("vllm:cache_config_info", block_size="16") == 1
+
+
+def test_an_answer_has_the_form_that_was_asked_for(server):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "year": {"type": "integer", "minimum": 1, "maximum": 2000}},
+        "required": ["city", "year"],
+        "additionalProperties": False,
+    }
+    response_format = {"type": "json_schema", "json_schema": {"name": "visit", "schema": schema}}
+    create = server.client.chat.completions.create
+    answer = create(model="demo", messages=QUESTION, response_format=response_format)
+    (choice,) = answer.choices
+    said = json.loads(choice.message.content)
+    assert choice.finish_reason == "stop"
+    assert said.keys() == {"city", "year"}
+    assert said["city"] in ("Paris", "Rome")
+    assert 1 <= said["year"] <= 2000
+    streamed = create(model="demo", messages=QUESTION, stream=True, extra_body={"guided_choice": ["north", "south"]})
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) in ("north", "south")
+    plain = httpx.post(f"{server.url}/generate", json={"prompt": STORY, "guided_regex": "[0-9]{3}", "n": 2})
+    assert all(text.isdecimal() and len(text) == 3 for text in plain.raise_for_status().json()["text"])
+
+
+def test_a_grammar_that_cannot_be_followed_is_a_400_that_names_it(server):
+    with pytest.raises(openai.BadRequestError) as caught:
+        server.client.completions.create(
+            model="demo", prompt=STORY, extra_body={"structured_outputs": {"regex": "(unclosed"}}, stream=True
+        )
+    assert caught.value.param == "structured_outputs.regex"
+    assert "unclosed group" in caught.value.message

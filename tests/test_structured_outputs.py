@@ -1,0 +1,235 @@
+"""Structured output on random weights, which follow no form by themselves: every output has the one asked for."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tiny_engine import TINY, core_request
+
+from jax_engine import LLM, SamplingParams, StructuredOutputsParams, grammar_checker
+from jax_engine.constraints import GrammarConstraint
+from jax_engine.grammar_checker import GrammarChecker
+from jax_engine.grammars import ids_of, make_masks, new_executor, new_matcher
+from jax_engine.messages import StructuredRequest, Vocabulary
+from jax_engine.model_files import resolve_model_path
+from jax_engine.request import Request
+from jax_engine.tokenizer import load_tokenizer
+from random_schemas import is_met, random_schema
+
+EOS = 3  # of the built-in tokenizer
+PROMPTS = ["Hello", "A list of things that are not there:", "x"]
+NUMBERED = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+TAGS = {"structures": [{"begin": "<f>", "schema": NUMBERED, "end": "</f>"}], "triggers": ["<f>"]}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(load_tokenizer(resolve_model_path("demo")).as_json(), 1024, (EOS,))
+
+
+@pytest.fixture(scope="module")
+def checker(vocabulary: Vocabulary) -> GrammarChecker:
+    return GrammarChecker(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small engine over random weights, with the built-in tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(TINY | {"vocab_size": 1024, "num_hidden_layers": 1}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve_model_path("demo") / name, folder)
+    return {
+        "model": str(folder),
+        "load_format": "dummy",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 16,
+        "block_size": 8,
+        "kv_cache_memory_bytes": 32 * 2**10,  # 32 pages: one sequence of the longest, or a few short ones
+        "compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
+    }
+
+
+@pytest.fixture(scope="module")
+def llm(settings: dict[str, Any]) -> Iterator[LLM]:
+    with LLM(**settings) as llm:
+        yield llm
+
+
+def held(form: dict[str, Any], **fields: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 120, "seed": 1, "structured_outputs": form} | fields)
+
+
+def completions(llm: LLM, params: list[SamplingParams]) -> list[tuple[str | None, str]]:
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(len(params))]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [(completion.finish_reason, completion.text) for output in outputs for completion in output.outputs]
+
+
+def test_outputs_of_random_schemas_parse_and_mean_what_their_schemas_do(llm):
+    schemas = [random_schema(number) for number in range(30)]
+    forms = [{"json": schema, "disable_any_whitespace": True} for schema in schemas]
+    outputs = completions(llm, [held(form, max_tokens=200, seed=seed) for seed, form in enumerate(forms)])
+    for schema, (reason, text) in zip(schemas, outputs, strict=True):
+        assert reason == "stop"
+        assert is_met(json.loads(text), schema), (text, schema)
+
+
+def test_the_judge_of_schemas_is_no_pushover():
+    schema = {"type": "object", "properties": {"a": {"type": "string", "minLength": 1, "maxLength": 2}}} | {
+        "required": ["a"]
+    }
+    assert is_met({"a": "x"}, schema)
+    for wrong in ({}, {"a": ""}, {"a": "xyz"}, {"a": 1}, {"a": "x", "b": 1}, [], None):
+        assert not is_met(wrong, schema)
+
+
+FORMS = [
+    ({"regex": "[a-c]{3}-(x|yy)"}, "[a-c]{3}-(x|yy)"),
+    ({"choice": ["yes", "no", 'quo"ted\n']}, '(yes|no|quo"ted\n)'),
+    ({"grammar": 'root ::= "(" root ")" | "a"'}, r"\(*a\)*"),
+    ({"grammar": 'start: "a" mid "z"\nmid: /[0-9]{2}/ | "-"'}, "a([0-9]{2}|-)z"),
+    ({"json_object": True, "disable_any_whitespace": True}, r"\{.*\}"),
+    ({"json": NUMBERED, "disable_additional_properties": True, "whitespace_pattern": "_"}, r'\{_?"n"_?:_?-?\d+_?\}'),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"), FORMS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else ""
+)
+def test_every_kind_of_form(llm, form, expected):
+    for temperature in (0.0, 1.0):
+        ((reason, text),) = completions(llm, [held(form, temperature=temperature, max_tokens=200)])
+        if reason == "stop":
+            assert re.fullmatch(expected, text, re.DOTALL), text
+        else:  # cut off: the beginning of one
+            assert form.keys() & {"json_object", "grammar"} or "n" in text
+            assert reason == "length"
+
+
+def test_text_is_free_until_it_begins_like_a_tag(vocabulary, checker):
+    """Random weights hardly ever begin one, so the matcher is led by hand."""
+    matcher = new_matcher(checker.grammar(StructuredOutputsParams(structural_tag=TAGS)), vocabulary)
+    encode = load_tokenizer(resolve_model_path("demo")).encode
+    assert matcher.consume_tokens(encode("any text < of { course", add_special_tokens=False))
+    assert matcher.is_accepting()
+    assert matcher.consume_tokens(encode(' <f>{"n":', add_special_tokens=False))
+    assert not matcher.is_accepting()
+    assert not matcher.validate_tokens(encode("free", add_special_tokens=False))
+    assert matcher.consume_tokens(encode("1}</f> and text", add_special_tokens=False))
+    assert matcher.is_accepting()
+
+
+def test_tokens_are_those_of_the_request_alone_whatever_shares_the_batch(llm):
+    """Free requests and forms, greedy and drawn, several completions: none sees another."""
+    params = [
+        held(FORMS[0][0], temperature=1.0, n=3),
+        SamplingParams(max_tokens=20, seed=5, ignore_eos=True),
+        held({"json": NUMBERED, "disable_any_whitespace": True}, temperature=0.0, max_tokens=12),
+        held({"choice": ["north", "south", "east", "west"]}, temperature=1.0, seed=8),
+        SamplingParams(max_tokens=25, temperature=0.0, ignore_eos=True),
+    ]
+    together = llm.generate(["Hello"] * 5, params, use_tqdm=False)
+    for number, one in enumerate(params):
+        (alone,) = llm.generate("Hello", one, use_tqdm=False)
+        assert [c.token_ids for c in alone.outputs] == [c.token_ids for c in together[number].outputs]
+    assert len({completion.text for completion in together[0].outputs}) > 1
+
+
+def test_a_preempted_output_goes_on_where_it_was(llm):
+    """With pages for half of the sequences, the others give way again and again."""
+    schema = {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 12, "maxItems": 14}
+    params = [held({"json": schema, "disable_any_whitespace": True}, seed=seed) for seed in range(6)]
+    alone = [completions(llm, [one])[0] for one in params]
+    before = llm.get_metrics().preemptions_total
+    together = llm.generate([PROMPTS[0]] * len(params), params, use_tqdm=False)
+    assert llm.get_metrics().preemptions_total > before
+    assert [(output.outputs[0].finish_reason, output.outputs[0].text) for output in together] == alone
+    assert all(reason == "stop" and is_met(json.loads(text), schema) for reason, text in alone)
+
+
+def test_where_an_output_may_end(llm):
+    """At an end-of-sequence id where the grammar accepts: not before `min_tokens` as long as it can go on, and with
+    `ignore_eos` only where nothing else can follow.
+    """
+    letters = {"regex": "[ab]*"}
+    (ended, never, complete, cut, stopped) = llm.generate(
+        ["x"] * 5,
+        [
+            held(letters, min_tokens=30),
+            held(letters, ignore_eos=True, max_tokens=40),
+            held({"choice": ["ab"]}, min_tokens=30, ignore_eos=True),
+            held({"regex": "[ab]{50}"}, max_tokens=7),
+            held({"regex": "a{9}b"}, stop=["b"]),
+        ],
+        use_tqdm=False,
+    )
+    assert len(ended.outputs[0].token_ids) >= 30
+    assert (len(never.outputs[0].token_ids), never.outputs[0].finish_reason) == (40, "length")
+    assert (complete.outputs[0].text, complete.outputs[0].finish_reason) == ("ab", "stop")
+    assert (cut.outputs[0].finish_reason, len(cut.outputs[0].token_ids)) == ("length", 7)
+    assert (stopped.outputs[0].text, stopped.outputs[0].stop_reason) == ("a" * 9, "b")
+
+
+DEEP = {"$defs": {f"a{i}": {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(1400)}}
+DEEP |= {"$ref": "#/$defs/a0"}
+DEEP["$defs"]["a1400"] = {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"regex": "(a"}, r"structured_outputs\.regex='\(a' cannot be followed: .*unclosed group"),
+        ({"regex": "[^\\x00-\\U0010ffff]"}, "no output meets it"),
+        ({"regex": "((a{1,100}){1,100}){1,100}"}, "too many expressions"),
+        ({"json": {"type": "nonsense"}}, "Invalid type: nonsense"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json": {"type": "integer", "minimum": 5, "maximum": 1}}, "Unsatisfiable"),
+        ({"json": "{"}, r"json='\{' cannot be followed"),
+        ({"json": "[1]"}, "a JSON schema is an object"),
+        ({"json": DEEP}, "nested too deeply"),
+        ({"grammar": "start: nowhere"}, "unknown name"),
+        ({"grammar": "root ::= ("}, "as EBNF it cannot be read"),
+        ({"grammar": 'start: "a" start'}, "cannot be followed"),
+        ({"structural_tag": TAGS | {"triggers": ["<g>"]}}, "none of the triggers"),
+        ({"structural_tag": {"type": "structural_tag", "format": {}}}, "structures"),
+    ],
+    ids=str,
+)
+def test_a_grammar_that_cannot_be_followed_is_refused(llm, form, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate("x", held(form), use_tqdm=False)
+
+
+def test_a_grammar_that_takes_long_is_given_up_and_the_next_one_is_checked(vocabulary, monkeypatch):
+    checker = GrammarChecker(vocabulary)
+    assert checker.grammar(StructuredOutputsParams(regex="a"))
+    monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="more than 0 seconds"):
+        checker.grammar(StructuredOutputsParams(regex="(a|b)*c"))
+    monkeypatch.undo()
+    assert checker.grammar(StructuredOutputsParams(regex="(a|b)*c"))
+
+
+def test_a_token_that_the_grammar_does_not_allow_ends_the_request_with_an_error(vocabulary, checker):
+    """As when `allowed_token_ids` leave nothing that the grammar allows."""
+    grammar = checker.grammar(StructuredOutputsParams(choice=["yes"]))
+    asked = core_request("r", [1], 9, eos_token_ids=(EOS,), structured=StructuredRequest(grammar))
+    constraint = GrammarConstraint(new_matcher(grammar, vocabulary), asked, vocabulary)
+    request = Request(asked, order=0, constraint=constraint)
+    assert request.append(500) is None
+    constraint.follow()
+    assert request.append(500) == "error"
+    assert constraint.error
+
+
+def test_masks_of_many_matchers_are_those_of_each(vocabulary, checker):
+    matchers = [new_matcher(checker.grammar(StructuredOutputsParams(regex=f"[a-{x}]+")), vocabulary) for x in "bcd"]
+    decode = load_tokenizer(resolve_model_path("demo")).decode
+    for mask, last in zip(make_masks(new_executor(), matchers, vocabulary), "bcd", strict=True):
+        texts = {decode([int(token)]) for token in ids_of(mask)}
+        assert set("abcd"[: "abcd".index(last) + 1]) <= texts
+        assert all(re.fullmatch(f"[a-{last}]+", text) for text in texts)
