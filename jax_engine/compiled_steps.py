@@ -47,6 +47,7 @@ class CompiledSteps:
         self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
+        self._with_drafts = [program for program in self.programs if program.draft_rows]
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
@@ -88,8 +89,8 @@ class CompiledSteps:
         return self._compile(self.largest)
 
     def compile_largest_of_each(self) -> list[jax.stages.Compiled]:
-        """Compile the largest program and the largest that loops: one of them takes the most memory."""
-        return [self._compile(program) for program in (self.largest, *self._loops[-1:])]
+        """Compile the largest program, that which loops and that for drafts: one of them takes the most memory."""
+        return [self._compile(program) for program in (self.largest, *self._loops[-1:], *self._with_drafts[:1])]
 
     def compile_rest(self, *, background: bool) -> None:
         """Compile the remaining programs, by themselves or before returning.
@@ -137,16 +138,21 @@ class CompiledSteps:
             return 1
         return fitting[0].num_steps
 
+    @property
+    def can_draft(self) -> bool:
+        """Whether the programs for steps with drafts are there: all, so that none is padded into one far larger."""
+        return bool(self._with_drafts) and all(program in self._executables for program in self._with_drafts)
+
     def find(
-        self, num_tokens: int, num_sequences: int, mode: SamplingMode, *, num_steps: int = 1
+        self, num_tokens: int, num_sequences: int, mode: SamplingMode, *, num_steps: int = 1, draft_rows: int = 0
     ) -> tuple[Program, jax.stages.Compiled]:
         """The smallest program that is ready and can run a step of this size and mode; `num_steps` above 1, which
-        `num_steps` has allowed, loops.
+        `num_steps` has allowed, loops; `draft_rows` above 0, which `can_draft` has allowed, are drawn from.
         """
         for program in self._by_mode.get(mode, ()):
-            if program.holds(num_tokens, num_sequences, num_steps):
+            if program.holds(num_tokens, num_sequences, num_steps, draft_rows):
                 return program, self._executables[program]
-        assert num_steps == 1, "no program loops over so many steps yet"
+        assert (num_steps, draft_rows) == (1, 0), "no program loops over so many steps, or has so many drafts, yet"
         largest = self._largest_of(mode)
         assert largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
         if largest not in self._executables:
@@ -238,13 +244,13 @@ def share_of_memory_maps() -> float:
 
 def compile_order(programs: Iterable[Program]) -> list[Program]:
     """The largest first, and then always one in the middle of the widest gap: any step soon has a program not much
-    larger than itself. A mode that can do more serves the others too, so it goes before them; then come loops, and at
-    last the FULL mode.
+    larger than itself. A mode that can do more serves the others too, so it goes before them; then come loops, what has
+    drafts, and at last the FULL mode.
     """
     ascending, modes = sorted(programs), list(SamplingMode)
 
-    def kind(program: Program) -> tuple[bool, int, int]:
-        return program.mode is SamplingMode.FULL, program.num_steps, -modes.index(program.mode)
+    def kind(program: Program) -> tuple[bool, bool, int, int]:
+        return program.mode is SamplingMode.FULL, program.draft_rows > 0, program.num_steps, -modes.index(program.mode)
 
     return [
         program

@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jax_engine.sampling_params import integer, number
+from jax_engine.speculative_config import SpeculativeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
@@ -47,6 +49,8 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     max_num_queued_reqs: int | None = None  # sequences in flight, waiting or running, of a server; None: no bound
     num_scheduler_steps: int = 1  # tokens that a request draws in one step while nothing waits: a loop on the device
+    # vLLM's dictionary (see `SpeculativeConfig`): tokens are guessed ahead, and checked several in a step.
+    speculative_config: dict[str, Any] | None = None
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for
     gpu_memory_utilization: float = 0.9
@@ -145,6 +149,7 @@ class EngineConfig:
                 f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with deterministic=True, whose steps "
                 "are all the same program; leave one of them out"
             )
+        self._check_speculation()
         threshold = self.long_prefill_token_threshold
         integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
         if threshold and not self.enable_chunked_prefill:
@@ -157,6 +162,21 @@ class EngineConfig:
             integer("max_num_queued_reqs", self.max_num_queued_reqs, low=1, high=2**31 - 1, remedy=remedy)
         if self.max_model_len is not None:
             self.check_whole_prompts(self.max_model_len)
+
+    def _check_speculation(self) -> None:
+        speculation = self.speculation
+        if speculation is None:
+            return
+        for name, value in (("num_scheduler_steps", 1), ("deterministic", False)):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be {value} with speculative_config; leave one of them out"
+                )
+        if speculation.num_speculative_tokens >= self.token_budget:
+            raise ValueError(
+                f"speculative_config.num_speculative_tokens={speculation.num_speculative_tokens} must be less than "
+                f"max_num_batched_tokens={self.token_budget}, which bounds all tokens of a step; lower it"
+            )
 
     def check_whole_prompts(self, max_model_len: int) -> None:
         """Without chunked prefill, a step must hold the longest sequence: ValueError when `max_model_len` is longer."""
@@ -185,6 +205,11 @@ class EngineConfig:
                 f"{name}={getattr(self, name)} needs enable_prefix_caching=True, since pages in host memory are found "
                 "by the prefix they hold; set it, or leave the other out"
             )
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """What `speculative_config` asks for; ValueError for a key or value that it cannot have."""
+        return None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config)
 
     @property
     def host_cache_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from jax_engine.config import EngineConfig
 from jax_engine.constraints import Constraints
@@ -33,7 +34,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig) -> None:
         self.runner = Runner(config)
         limits = self.runner.limits(config)
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, config.speculation)
         self._max_in_flight = config.max_num_queued_reqs
         self._num_refused = 0
         self.info = Ready(
@@ -49,6 +50,7 @@ class EngineCore:
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
         self._device_since = 0.0  # when the device began with the step it is at
+        self._period_since = 0.0  # when the tokens of the step before came, or the engine began to be busy
 
     def handle(self, command: Command) -> PrefixCacheReset | StepOutputs | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
@@ -88,24 +90,29 @@ class EngineCore:
 
     def step(self) -> StepOutputs:
         """Launch the next step, then take the tokens of the one before it, so that the host works while the device
-        does. Where the next step depends on what the host makes of these tokens, they are taken first.
+        does. Where the next step depends on what the host makes of these tokens, as those with drafts do, they are
+        taken first.
         """
         outputs: list[CoreOutput] = []
         previous, self._pending = self._pending, None
-        if previous is not None and previous.plan.waits_for_host:
-            outputs += self._collect(previous)
+        if previous is None:
+            self._period_since = time.perf_counter()
+        elif previous.plan.waits_for_host or self.scheduler.wants_drafts():
+            outputs += self._collect(previous, is_ahead=False)
             previous = None
         outputs += self._add_compiled()
         self.constraints.wait_for_masks(self._step_seconds)
         start = time.perf_counter()
-        plan = self.scheduler.schedule(self.runner.compiled.num_steps(len(self.scheduler.running)))
+        can_draft = previous is None and self.runner.compiled.can_draft
+        num_steps = self.runner.compiled.num_steps(len(self.scheduler.running))
+        plan = self.scheduler.schedule(num_steps, can_draft=can_draft)
         planned = time.perf_counter()
         self._schedule_us += (planned - start) * 1e6
         if previous is None:
             self._device_since = planned
         self._pending = self._launch(plan) if plan else None
         if previous is not None:
-            outputs += self._collect(previous)
+            outputs += self._collect(previous, is_ahead=True)
         elif plan is None and not outputs:  # masks or grammars are all there is to wait for
             self.constraints.wait(IDLE_SECONDS)
         now = time.monotonic()
@@ -114,15 +121,17 @@ class EngineCore:
         self._stats_due = now + STATS_PERIOD
         return StepOutputs(outputs, self.stats())
 
-    def _collect(self, pending: PendingTokens) -> list[CoreOutput]:
-        """Wait for a step, and take its tokens."""
+    def _collect(self, pending: PendingTokens, *, is_ahead: bool) -> list[CoreOutput]:
+        """Wait for a step, and take its tokens. `is_ahead`: the step after it has been launched."""
         start = time.perf_counter()
         pending.tokens.block_until_ready()
         ready = time.perf_counter()
         self._step_seconds = ready - self._device_since
         if pending.plan.num_steps == 1:
             self.scheduler.cache.load_rule.observe(pending.plan.num_tokens, self._step_seconds)
-        self._device_since = ready
+        if self.scheduler.drafts is not None:
+            self.scheduler.drafts.observe(pending.plan, ready - self._period_since, is_ahead=is_ahead)
+        self._device_since = self._period_since = ready
         drawn = self.runner.collect(pending)
         outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_logprobs(pending, drawn))
         self.constraints.go_on(chunk.request for chunk in pending.plan.chunks)
@@ -181,6 +190,7 @@ class EngineCore:
             compile_eta_seconds=compiled.eta,
             compile_seconds_total=compiled.seconds,
             compiles_in_request_path_total=compiled.num_in_request_path,
+            **self._draft_figures(),
             host_time=HostTime(
                 steps=launches.steps,
                 schedule=self._schedule_us,
@@ -190,6 +200,16 @@ class EngineCore:
                 collect=self._collect_us,
             ),
         )
+
+    def _draft_figures(self) -> dict[str, Any]:
+        if self.scheduler.drafts is None:
+            return {}
+        counters = self.scheduler.drafts.counters
+        return {
+            "spec_drafts_total": counters.drafts,
+            "spec_draft_tokens_total": counters.tokens,
+            "spec_accepted_tokens_per_position_total": tuple(counters.accepted),
+        }
 
     def shutdown(self) -> None:
         self.constraints.shutdown()

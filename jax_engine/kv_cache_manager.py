@@ -176,9 +176,8 @@ class KVCacheManager:
         spare = self.pool.num_free - len(self._shared_places(request))  # which are replaced by copies
         if spare < 0:
             return 0
-        return (
-            len(request.pages) // self.num_groups + spare // self.num_groups
-        ) * self.page_size - request.num_computed
+        num_rows = len(request.pages) // self.num_groups + spare // self.num_groups
+        return num_rows * self.page_size - request.num_computed
 
     def grow(self, request: Request, length: int) -> int:
         """Give a request the pages of its next `length` tokens and count those as computed; see `room`.
@@ -205,6 +204,12 @@ class KVCacheManager:
         if self._window_groups:
             self._advanced.append(request)
         return first_new
+
+    def roll_back(self, request: Request, num_tokens: int) -> None:
+        """Take what a running request has computed behind its first `num_tokens` tokens, in no step in flight, back."""
+        request.num_computed = request.num_once_computed = num_tokens
+        self.pool.free(request.pages[self._pages_for(num_tokens) :])
+        del request.pages[self._pages_for(num_tokens) :]
 
     def settle(self) -> None:
         """Before a plan is made: let the pages that the plan before it fills be found, and give up those that it was
@@ -331,11 +336,10 @@ class KVCacheManager:
         tokens.
         """
         num_full = min(request.num_computed, len(request.tokens)) // self.page_size
-        groups = self.num_groups
-        for index in range(request.num_registered, min(num_full, len(request.pages) // groups)):
+        for index in range(request.num_registered, min(num_full, len(request.pages) // self.num_groups)):
             page_hash = request.page_hash(index, self.page_size)
             for group, suffix in enumerate(self._suffixes):
-                self.pool.register(request.pages[index * groups + group], page_hash + suffix)
+                self.pool.register(request.pages[index * self.num_groups + group], page_hash + suffix)
             request.num_registered = index + 1
 
     def _find(self, page_hash: bytes) -> int | None:

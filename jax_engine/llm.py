@@ -52,7 +52,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "quantization": (None,),
         "runner": ("auto", "generate"),
         "skip_tokenizer_init": (False,),
-        "speculative_config": (None,),
         "task": ("auto", "generate", None),
         "tokenizer_mode": ("auto",),
         "tokenizer_revision": (None,),

@@ -132,7 +132,7 @@ class PlacedModel:
         return jax.jit(lambda: FullState.zeros(num_slots, self.vocab_size), out_shardings=shardings)()
 
     def lower(
-        self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1
+        self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0
     ) -> jax.stages.Lowered:
         """Trace the step program of a bucket; its arguments are those of `step_function` or `full_step_function`."""
         leaves = tuple(
@@ -143,11 +143,13 @@ class PlacedModel:
         buffer = _shape((layout.size,), jnp.int32, whole)
         on_mesh, options = self.placement.mesh is not None, dict(self.compiler_options)
         if mode is not SamplingMode.FULL:
-            step = step_function(self.structure, layout, mode, self.placement, self.row_block, num_steps=num_steps)
+            step = step_function(
+                self.structure, layout, mode, self.placement, self.row_block, num_steps=num_steps, draft_rows=draft_rows
+            )
             shardings = (_shardings(state), whole) if on_mesh else None
             jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
             return jitted.lower(leaves, state, buffer)
-        assert num_steps == 1, "a step of the FULL mode draws one token"
+        assert (num_steps, draft_rows) == (1, 0), "a step of the FULL mode draws one token"
         full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
         tokens = layout.bucket.num_tokens
         inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, tokens, self.vocab_size)))

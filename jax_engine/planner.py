@@ -26,6 +26,7 @@ MAX_PROGRAMS = 26  # step programs of all sizes and sampling modes: what a start
 MAX_FULL_PROGRAMS = 8  # in the FULL mode, which few requests need
 FULL_SIZE_STEP = 4  # its step sizes grow by this factor
 MAX_LOOP_PROGRAMS = 14  # beside them, where decodes loop on the device
+MAX_DRAFT_PROGRAMS = 8  # beside them, for steps with drafted tokens
 SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
 
@@ -171,6 +172,23 @@ def step_programs(
             *((steps, size, mode) for steps, size in kinds for mode in _modes(size, max_num_seqs)),
             *full,
         ]
+    )
+
+
+def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
+    """Step programs for ranges with up to `num_drafts` drafted tokens: those of one sequence, and from there on powers
+    of two times as many rows, as far as `MAX_DRAFT_PROGRAMS` allow, up to the token budget.
+    """
+    most, factor = max_num_seqs * (1 + num_drafts), 2
+    while (1 + num_drafts) * factor ** (MAX_DRAFT_PROGRAMS - 2) < min(most, token_budget):
+        factor *= 2
+    sizes, size = {token_budget}, 1 + num_drafts
+    while size < token_budget:
+        sizes.add(size)
+        size *= factor
+    return tuple(
+        Program(Bucket(size, min(size, max_num_seqs)), LOOPING_MODES[-1], draft_rows=min(size, most))
+        for size in sorted(sizes)
     )
 
 

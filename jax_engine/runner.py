@@ -25,6 +25,7 @@ from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
 from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import (
     MemoryPlan,
+    draft_programs,
     host_pages,
     largest_padding,
     longest_context,
@@ -135,6 +136,7 @@ class Runner:
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,
             windows=self._geometry.layout.windows,
+            draft_sizes=tuple(sorted(program.bucket.num_tokens for program in self._programs if program.draft_rows)),
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -147,7 +149,9 @@ class Runner:
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
         mode = self._parameters.mode(slots)
-        program, executable = self.compiled.find(num_tokens, len(chunks), mode, num_steps=plan.num_steps)
+        program, executable = self.compiled.find(
+            num_tokens, len(chunks), mode, num_steps=plan.num_steps, draft_rows=plan.num_draft_rows
+        )
         layout = self._layouts[program.bucket]
         updates = page_updates_of(chunks, layout)
         if len(updates) > layout.num_page_updates:
@@ -176,6 +180,8 @@ class Runner:
 
     def collect(self, pending: PendingTokens) -> list[list[int]]:
         """Wait for a step; the tokens of each of its chunks."""
+        if pending.program.draft_rows:
+            return self._collect_drafted(pending)
         drawn = np.asarray(pending.tokens)[:, : len(pending.plan.chunks)]
         num_drawn = (drawn != NO_TOKEN).sum(axis=0)
         num_steps, num_tokens = 1, pending.plan.num_tokens
@@ -184,9 +190,18 @@ class Runner:
         token_rows = num_steps * pending.program.bucket.num_tokens
         if self.placed.row_block is not None:
             token_rows = whole_blocks(num_tokens, self.placed.row_block)
+        self._count_rows(token_rows, num_tokens)
+        return [tokens[:count] for tokens, count in zip(drawn.T.tolist(), num_drawn.tolist(), strict=True)]
+
+    def _collect_drafted(self, pending: PendingTokens) -> list[list[int]]:
+        """The tokens drawn behind the last of each chunk's tokens and behind each of its drafts."""
+        drawn, end = np.asarray(pending.tokens)[0].tolist(), 0
+        self._count_rows(pending.program.bucket.num_tokens, pending.plan.num_tokens)
+        return [drawn[end : (end := end + chunk.num_draws)] for chunk in pending.plan.chunks]
+
+    def _count_rows(self, token_rows: int, num_tokens: int) -> None:
         self.counters.token_rows += token_rows
         self.counters.padding_tokens += token_rows - num_tokens
-        return [tokens[:count] for tokens, count in zip(drawn.T.tolist(), num_drawn.tolist(), strict=True)]
 
     def collect_logprobs(self, pending: PendingTokens, drawn: Sequence[Sequence[int]]) -> list[ChunkLogprobs] | None:
         """Wait for the log-probabilities that a step's chunks ask for; `drawn` are its tokens. None if none does."""
@@ -206,13 +221,16 @@ class Runner:
         self._programs = step_programs(
             config.max_num_seqs, config.token_budget, row_block=block, num_steps=config.num_scheduler_steps
         )
+        if config.speculation is not None:
+            num_drafts = config.speculation.num_speculative_tokens
+            self._programs += draft_programs(config.max_num_seqs, config.token_budget, num_drafts)
         buckets = sorted({program.bucket for program in self._programs})
         largest = buckets[-1].num_tokens
         # A step in blocks of rows costs those that it fills.
         sizes = {
             program.bucket.num_tokens
             for program in self._programs
-            if program.num_steps == 1 and program.mode is not SamplingMode.FULL
+            if program.num_steps == 1 and program.mode is not SamplingMode.FULL and not program.draft_rows
         }
         self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
         sizes_of_state = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups
@@ -325,7 +343,7 @@ class Runner:
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
         layout, size = self._layouts[program.bucket], self._state_size(memory)
-        return self.placed.lower(layout, program.mode, size, num_steps=program.num_steps)
+        return self.placed.lower(layout, program.mode, size, num_steps=program.num_steps, draft_rows=program.draft_rows)
 
     def _state_size(self, memory: MemoryPlan) -> StateSize:
         return StateSize(memory.num_pages, self._num_slots, self._geometry.pages_for(memory.max_model_len))

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from jax_engine.drafting import Drafts
 from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
 from jax_engine.request import Constraint, Request, digest_function
+from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
@@ -28,6 +30,7 @@ class _Step:
 
     tokens: int  # of the budget, not spent and not kept for a running request's next token
     num_steps: int = 1  # tokens that a decode draws
+    drafts: dict[str, Sequence[int]] = field(default_factory=dict)  # by request
     chunks: list[Chunk] = field(default_factory=list)
     is_short: bool = False  # of pages: somebody has given way or waits for one
     is_blocked: bool = False  # the most urgent waiting request cannot start
@@ -40,7 +43,13 @@ class Scheduler:
     seconds that arrival times are in; a simulation has one of its own.
     """
 
-    def __init__(self, limits: SchedulerLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        speculation: SpeculativeConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.limits = limits
         self._clock = clock
         self.cache = KVCacheManager(
@@ -54,6 +63,9 @@ class Scheduler:
             ),
         )
         self.groups = PromptGroups()
+        self.drafts = None
+        if speculation is not None:
+            self.drafts = Drafts(speculation, step_sizes=limits.step_sizes, draft_sizes=limits.draft_sizes)
         self._digest = digest_function(limits.hash_algorithm)
         self.requests: dict[str, Request] = {}
         self.waiting = WaitingQueue()
@@ -91,21 +103,33 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self.waiting) + self.groups.num_held
 
-    def schedule(self, max_steps: int = 1) -> StepPlan | None:
+    def wants_drafts(self) -> bool:
+        """Whether the next plan is better made once the tokens of the one before it are known, to have drafts."""
+        if self.drafts is None:
+            return False
+        room = self.limits.token_budget - len(self.running)
+        return bool(self.drafts.choose(len(self.running), room)) and not self._needs_full
+
+    def schedule(self, max_steps: int = 1, *, can_draft: bool = False) -> StepPlan | None:
         """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
         chunk of a prompt, so that a long prompt never keeps others from decoding.
 
         Whoever lacks pages takes them from less urgent requests, all of which come later in this step: none that
         already is in it gives way, and the most urgent of all never does. It ends at some time, and so does everyone.
 
-        Where nothing but decodes is to do, each request draws up to `max_steps` tokens.
+        Where nothing but decodes is to do, each request draws up to `max_steps` tokens. Drafts are planned only if
+        `can_draft`: the plans before it are committed, and there is a program for it.
         """
         self.cache.settle()
         for request in self.groups.begin_step():
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
-        budget = self._step_budget(num_decodes)
-        step = _Step(tokens=budget - num_decodes, num_steps=self._num_steps(max_steps))
+        drafts = {}
+        if can_draft and self.drafts is not None and not self._needs_full:
+            drafts = self.drafts.plan(self.running, self.cache, self.limits.token_budget)
+        budget = self.limits.token_budget if drafts else self._step_budget(num_decodes)
+        num_kept = num_decodes + sum(map(len, drafts.values()))
+        step = _Step(tokens=budget - num_kept, num_steps=self._num_steps(max_steps), drafts=drafts)
         for request in tuple(self.running):
             if request.slot >= 0 and self.waiting:  # without a slot, it has given way
                 self._admit(step, before=request)
@@ -129,7 +153,14 @@ class Scheduler:
             if not chunk.num_draws or request.finish_reason is not None:
                 continue
             request.num_pending -= chunk.num_draws
-            reason = self._append(request, tokens, chunk.num_draws)
+            if self.drafts is not None and chunk.drafts:
+                tokens = self.drafts.keep(request, chunk.drafts, tokens, self.cache)
+                self.num_generation_tokens += len(tokens)
+                reason = request.finish_reason
+            else:
+                reason = self._append(request, tokens, chunk.num_draws)
+            if self.drafts is not None and reason is None:
+                self.drafts.learn(request)
             outputs.append(
                 CoreOutput(
                     request_id=request.asked.request_id,
@@ -147,6 +178,11 @@ class Scheduler:
             if reason is not None:
                 self._finish(request)
         return outputs
+
+    @property
+    def _needs_full(self) -> bool:
+        """Whether the next step may have rows of the FULL sampling mode, which has no programs for drafts."""
+        return any(request.asked.needs_full for request in self.requests.values())
 
     def _step_budget(self, num_decodes: int) -> int:
         """Tokens that this step may compute.
@@ -206,7 +242,8 @@ class Scheduler:
         """
         num_uncomputed = request.num_uncomputed
         is_decode = num_uncomputed == 1
-        length = 1 if is_decode else self._chunk_length(num_uncomputed, step.tokens)
+        drafts = step.drafts.get(request.asked.request_id, ())
+        length = 1 + len(drafts) if is_decode else self._chunk_length(num_uncomputed, step.tokens)
         if not length or (request.constraint is not None and not request.constraint.is_ready):
             return
         while not (room := self.cache.room(request)):
@@ -217,7 +254,7 @@ class Scheduler:
             self._give_way(step, self._victim(less_urgent))
         length = min(length, room)
         step.tokens -= 0 if is_decode else length
-        step.chunks.append(self._chunk(request, length, num_steps=step.num_steps))
+        step.chunks.append(self._chunk(request, length, num_steps=step.num_steps, drafts=drafts[: length - 1]))
 
     def _admit(self, step: "_Step", before: Request | None = None) -> None:
         """Start waiting requests in order of urgency while budget, slots and pages last; those alone that are more
@@ -280,17 +317,28 @@ class Scheduler:
             return num_uncomputed if num_uncomputed <= num_tokens else 0
         return min(num_uncomputed, num_tokens, self.limits.long_prefill_token_threshold or num_tokens)
 
-    def _chunk(self, request: Request, length: int, *, takes_slot: bool = False, num_steps: int = 1) -> Chunk:
-        """Plan a request's next `length` tokens, for which there are pages, as for the tokens drawn on the way."""
+    def _chunk(
+        self,
+        request: Request,
+        length: int,
+        *,
+        takes_slot: bool = False,
+        num_steps: int = 1,
+        drafts: Sequence[int] = (),
+    ) -> Chunk:
+        """Plan a request's next `length` tokens, the last of them `drafts`, for which there are pages, as for the
+        tokens drawn on the way.
+        """
         start = request.num_computed
-        num_draws = min(num_steps, request.num_undrawn) if start + length == request.length else 0
+        num_draws = min(num_steps, request.num_undrawn) if start + length == request.length + len(drafts) else 0
         first_new_page = self.cache.grow(request, length + max(num_draws - 1, 0))  # all but the last are run
+        num_draws += len(drafts)
         if takes_slot:
             first_new_page = 0
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         request.num_pending += num_draws
         new_pages, scored = request.pages[first_new_page:], request.score(start, length)
-        return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored)
+        return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored, drafts)
 
     def _victim(self, candidates: Sequence[Request]) -> Request:
         """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""
@@ -303,7 +351,8 @@ class Scheduler:
 
     def _give_way(self, step: "_Step", victim: Request) -> None:
         """Preempt a request that is not in this step yet."""
-        step.tokens += victim.num_uncomputed == 1  # the place that was kept for it
+        # The place that was kept for it.
+        step.tokens += (victim.num_uncomputed == 1) + len(step.drafts.pop(victim.asked.request_id, ()))
         step.is_short = True
         self._preempt(victim)
 
@@ -321,6 +370,8 @@ class Scheduler:
         assert request.finish_reason is not None
         self.finished[request.finish_reason] = self.finished.get(request.finish_reason, 0) + 1
         del self.requests[request.asked.request_id]
+        if self.drafts is not None:
+            self.drafts.forget(request)
         if request.slot >= 0:
             self._release(request)
             self.groups.discard(request)

@@ -52,12 +52,21 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     compile_eta_seconds: float = 0.0  # until the last step program is ready; 0 when nothing is being compiled
     compile_seconds_total: float = 0.0  # of all compile threads together
     compiles_in_request_path_total: int = 0
+    spec_drafts_total: int = 0  # times that a sequence had drafted tokens in a step
+    spec_draft_tokens_total: int = 0
+    # How often the drafted token at a position, and all before it, was kept; empty without speculative decoding.
+    spec_accepted_tokens_per_position_total: tuple[int, ...] = ()
     host_time: HostTime = HostTime()
 
     @property
     def kv_cache_usage(self) -> float:
         """Share of the pages in use, 0 to 1."""
         return self.num_pages_in_use / self.num_pages if self.num_pages else 0.0
+
+    @property
+    def spec_accepted_tokens_total(self) -> int:
+        """Drafted tokens that were kept."""
+        return sum(self.spec_accepted_tokens_per_position_total)
 
     @property
     def padding_share(self) -> float:

@@ -1,7 +1,7 @@
 """One step's input: packed by the host into a single int32 buffer, unpacked by the step program on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -100,8 +100,25 @@ class StepBatch:
 
     @property
     def last_rows(self) -> Int[Array, " B"]:
-        """The token row that each sequence's next token is drawn from."""
+        """The last token row of each sequence, which its next token is drawn from."""
         return jnp.maximum(self.query_starts[1:] - 1, 0)
+
+    @property
+    def last_draft_rows(self) -> Int[Array, " B"]:
+        """Which of the rows that `draft_rows` lists is each sequence's last; anything where it has none."""
+        return jnp.maximum(jnp.cumsum(self.num_draws) - 1, 0)
+
+    def draft_rows(self, size: int) -> tuple[Int[Array, " D"], SamplingRows]:
+        """The last `num_draws` token rows of each sequence, one sequence after another in `size` (static) rows, and how
+        the token behind each is drawn; any row beyond them.
+        """
+        ends = jnp.cumsum(self.num_draws)
+        index = jnp.arange(size, dtype=jnp.int32)
+        last = self.num_draws.shape[0] - 1
+        sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right"), last).astype(jnp.int32)
+        before_last = jnp.maximum(ends[sequence] - 1 - index, 0)  # rows between it and its sequence's last one
+        rows = jax.tree.map(lambda column: column[sequence], self.sampling)
+        return self.last_rows[sequence] - before_last, replace(rows, positions=rows.positions - before_last)
 
     @classmethod
     def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":
@@ -209,7 +226,9 @@ def _pack_tokens(tokens: NDArray[np.int32], chunks: Sequence[Chunk]) -> None:
     row = 0
     for chunk in chunks:
         known = chunk.request.tokens
-        if chunk.length == 1:
+        if chunk.drafts:
+            tokens[row : row + chunk.length] = (known[chunk.start], *chunk.drafts)
+        elif chunk.length == 1:
             tokens[row] = known[chunk.start] if chunk.start < len(known) else TAKE_LAST
         else:
             tokens[row : row + chunk.length] = known[chunk.start : chunk.start + chunk.length]

@@ -21,6 +21,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     first_new_page: int  # place in the request's pages; 0 when the request has just taken its slot
     new_pages: list[int]  # those that enter the block tables, cached ones included
     scored: range = NO_POSITIONS  # of the prompt's tokens whose log-probabilities it finds, from the rows before them
+    drafts: Sequence[int] = ()  # the range's tokens behind its first, which are guessed: one is drawn behind each
 
 
 class ChunkLogprobs(msgspec.Struct, frozen=True, gc=False):
@@ -47,12 +48,19 @@ class StepPlan:
     @property
     def num_steps(self) -> int:
         """How often the device runs the model: once, or as often as the longest of its decodes draws."""
-        return max(1, *(chunk.num_draws for chunk in self.chunks))
+        return max(1, *(chunk.num_draws - len(chunk.drafts) for chunk in self.chunks))
+
+    @property
+    def num_draft_rows(self) -> int:
+        """Rows that tokens are drawn from, where a range has several; 0: none has."""
+        if not any(chunk.drafts for chunk in self.chunks):
+            return 0
+        return sum(chunk.num_draws for chunk in self.chunks)
 
     @property
     def waits_for_host(self) -> bool:
         """Whether a request's next step can only be planned when this one's token for it is on the host."""
-        return any(chunk.request.constraint is not None and chunk.num_draws for chunk in self.chunks)
+        return any(chunk.drafts or (chunk.request.constraint is not None and chunk.num_draws) for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
@@ -75,3 +83,4 @@ class SchedulerLimits:
     seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
     step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget
     windows: tuple[int, ...] = (0,)  # of each cache group, in tokens; 0: none
+    draft_sizes: tuple[int, ...] = ()  # token counts that steps with drafts are padded to, ascending

@@ -55,19 +55,22 @@ class Program:
     bucket: Bucket
     mode: SamplingMode
     num_steps: int = 1  # above 1: a loop over decodes, of up to so many tokens a row
+    draft_rows: int = 0  # above 0: tokens are drawn from so many rows, several a sequence where that has drafts
 
     def __str__(self) -> str:
         loop = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
-        return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}"
+        drafts = f", {self.draft_rows} rows with drafts" if self.draft_rows else ""
+        return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}{drafts}"
 
     def can_do(self, mode: SamplingMode) -> bool:
         """Whether it serves steps of a mode: its own and those before it."""
         modes = list(SamplingMode)
         return modes.index(self.mode) >= modes.index(mode)
 
-    def holds(self, num_tokens: int, num_sequences: int, num_steps: int) -> bool:
-        is_of_kind = (self.num_steps > 1) == (num_steps > 1)
-        return is_of_kind and num_steps <= self.num_steps and self.bucket.holds(num_tokens, num_sequences)
+    def holds(self, num_tokens: int, num_sequences: int, num_steps: int, draft_rows: int) -> bool:
+        is_of_kind = (self.num_steps > 1, self.draft_rows > 0) == (num_steps > 1, draft_rows > 0)
+        is_long_enough = num_steps <= self.num_steps and draft_rows <= self.draft_rows
+        return is_of_kind and is_long_enough and self.bucket.holds(num_tokens, num_sequences)
 
 
 StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, "K B"]]]
@@ -85,13 +88,15 @@ def step_function(
     row_block: int | None = None,
     *,
     num_steps: int = 1,
+    draft_rows: int = 0,
 ) -> StepFunction:
     """The function that a step program compiles, for one layout, one sampling mode and one number of steps.
 
     It takes the model's flat leaves, the device state (donate it) and a packed buffer, and returns the new state and
     the tokens drawn for each row of the batch: one, or with more steps those up to its end and then `NO_TOKEN`. Token
     rows, and then sequences, go through it `row_block` at a time, which divides the bucket's sizes; all at once without
-    it.
+    it. With `draft_rows`, the tokens are those drawn behind the last rows of each sequence, as many as its `num_draws`,
+    one sequence after another, in as many rows.
     """
     assert mode is not SamplingMode.FULL
 
@@ -122,8 +127,11 @@ def step_function(
         if num_steps > 1:
             cache, latest, drawn = decode_loop(run, state.cache, sequences, tokens, batch, num_steps=num_steps)
         else:
-            cache, latest = run(tokens, state.cache, sequences, batch.last_rows, batch.sampling)
+            last_rows, rows = batch.draft_rows(draft_rows) if draft_rows else (batch.last_rows, batch.sampling)
+            cache, latest = run(tokens, state.cache, sequences, last_rows, rows)
             drawn = latest[None]
+            if draft_rows:
+                latest = latest[batch.last_draft_rows]
         return DeviceState(cache, block_tables, keep_tokens(state, batch, latest)), drawn
 
     return step

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,17 @@ def count(text: str) -> int:
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,13 @@ STEP_FLAGS = (
     Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
     Flag("num_scheduler_steps", "tokens a request draws in a step while nothing waits", type=count, metavar="N"),
     Flag("max_logprobs", "log-probabilities of a position that a request may ask for", type=count, metavar="N"),
+    Flag(
+        "speculative_config",
+        'guess tokens ahead and check several in a step, as JSON: {"method": "ngram", "num_speculative_tokens": 4, '
+        '"prompt_lookup_max": 4, "prompt_lookup_min": 2}; answers are the same',
+        type=json_object,
+        metavar="JSON",
+    ),
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),

@@ -96,6 +96,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._engine_gauges()
         yield from self._engine_counters()
+        yield from self._speculation()
         yield from self._histograms()
         finished = CounterMetricFamily(
             "vllm:request_success", "Completions that ended, by reason.", labels=(*LABELS, "finished_reason")
@@ -199,6 +200,29 @@ class Metrics(Collector):
             counter = CounterMetricFamily(name, text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+
+    def _speculation(self) -> Iterator[Metric]:
+        stats = self.stats
+        accepted = stats.spec_accepted_tokens_per_position_total
+        if not accepted:  # no speculative decoding
+            return
+        counters = {
+            "drafts": ("Times that a sequence had drafted tokens in a step.", stats.spec_drafts_total),
+            "draft_tokens": ("Drafted tokens.", stats.spec_draft_tokens_total),
+            "accepted_tokens": ("Drafted tokens that were kept.", stats.spec_accepted_tokens_total),
+        }
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"vllm:spec_decode_num_{name}", text, labels=LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        by_position = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafted tokens that were kept, by their place among those of a step.",
+            labels=(*LABELS, "position"),
+        )
+        for position, value in enumerate(accepted):
+            by_position.add_metric((*self._labels, str(position)), value)
+        yield by_position
 
     def _histograms(self) -> Iterator[Metric]:
         histograms = {

@@ -24,6 +24,7 @@ class FakeDevice:
         self.host_pages: dict[int, list[tuple[object, ...] | None]] = {}
         self.tables: dict[int, list[int]] = {}  # of each slot, its groups in turn
         self.ended: set[str] = set()
+        self.num_undone = 0  # entries of a block table that may be given again
 
     def place(self, chunk: Chunk, group: int, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.page_size)
@@ -42,14 +43,16 @@ class FakeDevice:
             if chunk.first_new_page == 0 and chunk.new_pages:
                 self.tables[chunk.slot] = []
             table = self.tables[chunk.slot]
-            assert chunk.first_new_page == len(table) or not chunk.new_pages
-            table += chunk.new_pages
+            # Pages of drafts that were wrong may have been taken back.
+            assert not chunk.new_pages or chunk.first_new_page <= len(table) <= chunk.first_new_page + self.num_undone
+            if chunk.new_pages:
+                table[chunk.first_new_page :] = chunk.new_pages
         groups = list(enumerate(self.windows))
         places = [
             self.place(chunk, group, position)
             for chunk in plan.chunks
             for group, _ in groups
-            for position in range(chunk.start, chunk.start + chunk.length + max(0, chunk.num_draws - 1))
+            for position in range(chunk.start, end_of(chunk))
         ]
         written = set(places)
         assert len(written) == len(places), "two sequences write one place"
@@ -65,18 +68,23 @@ class FakeDevice:
                 self.pages[page] = [None] * self.page_size
         for chunk in live:
             drawn = drawn_by(chunk)
-            stop = chunk.start + chunk.length + len(drawn) - 1
-            whole = self.sequence(chunk, stop)
+            stop = chunk.start + chunk.length + len(drawn) - len(chunk.drafts) - 1
+            whole = (*self.sequence(chunk, stop - len(chunk.drafts)), *chunk.drafts)
             for position, (group, _) in product(range(chunk.start, stop), groups):
                 page, offset = self.place(chunk, group, position)
                 self.pages[page][offset] = (group, *whole[: position + 1])
-            if chunk.num_draws and drawn[-1] in chunk.request.asked.stop_token_ids:
+            if chunk.num_draws and not chunk.drafts and drawn[-1] in chunk.request.asked.stop_token_ids:
                 self.ended.add(chunk.request.asked.request_id)
 
     def sequence(self, chunk: Chunk, length: int) -> tuple[int, ...]:
         prompt = chunk.request.asked.prompt_token_ids
         name = chunk.request.asked.request_id
         return (*prompt, *(token_at(name, position) for position in range(len(prompt), length)))[:length]
+
+
+def end_of(chunk: Chunk) -> int:
+    """Where what a chunk may write ends."""
+    return chunk.start + chunk.length + max(0, chunk.num_draws - len(chunk.drafts) - 1)
 
 
 def check_pages(scheduler: Scheduler, max_steps: int) -> None:

@@ -1,10 +1,16 @@
 """What tests of the scheduler share: small limits, requests, and a model whose tokens are a function of their place."""
 
+from random import Random
+
 from tiny_engine import core_request
 
+from jax_engine.drafting import Proposal
 from jax_engine.messages import CoreRequest
+from jax_engine.request import Request
 from jax_engine.scheduler import Scheduler
 from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
+
+NONSENSE = -7  # no token
 
 
 def limits(**changes: object) -> SchedulerLimits:
@@ -36,11 +42,44 @@ def tokens_of(plan: StepPlan) -> list[list[int]]:
 
 
 def drawn_by(chunk: Chunk) -> list[int]:
-    """The tokens that a device draws for a chunk: as many as planned, or up to one to stop at."""
+    """The tokens that a device draws for a chunk: as many as planned, or up to one to stop at; nonsense behind a draft
+    that is wrong.
+    """
     asked, first = chunk.request.asked, chunk.start + chunk.length
+    if chunk.drafts:
+        right = [token_at(asked.request_id, chunk.start + 1 + offset) for offset in range(chunk.num_draws)]
+        num_right = next((i for i, draft in enumerate(chunk.drafts) if draft != right[i]), len(chunk.drafts))
+        return right[: num_right + 1] + [NONSENSE] * (len(chunk.drafts) - num_right)
     tokens = [token_at(asked.request_id, first + offset) for offset in range(max(1, chunk.num_draws))]
     ends = (index for index, token in enumerate(tokens, 1) if token in asked.stop_token_ids)
     return tokens[: next(ends, len(tokens))]
+
+
+class RandomProposer:
+    """Drafts for any running request at any time, each right with the given chance. Of the protocol `Proposer`."""
+
+    def __init__(self, scheduler: Scheduler, random: Random) -> None:
+        self._scheduler, self._random = scheduler, random
+        self.chance = random.choice([0.3, 0.8, 1.0])
+
+    def learn(self, request: Request) -> None:
+        pass
+
+    def forget(self, request: Request) -> None:
+        pass
+
+    def propose(self) -> list[Proposal]:
+        proposals = []
+        for request in self._scheduler.running:
+            most = min(self._random.choice([0, 1, 3, 6]), request.num_undrawn - 1)
+            first, name = len(request.tokens), request.asked.request_id
+            tokens = [
+                token_at(name, position) if self._random.random() < self.chance else NONSENSE
+                for position in range(first, first + most)
+            ]
+            if tokens:
+                proposals.append(Proposal(request, tokens, [1.0] * len(tokens)))
+        return proposals
 
 
 def finish(scheduler: Scheduler, previous: StepPlan | None = None) -> dict[str, int]:

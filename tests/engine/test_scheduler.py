@@ -8,13 +8,17 @@ import pytest
 from fake_device import FakeDevice, check_pages
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import asked, finish, limits, ranges, token_at, tokens_of
+from plans import RandomProposer, asked, finish, limits, ranges, token_at, tokens_of
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
+from jax_engine.messages import CoreOutput
 from jax_engine.request import Request
 from jax_engine.scheduler import Scheduler
+from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import StepPlan
+
+SIX_DRAFTS = SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 6})
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
@@ -119,6 +123,7 @@ def test_an_abort_frees_everything(when):
     stops=st.lists(st.integers(0, 20), min_size=10, max_size=10),
     max_steps=st.sampled_from([1, 3, 8]),
     windows=st.sampled_from([(0,), (0,), (0, 5), (6,), (0, 0, 9), (0, 1, 4, 4), (3, 7)]),
+    drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     sizes,
@@ -135,23 +140,28 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     stops,
     max_steps,
     windows,
+    drafts,
 ):
     """Random arrivals, aborts, stops and page shortage under every policy, one step run ahead throughout, in steps of
-    one token and of several; prompts begin alike or not, are a group's or not, cut (None: not) or not.
+    one token and of several, or with drafts, right and wrong; prompts begin alike or not, are a group's or not, cut
+    (None: not) or not.
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
     pages = pages_for(windows, num_pages, num_host_pages)
     budget += 28 * (cut is None)  # the longest sequence has 32 tokens
     prompts["step_sizes"] = (*range(1, budget, 3), budget) if budget % 2 else ()
-    scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts))
+    scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts), drafts and SIX_DRAFTS)
+    if drafts:
+        max_steps, scheduler.drafts.proposer = 1, RandomProposer(scheduler, drafts)
     if grouped:
         lengths = [num_prompt for num_prompt, _ in sizes]
         sizes = [(lengths[index % num_prompts % len(sizes)], limit) for index, (_, limit) in enumerate(sizes)]
     device = FakeDevice(scheduler.limits)
+    device.num_undone = 3 * len(windows) * (drafts is not None)
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
     outputs, reasons = ({name: [] for name in expected} for _ in range(2))
-    previous = None
+    plan = None
     for step in range(600):
         for index, (num_prompt, max_tokens) in enumerate(sizes):
             if arrivals[index] == step:
@@ -161,15 +171,10 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
                 fields["stop_token_ids"] = (token_at(f"r{index}", num_prompt + stops[index]),)
                 scheduler.add(core_request(f"r{index}", prompt, max_tokens, **fields))
         scheduler.abort([f"r{index}" for when, index in aborts if when == step])
-        plan = checked_plan(scheduler, max_steps)
-        if plan is not None:
-            check_pages(scheduler, max_steps)
-            device.run(plan)
-        if previous is not None:
-            for output in scheduler.commit(previous, tokens_of(previous)):
-                outputs[output.request_id] += output.new_token_ids
-                reasons[output.request_id] += [output.finish_reason] if output.finish_reason else []
-        previous = plan
+        plan, committed = next_step(scheduler, device, plan, max_steps)
+        for output in committed:
+            outputs[output.request_id] += output.new_token_ids
+            reasons[output.request_id] += [output.finish_reason] if output.finish_reason else []
         if step > 12 and plan is None and not scheduler.has_work:
             break
     assert not scheduler.has_work and not scheduler.cache.pool.num_in_use, "work or pages were left"
@@ -181,20 +186,35 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
         assert cut_short or (outputs[name], reasons[name]) == (whole, [reason])
 
 
+def next_step(
+    scheduler: Scheduler, device: FakeDevice, previous: StepPlan | None, max_steps: int
+) -> tuple[StepPlan | None, list[CoreOutput]]:
+    """Plan and run a step, ahead of the one before it unless that has drafts or the new one wants some."""
+    waits = previous is not None and (previous.waits_for_host or scheduler.wants_drafts())
+    committed = scheduler.commit(previous, tokens_of(previous)) if waits else []
+    plan = checked_plan(scheduler, max_steps, can_draft=waits or previous is None)
+    if plan is not None:
+        check_pages(scheduler, max_steps)
+        device.run(plan)
+    if previous is not None and not waits:
+        committed = scheduler.commit(previous, tokens_of(previous))
+    return plan, committed
+
+
 def pages_for(windows: tuple[int, ...], num_pages: int, num_host_pages: int | None) -> dict[str, object]:
     """Limits for so many pages a cache group, and in host memory; None: no prefix caching."""
     sizes = {"num_pages": num_pages * len(windows), "num_host_pages": (num_host_pages or 0) * len(windows)}
     return sizes | {"windows": windows, "enable_prefix_caching": num_host_pages is not None}
 
 
-def checked_plan(scheduler: Scheduler, max_steps: int) -> StepPlan | None:
+def checked_plan(scheduler: Scheduler, max_steps: int, *, can_draft: bool) -> StepPlan | None:
     """The next plan: within its limits, with every decode in it that has a page, and nobody in it gave way or was the
     most urgent.
     """
     decoding = [request for request in scheduler.running if request.num_uncomputed == 1]
     most_urgent = min(scheduler.requests.values(), key=lambda request: request.urgency, default=None)
     was_running = most_urgent is not None and most_urgent.slot >= 0
-    plan = scheduler.schedule(max_steps)
+    plan = scheduler.schedule(max_steps, can_draft=can_draft)
     assert not was_running or most_urgent.slot >= 0, "the most urgent request was preempted"
     chunks = plan.chunks if plan else ()
     assert not plan or plan.num_steps <= max_steps
@@ -206,7 +226,7 @@ def checked_plan(scheduler: Scheduler, max_steps: int) -> StepPlan | None:
     for chunk in chunks:
         assert chunk.request.slot == chunk.slot, "a request of this step gave way in it"
         assert chunk.num_draws or scheduler.limits.enable_chunked_prefill
-        assert chunk.length <= (scheduler.limits.long_prefill_token_threshold or chunk.length)
+        assert chunk.drafts or chunk.length <= (scheduler.limits.long_prefill_token_threshold or chunk.length)
     return plan
 
 

@@ -68,6 +68,15 @@ def test_flags_become_the_configuration():
     assert engine_config(parse("serve", "--swap-space", "4")) == EngineConfig(swap_space=4.0)
 
 
+def test_speculation_is_given_as_json(capsys):
+    asked = {"method": "ngram", "num_speculative_tokens": 4}
+    assert engine_config(parse("serve", "--speculative-config", json.dumps(asked))).speculative_config == asked
+    for text in ("{", "4"):
+        with pytest.raises(SystemExit):
+            parse("serve", "--speculative-config", text)
+        assert "is not" in capsys.readouterr().err
+
+
 def test_without_flags_the_configuration_is_the_default():
     assert engine_config(parse("serve")) == EngineConfig()
     assert engine_config(parse("generate")) == EngineConfig()

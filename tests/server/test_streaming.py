@@ -175,6 +175,16 @@ def test_engine_counters_reach_the_metrics():
         assert line in text.splitlines()
 
 
+def test_metrics_count_drafts_by_position_where_there_are_any():
+    stats = EngineStats(spec_drafts_total=4, spec_draft_tokens_total=8, spec_accepted_tokens_per_position_total=(3, 2))
+    lines = Metrics("m").render(stats).decode().splitlines()
+    for name, value in (("drafts", 4.0), ("draft_tokens", 8.0), ("accepted_tokens", 5.0)):
+        assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="m"}} {value}' in lines
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+    assert f'{name}{{engine="0",model_name="m",position="1"}} 2.0' in lines
+    assert "spec_decode" not in Metrics("m").render(EngineStats()).decode()
+
+
 def test_whichever_front_end_is_asked_it_tells_what_all_have_counted(tmp_path):
     with (tmp_path / "cells").open("w+b") as file:
         file.truncate(3 * ROW_BYTES)
