@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_engine.async_llm import AsyncLLM as AsyncLLM
+    from jax_engine.beam_search import BeamSearchOutput as BeamSearchOutput
+    from jax_engine.beam_search import BeamSearchParams as BeamSearchParams
+    from jax_engine.beam_search import BeamSearchSequence as BeamSearchSequence
     from jax_engine.config import EngineConfig as EngineConfig
     from jax_engine.core_client import EngineDeadError as EngineDeadError
     from jax_engine.llm import LLM as LLM
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
+    "BeamSearchOutput": "beam_search",
+    "BeamSearchParams": "beam_search",
+    "BeamSearchSequence": "beam_search",
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
     "EngineDeadError": "core_client",

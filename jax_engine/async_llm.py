@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from jax_engine.beam_run import BeamRun
+from jax_engine.beam_search import BeamSearchParams
+from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError
 from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache
@@ -212,6 +215,30 @@ class AsyncLLM:
                 yield output
         finally:
             stream.abort()
+
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, request_id: str, *, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """One output, once the search has ended: its sequences as completions, the best first.
+
+        Errors are those of `generate`; a full queue may end a search in its midst.
+        """
+        stream = await self.prepare_beam_search(request_id, prompt, params, priority=priority)
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            stream.abort()
+
+    async def prepare_beam_search(
+        self, request_id: str, prompt: Prompt, params: BeamSearchParams, *, priority: int = 0
+    ) -> BeamStream:
+        """Check and tokenize a search, which runs as its stream is iterated; raises what `add_request` does."""
+        self._check_alive()
+        run = await asyncio.to_thread(
+            BeamRun, self._inputs, self.tokenizer, request_id, prompt, params, priority=priority
+        )
+        return BeamStream(run, self.add_prepared)
 
     async def abort(self, request_id: str) -> None:
         """Drop a request; its stream ends with the finish reason "abort". An unknown or finished id is ignored."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jax_engine.outputs import LogprobsAtPosition
-from jax_engine.sampling_params import SamplingParams, integer, number
+from jax_engine.sampling_params import integer, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,26 @@ class BeamSearchParams:
 
 
 @dataclass(frozen=True)
+class BeamSearchSequence:
+    """A sequence that a search found, prompt included."""
+
+    tokens: list[int]
+    logprobs: list[LogprobsAtPosition]  # of the tokens after the prompt
+    cum_logprob: float  # of all that follows the prompt, the end of sequence included
+    text: str
+    finish_reason: str  # "stop" at the end of sequence, or "length"
+    stop_reason: int | str | None  # the token that ended it
+    score: float  # `cum_logprob` over the length to the power of `length_penalty`
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """What a search found from one prompt: `beam_width` sequences, the best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+@dataclass(frozen=True)
 class Beam:
     """A continuation of the prompt."""
 
@@ -81,13 +101,6 @@ class BeamSearch:
         self.beams = [Beam()]
         self.hypotheses: list[Hypothesis] = []  # the best first
         self._end_ids = frozenset(() if params.ignore_eos else end_ids)
-
-    @property
-    def step_params(self) -> SamplingParams:
-        """How a beam is gone on with: of its next token no more is asked than the log-probabilities of as many as can
-        matter.
-        """
-        return SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=self.num_logprobs)
 
     @property
     def num_logprobs(self) -> int:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
+from jax_engine.beam_run import BeamRun
+from jax_engine.beam_search import BeamSearchOutput, BeamSearchParams
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.messages import Abort, Add, StepOutputs
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
-from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.sampling_params import RequestOutputKind, SamplingParams, integer
 from jax_engine.stats import EngineStats
 
 if TYPE_CHECKING:
@@ -152,6 +154,34 @@ class LLM:
             prompts.append({"prompt": rendered, "add_special_tokens": False})
         return self._run(self._prepare(prompts, sampling_params, "conversations"), use_tqdm=use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest sequences that begin with each prompt, the best first; in the order of the prompts.
+
+        Prompts are searched side by side, at most `concurrency_limit` at a time. Errors are those of `generate`.
+        """
+        if concurrency_limit is not None:
+            integer("concurrency_limit", concurrency_limit, low=1, high=2**31 - 1, remedy="None searches all at once")
+        given, runs = _prompt_list(prompts), []
+        for index, prompt in enumerate(given):
+            try:
+                runs.append(BeamRun(self._inputs, self._tokenizer, next(self._request_ids), prompt, params))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}" if len(given) > 1 else str(error)) from error
+        with tqdm(total=len(runs), desc="Beam search", dynamic_ncols=True, disable=not use_tqdm) as bar:
+            for first in range(0, len(runs), concurrency_limit or max(len(runs), 1)):
+                group = runs[first:][:concurrency_limit]
+                while open_runs := [run for run in group if not run.done]:
+                    self._advance(open_runs)
+                    bar.update(sum(run.done for run in open_runs))
+        return [run.sequences() for run in runs]
+
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The Hugging Face tokenizer."""
         return self._tokenizer.hugging_face
@@ -220,6 +250,13 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"{what}[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
         return prepared
+
+    def _advance(self, runs: Sequence[BeamRun]) -> None:
+        """Take every search one step further."""
+        requests = [run.requests() for run in runs]
+        outputs = iter(self._run([request for some in requests for request in some], use_tqdm=False))
+        for run, some in zip(runs, requests, strict=True):
+            run.advance(list(itertools.islice(outputs, len(some))))
 
     def _run(self, requests: list[PreparedRequest], *, use_tqdm: bool) -> list[RequestOutput]:
         core = self._running_core()

@@ -106,7 +106,7 @@ class InputProcessor:
         self._info = info
         self._seed = seed
         self._scheduling_policy = scheduling_policy
-        self._max_logprobs = max_logprobs
+        self.max_logprobs = max_logprobs
         self._numbers = itertools.count() if numbers is None else numbers
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> PreparedRequest:
@@ -237,9 +237,9 @@ class InputProcessor:
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self._max_logprobs:
+            if (getattr(params, name) or 0) > self.max_logprobs:
                 raise ValueError(
-                    f"{name}={getattr(params, name)} must be at most max_logprobs={self._max_logprobs}; ask for fewer, "
+                    f"{name}={getattr(params, name)} must be at most max_logprobs={self.max_logprobs}; ask for fewer, "
                     "or start the engine with a larger max_logprobs"
                 )
 

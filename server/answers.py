@@ -20,6 +20,7 @@ class Answers:
     def __init__(self, texts: TokenTexts, params: SamplingParams) -> None:
         self._texts = texts
         self._params = params
+        self._asks = params.logprobs is not None
 
     def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
         """The text of completion `index`."""
@@ -27,14 +28,14 @@ class Answers:
 
     def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         """Its log-probabilities, for JSON; None if nobody asks, or there are no new ones."""
-        return completion.logprobs or None
+        return completion.logprobs or None if self._asks else None
 
 
 class ChatAnswers(Answers):
     """OpenAI's form for chats: a list of tokens, each with its bytes and the likeliest in its place."""
 
     def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
-        if not completion.logprobs:
+        if not completion.logprobs or not self._asks:
             return None
         count = self._params.logprobs or 0
         content = []
@@ -71,7 +72,7 @@ class CompletionAnswers(Answers):
         return self._prompt(output) + completion.text
 
     def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
-        if completion.logprobs is None or not (completion.logprobs or self._is_first(index)):
+        if not self._asks or completion.logprobs is None or not (completion.logprobs or self._is_first(index)):
             return None
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[output.request_id] = output.prompt_logprobs

@@ -10,10 +10,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from jax_engine.async_llm import RequestStream
+from jax_engine.beam_search import BeamSearchParams
+from jax_engine.beam_stream import BeamStream
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import QueueOverflowError, RequestFailedError
 from jax_engine.outputs import RequestOutput
-from jax_engine.processor import Prompt
+from jax_engine.processor import PreparedRequest, Prompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import Answers
 from jax_engine.server.errors import ApiError, bad_request, unavailable
@@ -33,7 +35,7 @@ RETRY_AFTER = 1  # seconds; a queue that is full has a place free about as often
 class Generation:
     """The prompts of one HTTP request, running in the engine; one stream and one tracker for each."""
 
-    streams: list[RequestStream]
+    streams: Sequence[RequestStream | BeamStream]
     trackers: list[PromptTracker]
     completions_each: int
 
@@ -74,7 +76,7 @@ class Generation:
                 task.cancel()
 
 
-def _next_output(stream: RequestStream) -> "asyncio.Task[RequestOutput]":
+def _next_output(stream: RequestStream | BeamStream) -> "asyncio.Task[RequestOutput]":
     return asyncio.ensure_future(anext(stream))
 
 
@@ -87,8 +89,10 @@ async def generation(
     receive: Receive,
     *,
     priority: int,
+    beams: BeamSearchParams | None = None,
 ) -> AsyncIterator[Generation]:
-    """Run the prompts; when the block is left, whatever the reason, what still runs is aborted.
+    """Run the prompts, or search from them with `beams`; when the block is left, whatever the reason, what still runs
+    is aborted.
 
     Raises:
         ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there, or all of
@@ -96,23 +100,29 @@ async def generation(
         ClientGoneError, ShuttingDownError: see `InFlight.track`.
     """
     engine = service.engine()
-    running = Generation([], [], completions_each=params.n)
+    streams: list[RequestStream | BeamStream] = []
+    running = Generation(streams, [], completions_each=params.n)
     record.trackers = running.trackers
     try:
         async with service.in_flight.track(receive):
-            prepared = []
+            prepared: list[PreparedRequest] = []
             for number, prompt in enumerate(prompts):
                 # The client may send one request id twice; the engine's ids must differ.
                 engine_id = f"{record.request_id}-{uuid.uuid4().hex[:12]}"
                 try:
-                    prepared.append(await engine.prepare(engine_id, prompt, params, priority=priority))
+                    if beams is None:
+                        prepared.append(await engine.prepare(engine_id, prompt, params, priority=priority))
+                    else:
+                        streams.append(await engine.prepare_beam_search(engine_id, prompt, beams, priority=priority))
                 except ValueError as error:
+                    if beams is not None:
+                        error = ValueError(str(error).replace("beam_width=", "n="))
                     raise bad_request(error, prefix=f"prompt {number}: " if len(prompts) > 1 else "") from None
             try:
-                running.streams.extend(engine.add_prepared(prepared))
+                streams.extend(engine.add_prepared(prepared) if beams is None else ())
             except ValueError as error:
                 raise bad_request(error) from None
-            running.trackers.extend(PromptTracker(service.metrics, params) for _ in prepared)
+            running.trackers.extend(PromptTracker(service.metrics, params) for _ in prompts)
             yield running
     except EngineDeadError as error:
         raise unavailable(f"the engine has died: {error}", code="engine_dead") from None

@@ -62,13 +62,13 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
     answers = CompletionAnswers(engine.token_texts, params, engine.tokenizer, echo=bool(asked.echo))
-    prompts = asked.prompts()
+    beams, prompts = asked.beam_search_params(params), asked.prompts()
     priority = asked.priority or 0
     response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
         return GenerationStream(service, record, prompts, params, frames, answers, priority=priority)
-    async with generation(service, record, prompts, params, request.receive, priority=priority) as running:
+    async with generation(service, record, prompts, params, request.receive, priority=priority, beams=beams) as running:
         outputs = await running.results()
     choices = [
         {
@@ -100,7 +100,7 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
     service.check_model(asked.model)
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
-    answers = ChatAnswers(engine.token_texts, params)
+    answers, beams = ChatAnswers(engine.token_texts, params), asked.beam_search_params(params)
     template = service.settings.chat_template
     try:
         prompt = engine.render_chat(asked.conversation(), chat_template=template, **asked.template_arguments())
@@ -115,7 +115,9 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
     if asked.stream:
         frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
         return GenerationStream(service, record, [prompt], params, frames, answers, priority=priority)
-    async with generation(service, record, [prompt], params, request.receive, priority=priority) as running:
+    async with generation(
+        service, record, [prompt], params, request.receive, priority=priority, beams=beams
+    ) as running:
         (output,) = await running.results()
     choices = [
         {

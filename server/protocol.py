@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
+from jax_engine.beam_search import BeamSearchParams
 from jax_engine.processor import Prompt, TextPrompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.conversation import checked_tools, plain_messages
@@ -24,13 +25,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "repetition_penalty": (1,),
-    "length_penalty": (1,),
     "logit_bias": ({},),
     "bad_words": ([],),
     "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
-    "use_beam_search": (False,),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -56,7 +55,8 @@ WITHOUT_EFFECT = (
     "prompt_cache_options",
     "prompt_cache_retention",
 )
-
+# What of the sampling parameters goes with a beam search.
+BEAM_SEARCH_FIELDS = {"n", "temperature", "max_tokens", "ignore_eos", "include_stop_str_in_output"}
 
 PROMPT_SCHEMA = {
     "anyOf": [
@@ -137,6 +137,9 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     add_special_tokens: bool | None = None  # null: as the tokenizer does for a prompt, none for a rendered chat
     cache_salt: str | None = None  # requests share cached prefixes only with those of the same salt
     priority: int | None = None  # the lowest runs first; other than 0 only under the scheduling policy "priority"
+    use_beam_search: bool | None = None  # the `n` sequences that are likeliest as a whole, the best first
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
 
     user: Any = None
     metadata: Any = None
@@ -148,13 +151,11 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     frequency_penalty: Any = None
     presence_penalty: Any = None
     repetition_penalty: Any = None
-    length_penalty: Any = None
     logit_bias: Any = None
     bad_words: Any = None
     allowed_token_ids: Any = None
     truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
-    use_beam_search: Any = None
     return_token_ids: Any = None
     service_tier: Any = None
     store: Any = None
@@ -183,6 +184,39 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
             if not self.stream:
                 raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
             self.stream_options.check()
+
+    def beam_search_params(self, params: SamplingParams) -> BeamSearchParams | None:
+        """The search that is asked for, `params` being the request's sampling parameters; None for none. ApiError 400
+        for what does not go with it.
+        """
+        fields: dict[str, Any] = {"length_penalty": self.length_penalty, "early_stopping": self.early_stopping}
+        own = {name: value for name, value in fields.items() if value is not None}
+        if not self.use_beam_search:
+            for name, value in own.items():
+                message = f"{name}={value!r} needs use_beam_search=true; add it, or leave {name} out"
+                raise ApiError(400, message, param=name, code="invalid_value")
+            return None
+        if self.stream:
+            message = "a beam search cannot be streamed: its sequences are known at its end; leave out stream"
+            raise ApiError(400, message, param="stream", code="invalid_value")
+        if params.max_tokens is None:
+            raise ApiError(400, "use_beam_search needs max_tokens", param="max_tokens", code="invalid_value")
+        given = {name: getattr(params, name) for name in self.given()}
+        for name in given.keys() - BEAM_SEARCH_FIELDS:
+            if given[name] != getattr(SamplingParams(), name):
+                message = f"{name}={given[name]!r} has no effect on a beam search; leave it out"
+                raise ApiError(400, message, param=name, code="invalid_value")
+        try:
+            return BeamSearchParams(
+                beam_width=params.n,
+                max_tokens=params.max_tokens,
+                ignore_eos=params.ignore_eos,
+                include_stop_str_in_output=params.include_stop_str_in_output,
+                temperature=given.get("temperature", 0.0),
+                **own,
+            )
+        except ValueError as error:
+            raise bad_request(error) from None
 
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
         """The sampling parameters given; null takes that of `base`, the model's own defaults."""

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers and prompts: those of `transformers`, however the engine gets to them."""
+"""Log-probabilities and beam searches: those of `transformers`, however the engine gets to them."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from jax_engine import LLM, EngineConfig, Logprob, RequestOutput, SamplingParams
+from jax_engine import LLM, BeamSearchParams, EngineConfig, Logprob, RequestOutput, SamplingParams
 from jax_engine.model_files import resolve_model_path
+from jax_engine.tokenizer import load_tokenizer
 
 VOCAB_SIZE = 1024
 TOLERANCE = 1e-4
@@ -19,9 +20,26 @@ PROMPTS = [[(31 * i + 7 * k + 3) % VOCAB_SIZE for k in range(length)] for i, len
 Model = transformers.PreTrainedModel
 
 
+def beams(model: Model, prompt: list[int], width: int, **settings: Any) -> Any:
+    """What `transformers` finds, with scores."""
+    ids = torch.tensor([prompt])
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=width,
+        num_return_sequences=width,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **settings,
+    )
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
-    """A random model of two cache groups, every other layer with a window, and its folder."""
+    """A random model of two cache groups, every other layer with a window, and its folder. Two tokens that are likely
+    after one of the prompts end sequences.
+    """
     config = transformers.AutoConfig.for_model(
         "qwen3",
         vocab_size=VOCAB_SIZE,
@@ -42,6 +60,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Model]:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape) * (0.5 if parameter.ndim > 1 else 1)
+    likely = beams(model, PROMPTS[2], 4, max_new_tokens=5).sequences[:, len(PROMPTS[2]) :]
+    tokenizers_own = load_tokenizer(resolve_model_path("demo")).eos_token_id
+    model.generation_config.eos_token_id = sorted({int(likely[1, 3]), int(likely[2, 2]), tokenizers_own})
+    model.generation_config.pad_token_id = 0
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -108,7 +130,9 @@ def check_all(model: Model, output: RequestOutput, count: int) -> None:
 
 
 def sampled(**params: Any) -> SamplingParams:
-    return SamplingParams(**{"seed": 3, "max_tokens": 10, "logprobs": 3, "prompt_logprobs": 3, **params})
+    return SamplingParams(
+        **{"seed": 3, "max_tokens": 10, "ignore_eos": True, "logprobs": 3, "prompt_logprobs": 3, **params}
+    )
 
 
 def generate(llm: LLM, prompts: Any, params: Any) -> list[RequestOutput]:
@@ -182,3 +206,49 @@ def test_more_than_max_logprobs_is_refused(llm: LLM) -> None:
             SamplingParams(**{name: -1})
     with pytest.raises(ValueError, match=r"max_logprobs=-1 must be a whole number, between 0 and 1024"):
         EngineConfig(max_logprobs=-1)
+
+
+SEARCHES = [
+    {"length_penalty": 1.0},
+    {"length_penalty": 0.0, "early_stopping": True},
+    {"length_penalty": 0.3, "early_stopping": "never"},
+    {"length_penalty": -1.0},
+]
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_beams_are_those_of_transformers(llm: LLM, reference: tuple[Path, Model], search: dict[str, Any]) -> None:
+    """Several prompts side by side, some of whose beams end before the others."""
+    model, width, max_tokens = reference[1], 4, 8
+    ends = set(model.generation_config.eos_token_id)
+    found = llm.beam_search(PROMPTS, BeamSearchParams(beam_width=width, max_tokens=max_tokens, **search))
+    ended = 0
+    for prompt, output in zip(PROMPTS, found, strict=True):
+        wanted = beams(model, prompt, width, max_new_tokens=max_tokens, **search)
+        np.testing.assert_allclose(
+            [one.score for one in output.sequences], wanted.sequences_scores, atol=TOLERANCE, rtol=TOLERANCE
+        )
+        for one, row in zip(output.sequences, wanted.sequences[:, len(prompt) :].tolist(), strict=True):
+            end = next((index for index, token in enumerate(row) if token in ends), None)
+            assert one.tokens == prompt + row[:end]
+            assert (one.finish_reason, one.stop_reason) == (("length", None) if end is None else ("stop", row[end]))
+            assert len(one.logprobs) == len(one.tokens) - len(prompt)
+            ended += end is not None
+    assert ended > 0, "no beam has ended: this compares less than it says"
+
+
+def test_beams_find_their_beginnings_in_the_cache(llm: LLM) -> None:
+    """Each step computes at most a page a beam, and not the prompt again."""
+    assert llm.reset_prefix_cache()
+    before = llm.get_metrics().prompt_tokens_total
+    (output,) = llm.beam_search(PROMPTS[3], BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True))
+    computed = llm.get_metrics().prompt_tokens_total - before
+    assert {len(one.tokens) for one in output.sequences} == {len(PROMPTS[3]) + 8}
+    assert computed <= len(PROMPTS[3]) + 7 * 3 * 8
+
+
+def test_a_search_that_the_engine_cannot_do_is_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"^beam_width=19 needs the 22 likeliest .* lower it to at most 17"):
+        llm.beam_search("a", BeamSearchParams(beam_width=19, max_tokens=4))
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: max_tokens=88 and the prompt's 57 tokens exceed"):
+        llm.beam_search([PROMPTS[0], PROMPTS[3]], BeamSearchParams(beam_width=2, max_tokens=88))

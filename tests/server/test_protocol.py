@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jax_engine.beam_search import BeamSearchParams
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.forms import FormFields
@@ -39,6 +40,7 @@ def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
     used |= {"priority", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
+    used |= {"use_beam_search", "length_penalty", "early_stopping"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
     fields = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
@@ -90,6 +92,23 @@ def test_logprobs_are_a_number_in_completions_and_a_switch_with_a_number_in_chat
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_bookkeeping_is_accepted(name):
     assert chat(**{name: "anything"}).sampling_params(DEFAULTS) == chat().sampling_params(DEFAULTS)
+
+
+def test_a_beam_search_takes_what_acts_on_it_and_nothing_else():
+    def search(form=completion, **fields):
+        asked = form(**fields)
+        return asked.beam_search_params(asked.sampling_params(DEFAULTS))
+
+    assert search() is search(use_beam_search=False) is None
+    expected = BeamSearchParams(beam_width=3, max_tokens=5, length_penalty=2.0, early_stopping="never")
+    given = {"n": 3, "max_tokens": 5, "length_penalty": 2, "early_stopping": "never", "top_p": 1, "temperature": 0}
+    assert search(use_beam_search=True, **given) == search(form=chat, use_beam_search=True, **given) == expected
+    for field in ({"top_k": 5}, {"temperature": 0.5}, {"logprobs": 1}, {"stop": "a"}, {"seed": 1}, {"stream": True}):
+        (name,) = field
+        assert refusal(search, use_beam_search=True, n=2, **field).param == name
+    assert refusal(search, length_penalty=2).param == "length_penalty"
+    assert refusal(search, use_beam_search=True, early_stopping="soon").param == "early_stopping"
+    assert refusal(search, form=chat, use_beam_search=True).param == "max_tokens"
 
 
 def test_null_takes_the_models_default():
