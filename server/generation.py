@@ -5,7 +5,9 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
+from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -14,7 +16,7 @@ from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import QueueOverflowError, RequestFailedError
-from jax_engine.outputs import RequestOutput
+from jax_engine.outputs import CompletionOutput, RequestOutput
 from jax_engine.processor import PreparedRequest, Prompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import Answers
@@ -31,11 +33,36 @@ STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")
 RETRY_AFTER = 1  # seconds; a queue that is full has a place free about as often as a sequence ends
 
 
+class PromptStream:
+    """A stream's outputs without what follows their prompts: no text, no tokens to count, and not why that ended."""
+
+    def __init__(self, stream: RequestStream) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        output = await anext(self._stream)
+        return replace(output, outputs=[self._bare(completion) for completion in output.outputs])
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+    def _bare(self, completion: CompletionOutput) -> CompletionOutput:
+        reason = "length" if completion.finish_reason == "stop" else completion.finish_reason
+        nothing = {"text": "", "token_ids": [], "logprobs": completion.logprobs and []}
+        return replace(completion, finish_reason=reason, stop_reason=None, **nothing)
+
+
+Stream = RequestStream | BeamStream | PromptStream
+
+
 @dataclass(frozen=True)
 class Generation:
     """The prompts of one HTTP request, running in the engine; one stream and one tracker for each."""
 
-    streams: Sequence[RequestStream | BeamStream]
+    streams: Sequence[Stream]
     trackers: list[PromptTracker]
     completions_each: int
 
@@ -76,7 +103,7 @@ class Generation:
                 task.cancel()
 
 
-def _next_output(stream: RequestStream | BeamStream) -> "asyncio.Task[RequestOutput]":
+def _next_output(stream: Stream) -> "asyncio.Task[RequestOutput]":
     return asyncio.ensure_future(anext(stream))
 
 
@@ -90,9 +117,10 @@ async def generation(
     *,
     priority: int,
     beams: BeamSearchParams | None = None,
+    prompt_only: bool = False,
 ) -> AsyncIterator[Generation]:
-    """Run the prompts, or search from them with `beams`; when the block is left, whatever the reason, what still runs
-    is aborted.
+    """Run the prompts, or search from them with `beams`, or with `prompt_only` run them without showing what follows;
+    when the block is left, whatever the reason, what still runs is aborted.
 
     Raises:
         ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there, or all of
@@ -100,7 +128,7 @@ async def generation(
         ClientGoneError, ShuttingDownError: see `InFlight.track`.
     """
     engine = service.engine()
-    streams: list[RequestStream | BeamStream] = []
+    streams: list[Stream] = []
     running = Generation(streams, [], completions_each=params.n)
     record.trackers = running.trackers
     try:
@@ -119,7 +147,8 @@ async def generation(
                         error = ValueError(str(error).replace("beam_width=", "n="))
                     raise bad_request(error, prefix=f"prompt {number}: " if len(prompts) > 1 else "") from None
             try:
-                streams.extend(engine.add_prepared(prepared) if beams is None else ())
+                added = engine.add_prepared(prepared) if beams is None else []
+                streams.extend(map(PromptStream, added) if prompt_only else added)
             except ValueError as error:
                 raise bad_request(error) from None
             running.trackers.extend(PromptTracker(service.metrics, params) for _ in prompts)
@@ -151,13 +180,14 @@ class GenerationStream(Response):
         answers: Answers,
         *,
         priority: int,
+        prompt_only: bool = False,
     ) -> None:
         super().__init__(media_type=frames.media_type)
         self._service = service
         self._record = record
         self._prompts = prompts
         self._params = params
-        self._priority = priority
+        self._options: dict[str, Any] = {"priority": priority, "prompt_only": prompt_only}
         self._frames = frames
         self._answers = answers
         self._started: set[int] = set()  # completions that have begun
@@ -167,7 +197,7 @@ class GenerationStream(Response):
         try:
             async with (
                 generation(
-                    self._service, self._record, self._prompts, self._params, receive, priority=self._priority
+                    self._service, self._record, self._prompts, self._params, receive, **self._options
                 ) as running,
                 aclosing(running.batches()) as batches,
             ):

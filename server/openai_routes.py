@@ -67,8 +67,11 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, prompts, params, frames, answers, priority=priority)
-    async with generation(service, record, prompts, params, request.receive, priority=priority, beams=beams) as running:
+        return GenerationStream(
+            service, record, prompts, params, frames, answers, priority=priority, prompt_only=asked.prompt_only
+        )
+    options: dict[str, Any] = {"priority": priority, "beams": beams, "prompt_only": asked.prompt_only}
+    async with generation(service, record, prompts, params, request.receive, **options) as running:
         outputs = await running.results()
     choices = [
         {

@@ -199,8 +199,10 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         if self.stream:
             message = "a beam search cannot be streamed: its sequences are known at its end; leave out stream"
             raise ApiError(400, message, param="stream", code="invalid_value")
-        if params.max_tokens is None:
-            raise ApiError(400, "use_beam_search needs max_tokens", param="max_tokens", code="invalid_value")
+        if params.max_tokens is None or self.max_tokens == 0:
+            raise ApiError(
+                400, "use_beam_search needs max_tokens, at least 1", param="max_tokens", code="invalid_value"
+            )
         given = {name: getattr(params, name) for name in self.given()}
         for name in given.keys() - BEAM_SEARCH_FIELDS:
             if given[name] != getattr(SamplingParams(), name):
@@ -228,7 +230,8 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     prompt: PromptField
     best_of: int | None = None
-    echo: bool | None = None  # the prompt before its completion, with its log-probabilities if any are asked for
+    # The prompt before its completion, with its log-probabilities if any are asked for; with max_tokens=0, by itself.
+    echo: bool | None = None
     suffix: Any = None
 
     def check(self) -> None:
@@ -236,9 +239,15 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise not_supported("best_of", self.best_of, (self.n or 1,))
 
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is to follow the prompt."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
-        """With `echo`, log-probabilities are of the prompt too."""
-        params = GenerationRequest.sampling_params(self, base)
+        """With `echo`, log-probabilities are of the prompt too; where no token is asked for, one is drawn, unshown."""
+        given = {**self.given(), "max_tokens": 1} if self.prompt_only else self.given()
+        params = sampling_params(base, given, stream=bool(self.stream))
         if not self.echo or params.logprobs is None:
             return params
         return replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))

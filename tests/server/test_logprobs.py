@@ -65,6 +65,20 @@ def test_an_echoed_prompt_scores_as_it_does_when_it_is_drawn(server):
     assert scored[first] == pytest.approx(value, abs=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_max_tokens_of_zero_scores_the_prompt_alone(server, stream):
+    settings = {"model": "demo", "prompt": PROMPT, "logprobs": 1, "echo": True, "stream": stream}
+    answer = server.client.completions.create(max_tokens=0, **settings)
+    (choice,) = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+    longer = server.client.completions.create(max_tokens=1, **(settings | {"stream": False})).choices[0]
+    assert choice.logprobs.token_logprobs == longer.logprobs.token_logprobs[:-1]
+    if not stream:
+        assert (answer.usage.completion_tokens, answer.usage.prompt_tokens) == (0, len(choice.logprobs.tokens))
+    refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 0})
+    assert refused.status_code == 400 and "max_tokens=0" in refused.text
+
+
 def test_vllms_prompt_logprobs_are_by_token_id(server):
     body = {"prompt": PROMPT, "prompt_logprobs": 1, **GREEDY}
     (choice,) = httpx.post(f"{server.url}/v1/completions", json=body).raise_for_status().json()["choices"]
