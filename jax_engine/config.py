@@ -64,6 +64,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
+    logits_processors: tuple[str, ...] = ()  # functions, as module:function, that run on every step's logits
     deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
@@ -150,6 +151,7 @@ class EngineConfig:
                 "are all the same program; leave one of them out"
             )
         self._check_speculation()
+        self._check_processors()
         threshold = self.long_prefill_token_threshold
         integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
         if threshold and not self.enable_chunked_prefill:
@@ -185,6 +187,22 @@ class EngineConfig:
                 f"enable_chunked_prefill=False computes every prompt in one step, and max_num_batched_tokens="
                 f"{self.token_budget} is less than max_model_len={max_model_len}; raise max_num_batched_tokens to "
                 f"{max_model_len}, lower max_model_len, or leave chunked prefill on"
+            )
+
+    def _check_processors(self) -> None:
+        paths = self.logits_processors
+        if isinstance(paths, str):
+            raise ValueError(f"logits_processors={paths!r} must be a list of module:function; put it in one")
+        object.__setattr__(self, "logits_processors", tuple(paths))  # a list, from JSON
+        if paths and self.num_scheduler_steps != 1:
+            raise ValueError(
+                f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with logits_processors, which see each token "
+                "before the next; leave one of them out"
+            )
+        if paths and self.speculation is not None:
+            raise ValueError(
+                "speculative_config checks several tokens in a step, and logits_processors see each before the next; "
+                "leave one of them out"
             )
 
     def _check_offloading(self) -> None:

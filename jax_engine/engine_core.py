@@ -6,6 +6,7 @@ from typing import Any
 
 from jax_engine.config import EngineConfig
 from jax_engine.constraints import Constraints
+from jax_engine.logits_processors import argument_defaults
 from jax_engine.messages import (
     Abort,
     Add,
@@ -43,6 +44,7 @@ class EngineCore:
             num_pages=limits.num_pages,
             page_size=limits.page_size,
             step_sizes=limits.step_sizes,
+            processor_arguments=argument_defaults(self.runner.placed.processors),
         )
         self.constraints = Constraints()
         self._pending: PendingTokens | None = None

@@ -1,39 +1,88 @@
-"""What the FULL sampling mode has beside the packed buffer: state of every slot, inputs of every step, and results.
+"""The FULL sampling mode on the device: what changes a row's logits before its token is drawn.
 
-A request that needs the mode writes its row of the state once, when it takes a slot. Rows of other requests, which
-share its steps, are as if nothing had been asked: what lies in their slots is not read.
+A request that needs the mode writes its row of the `FullState` once, when it takes a slot. Rows of other requests,
+which share its steps, are as if nothing had been asked: what lies in their slots is not read. The order is vLLM's:
+masks, bad words, logit bias and custom processors, penalties, and then temperature and what follows it. A token that a
+mask or a bad word takes has a logit of minus infinity, which nothing after it changes, so masks come last here, in one
+pass with the penalties.
 """
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
-from numpy.typing import NDArray
 
+from jax_engine.logits_processors import LogitsProcessor, ProcessorState, argument_names
 from jax_engine.logprobs import RowLogprobs, row_logprobs
-from jax_engine.messages import CoreRequest
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
+from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 
 ALL_TOKENS = np.uint32(0xFFFFFFFF)
 WORD_BITS = 32
+ANY_TOKEN = -1  # in a bad word: in front of its first token
+NO_OUTPUT = -2  # in place of an output token that there is not yet
+
+
+class Ask(IntEnum):
+    """What a step's rows may ask for; what none of them does is skipped."""
+
+    MASKS = 0
+    BIAS = 1
+    BAD_WORDS = 2
+    PENALTIES = 3
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FullState:
     """What stays on the device for every slot, beside the `DeviceState`; donated to each FULL step and replaced by its
-    result. Gathered, one row for each sequence of a step.
+    result.
     """
 
-    allowed: UInt[Array, "*rows W"]  # bit v % 32 of word v // 32: token v may be drawn
+    allowed: UInt[Array, "*slots W"]  # bit v % 32 of word v // 32: token v may be drawn
+    in_prompt: UInt[Array, "*slots W"]  # as bits, which tokens the prompt holds
+    counts: Int[Array, "*slots V"]  # of each token in the output
+    penalties: Float[Array, "*slots 3"]  # presence, frequency, repetition
+    bias_tokens: Int[Array, "*slots N"]  # padded with the vocabulary's size
+    bias_values: Float[Array, "*slots N"]
+    # The last token of each at the end, `ANY_TOKEN` in front; padding ends past the vocabulary.
+    bad_words: Int[Array, "*slots S L"]
+    latest: Int[Array, "*slots L-1"]  # output tokens, the last at the end, `NO_OUTPUT` in front
+    num_prompt: Int[Array, "*slots"]  # tokens
+    arguments: Float[Array, "*slots A"]  # of the logits processors
 
     @classmethod
-    def zeros(cls, num_slots: int, vocab_size: int) -> "FullState":
-        return cls(jnp.zeros((num_slots, num_words(vocab_size)), jnp.uint32))
+    def zeros(cls, num_slots: int, vocab_size: int, num_arguments: int = 0) -> "FullState":
+        def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
+            return jnp.zeros((num_slots, *shape), dtype)
+
+        return cls(
+            allowed=zeros(num_words(vocab_size), dtype=jnp.uint32),
+            in_prompt=zeros(num_words(vocab_size), dtype=jnp.uint32),
+            counts=zeros(vocab_size),
+            penalties=zeros(3, dtype=jnp.float32),
+            bias_tokens=zeros(MAX_LOGIT_BIAS),
+            bias_values=zeros(MAX_LOGIT_BIAS, dtype=jnp.float32),
+            bad_words=zeros(MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS),
+            latest=zeros(MAX_BAD_WORD_TOKENS - 1),
+            num_prompt=zeros(),
+            arguments=zeros(num_arguments, dtype=jnp.float32),
+        )
+
+    def with_drawn(self, slots: Int[Array, " B"], tokens: Int[Array, " B"], is_kept: Bool[Array, " B"]) -> "FullState":
+        """With a token more in the output of each slot that keeps one."""
+        num_slots = self.num_prompt.shape[0]
+        kept = jnp.where(is_kept, slots, num_slots)
+        latest = jnp.concatenate([self.latest.at[slots].get(mode="clip")[:, 1:], tokens[:, None]], axis=1)
+        return replace(
+            self,
+            counts=self.counts.at[kept, tokens].add(1, mode="drop"),
+            latest=self.latest.at[kept].set(latest, mode="drop"),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +90,7 @@ class FullState:
 class FullInputs:
     """What a FULL step takes from the host beside the packed buffer."""
 
+    asks: Bool[Array, " asks"]  # by `Ask`: whether any row does
     controlled: Bool[Array, " B"]  # whether the row's own slot of the `FullState` is in force
     masks: UInt[Array, "B W"]  # as `FullState.allowed`, of this step alone; a token needs both bits
     logprobs: Bool[Array, " B"]  # whether those of the drawn token are to be found
@@ -49,6 +99,7 @@ class FullInputs:
     @classmethod
     def zeros(cls, num_rows: int, num_tokens: int, vocab_size: int) -> "FullInputs":
         return cls(
+            asks=jnp.zeros(len(Ask), bool),
             controlled=jnp.zeros(num_rows, bool),
             masks=jnp.zeros((num_rows, num_words(vocab_size)), jnp.uint32),
             logprobs=jnp.zeros(num_rows, bool),
@@ -62,8 +113,9 @@ class FullRows:
     """The parameters of each row of a FULL step."""
 
     sampling: SamplingRows
+    slots: Int[Array, " B"]  # padding rows are past the last one
     controlled: Bool[Array, " B"]
-    allowed: UInt[Array, "B W"]
+    masks: UInt[Array, "B W"]
     logprobs: Bool[Array, " B"]
 
 
@@ -77,18 +129,27 @@ class FullResults:
     prompt: RowLogprobs | None = None  # of `FullInputs.targets`
 
 
-def full_rows(sampling: SamplingRows, state: FullState, inputs: FullInputs, slots: Int[Array, " B"]) -> FullRows:
-    """The parameters of a step's rows, which are in these slots; past the last, they are padding."""
-    allowed = jnp.where(inputs.controlled[:, None], state.allowed.at[slots].get(mode="clip"), ALL_TOKENS)
-    return FullRows(sampling, inputs.controlled, allowed & inputs.masks, inputs.logprobs)
-
-
-def sample_full(logits: Float[Array, "B V"], rows: FullRows, num_logprobs: int) -> FullResults:
-    """The next token of each row, under all that it asked for, and if any row asks, log-probabilities of it and of the
-    `num_logprobs` (static) likeliest.
+def sample_full(
+    logits: Float[Array, "B V"],
+    rows: FullRows,
+    state: FullState,
+    asks: Bool[Array, " asks"],
+    *,
+    num_logprobs: int,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> FullResults:
+    """The next token of each row, under all that it asked for; `asks` as in `FullInputs`. If any row asks, with
+    log-probabilities of it and of the `num_logprobs` (static) likeliest, from the logits as they come.
     """
-    chosen = jnp.where(unpack_bits(rows.allowed, logits.shape[1]), logits, -jnp.inf)
-    tokens = sample(chosen, rows.sampling, SamplingMode.SAMPLE)
+
+    def control(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        logits = lax.cond(asks[Ask.BIAS], add_bias, _same, logits, rows, state)
+        logits = run_processors(logits, rows, state, processors)
+        logits = lax.cond(asks[Ask.MASKS] | asks[Ask.PENALTIES], mask_and_penalize, _same, logits, rows, state)
+        return lax.cond(asks[Ask.BAD_WORDS], drop_bad_words, _same, logits, rows, state)
+
+    controlled = control(logits) if processors else lax.cond(jnp.any(asks), control, lambda logits: logits, logits)
+    tokens = sample(controlled, rows.sampling, SamplingMode.SAMPLE)
     logprobs: RowLogprobs = lax.cond(
         jnp.any(rows.logprobs),
         lambda: row_logprobs(logits, tokens, num_logprobs),
@@ -97,32 +158,69 @@ def sample_full(logits: Float[Array, "B V"], rows: FullRows, num_logprobs: int) 
     return FullResults(tokens, logprobs)
 
 
-def slot_row(asked: CoreRequest, vocab_size: int) -> FullState:
-    """A request's row of the state, on the host."""
-    allowed = asked.controls.allowed_token_ids if asked.controls else None
-    return FullState(cast(Array, all_tokens(vocab_size) if allowed is None else pack_bits(allowed, vocab_size)))
+def add_bias(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
+    """Each row's logits with the bias of its tokens."""
+    tokens = _of_slots(state.bias_tokens, rows, logits.shape[1])
+    index = jnp.arange(logits.shape[0])[:, None]
+    return logits.at[index, tokens].add(_of_slots(state.bias_values, rows, 0.0), mode="drop")
 
 
-def write_slot(state: FullState, slot: Int[Array, ""], row: FullState) -> FullState:
-    """The state with a slot's row replaced."""
-    return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
+def mask_and_penalize(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
+    """Penalties as vLLM has them: the logit of a token in prompt or output is divided by the repetition penalty, or
+    multiplied where it is negative; then, by the output alone, the frequency penalty for each time and the presence
+    penalty once are subtracted. And minus infinity for tokens that a mask takes.
+    """
+    vocab_size = logits.shape[1]
+    counts = _of_slots(state.counts, rows, 0)
+    is_seen = (counts > 0) | unpack_bits(_of_slots(state.in_prompt, rows, np.uint32(0)), vocab_size)
+    presence, frequency = (_of_slots(state.penalties[:, column], rows, 0.0)[:, None] for column in (0, 1))
+    repetition = _of_slots(state.penalties[:, 2], rows, 1.0)[:, None]
+    logits *= jnp.where(is_seen, jnp.where(logits > 0, 1 / repetition, repetition), 1)
+    logits -= frequency * counts + presence * (counts > 0)
+    allowed = _of_slots(state.allowed, rows, ALL_TOKENS) & rows.masks
+    return jnp.where(unpack_bits(allowed, vocab_size), logits, -jnp.inf)
+
+
+def drop_bad_words(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
+    """Minus infinity for the last token of each bad word whose other tokens are those that the output ends with."""
+    words = _of_slots(state.bad_words, rows, logits.shape[1])
+    latest = _of_slots(state.latest, rows, NO_OUTPUT)[:, None]
+    is_next = jnp.all((words[:, :, :-1] == ANY_TOKEN) | (words[:, :, :-1] == latest), axis=-1)
+    dropped = jnp.where(is_next, words[:, :, -1], logits.shape[1])
+    return logits.at[jnp.arange(logits.shape[0])[:, None], dropped].set(-jnp.inf, mode="drop")
+
+
+def run_processors(
+    logits: Float[Array, "B V"], rows: FullRows, state: FullState, processors: tuple[LogitsProcessor, ...]
+) -> Float[Array, "B V"]:
+    """The logits after each processor in turn."""
+    positions, num_prompt = rows.sampling.positions, _of_slots(state.num_prompt, rows, 0)
+    seen = ProcessorState(
+        output_counts=_of_slots(state.counts, rows, 0),
+        in_prompt=unpack_bits(_of_slots(state.in_prompt, rows, np.uint32(0)), logits.shape[1]),
+        positions=positions,
+        num_output_tokens=positions - num_prompt,
+    )
+    columns = {name: state.arguments[:, column] for column, name in enumerate(argument_names(processors))}
+    for processor in processors:
+        arguments = {name: _of_slots(columns[name], rows, value) for name, value in processor.arguments}
+        logits = processor.function(logits, seen, **arguments)
+    return logits
+
+
+def _same(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
+    return logits
+
+
+def _of_slots(column: Array, rows: FullRows, neutral: object) -> Array:
+    """What lies in the rows' slots, or what asks for nothing where a slot is not in force."""
+    controlled = rows.controlled.reshape(-1, *[1] * (column.ndim - 1))
+    return jnp.where(controlled, column.at[rows.slots].get(mode="clip"), jnp.asarray(neutral, column.dtype))
 
 
 def num_words(vocab_size: int) -> int:
     """Words of a bitmask over the vocabulary."""
     return -(-vocab_size // WORD_BITS)
-
-
-def all_tokens(vocab_size: int) -> NDArray[np.uint32]:
-    """The bitmask with every bit set."""
-    return np.full(num_words(vocab_size), ALL_TOKENS)
-
-
-def pack_bits(tokens: tuple[int, ...], vocab_size: int) -> NDArray[np.uint32]:
-    """The bitmask with the bits of these tokens set."""
-    bits = np.zeros(num_words(vocab_size) * WORD_BITS, np.uint8)
-    bits[list(tokens)] = 1
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
 
 
 def unpack_bits(words: UInt[Array, "B W"], vocab_size: int) -> Bool[Array, "B V"]:

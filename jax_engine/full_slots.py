@@ -1,16 +1,29 @@
 """The host's side of the FULL sampling mode: writes the slots' state, and makes each step's inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
-from jax_engine.full_sampling import ALL_TOKENS, FullInputs, FullState, num_words, slot_row, write_slot
+from jax_engine.full_sampling import (
+    ALL_TOKENS,
+    ANY_TOKEN,
+    NO_OUTPUT,
+    WORD_BITS,
+    Ask,
+    FullInputs,
+    FullState,
+    num_words,
+)
+from jax_engine.logits_processors import LogitsProcessor, argument_defaults
 from jax_engine.logprob_results import asks_logprobs, prompt_targets
-from jax_engine.messages import CoreRequest
+from jax_engine.messages import NO_CONTROLS, TokenControls
 from jax_engine.placed_model import PlacedModel
+from jax_engine.request import Request
+from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 from jax_engine.step_batch import Bucket
 from jax_engine.step_plan import Chunk
 
@@ -26,7 +39,9 @@ class FullSlots:
         self._num_slots = num_slots
         self._state: FullState | None = None
         self._write = jax.jit(write_slot, donate_argnums=0)
+        self._asks = np.zeros((num_slots, len(Ask)), bool)
         self._is_controlled = np.zeros(num_slots, bool)
+        self._unmasked: dict[int, jax.Array] = {}  # by number of rows: masks that allow everything, on the devices
 
     @property
     def state(self) -> FullState:
@@ -39,11 +54,17 @@ class FullSlots:
     def state(self, state: FullState) -> None:
         self._state = state
 
-    def take(self, slot: int, asked: CoreRequest) -> None:
-        """Record what a request that has just taken a slot asks for."""
-        self._is_controlled[slot] = asked.needs_full
-        if asked.needs_full:
-            self.state = self._write(self.state, np.int32(slot), slot_row(asked, self._placed.vocab_size))
+    def take(self, chunk: Chunk) -> None:
+        """Record what a request that has just taken a slot asks for, whose output so far the host knows."""
+        request, slot = chunk.request, chunk.slot
+        assert request.num_pending == chunk.num_draws, "a request starts again before its last token is known"
+        is_controlled = request.asked.needs_full or bool(self._placed.processors)
+        self._is_controlled[slot] = is_controlled
+        controls = request.asked.controls or NO_CONTROLS
+        self._asks[slot] = asks_of(controls)
+        if is_controlled:
+            row = slot_row(request, controls, self._placed.vocab_size, self._placed.processors)
+            self.state = self._write(self.state, np.int32(slot), row)
 
     def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], bucket: Bucket) -> FullInputs:
         """What a step over these ordered chunks takes beside its packed buffer.
@@ -53,11 +74,90 @@ class FullSlots:
         num_rows = bucket.num_sequences
         controlled = np.zeros(num_rows, bool)
         controlled[: len(slots)] = self._is_controlled[slots]
-        masks = np.full((num_rows, num_words(self._placed.vocab_size)), ALL_TOKENS)
-        for row, chunk in enumerate(chunks):
-            if chunk.num_draws and chunk.request.constraint is not None:
-                chunk.request.constraint.fill(masks[row])
+        asks: NDArray[np.bool_] = np.logical_or.reduce(self._asks[slots], axis=0)
+        constraints = [
+            (row, chunk.request.constraint)
+            for row, chunk in enumerate(chunks)
+            if chunk.num_draws and chunk.request.constraint is not None
+        ]
+        masks = self._no_masks(num_rows)
+        if constraints:
+            filled = all_tokens(num_rows, self._placed.vocab_size)
+            for row, constraint in constraints:
+                constraint.fill(filled[row])
+            masks, asks[Ask.MASKS] = cast(Array, filled), True
         logprobs = np.zeros(num_rows, bool)
         logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
         targets = prompt_targets(chunks, bucket.num_tokens)
-        return FullInputs(*(cast(jax.Array, array) for array in (controlled, masks, logprobs, targets)))
+        return FullInputs(
+            cast(Array, asks), cast(Array, controlled), masks, cast(Array, logprobs), cast(Array, targets)
+        )
+
+    def _no_masks(self, num_rows: int) -> jax.Array:
+        if num_rows not in self._unmasked:
+            masks = all_tokens(num_rows, self._placed.vocab_size)
+            self._unmasked[num_rows] = jax.device_put(masks, self._placed.placement.of())
+        return self._unmasked[num_rows]
+
+
+def write_slot(state: FullState, slot: Int[Array, ""], row: FullState) -> FullState:
+    """The state with a slot's row replaced."""
+    return jax.tree.map(lambda rows, new: rows.at[slot].set(new), state, row)
+
+
+def asks_of(controls: TokenControls) -> list[bool]:
+    """By `Ask`, what a request asks for."""
+    penalties = (controls.presence_penalty, controls.frequency_penalty, controls.repetition_penalty)
+    return [
+        controls.allowed_token_ids is not None,
+        bool(controls.logit_bias),
+        bool(controls.bad_words),
+        penalties != (0.0, 0.0, 1.0),
+    ]
+
+
+def slot_row(
+    request: Request, controls: TokenControls, vocab_size: int, processors: Sequence[LogitsProcessor]
+) -> FullState:
+    """A request's row of the `FullState`, as NumPy arrays: what it asks for, and the tokens that it has."""
+    prompt, output = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
+    bias_tokens = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32)
+    bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
+    bias_tokens[: len(controls.logit_bias)] = list(controls.logit_bias)
+    bias_values[: len(controls.logit_bias)] = list(controls.logit_bias.values())
+    bad_words = np.full((MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS), ANY_TOKEN, np.int32)
+    bad_words[:, -1] = vocab_size
+    for index, word in enumerate(controls.bad_words):
+        bad_words[index, -len(word) :] = word
+    latest = np.full(MAX_BAD_WORD_TOKENS - 1, NO_OUTPUT, np.int32)
+    if tail := output[-len(latest) :]:
+        latest[-len(tail) :] = tail
+    allowed = controls.allowed_token_ids
+    defaults = argument_defaults(processors)
+    arguments = [controls.processor_arguments.get(name, default) for name, default in defaults.items()]
+    penalties = (controls.presence_penalty, controls.frequency_penalty, controls.repetition_penalty)
+    row = {
+        "allowed": all_tokens(1, vocab_size)[0] if allowed is None else pack_bits(allowed, vocab_size),
+        "in_prompt": pack_bits(prompt, vocab_size),
+        "counts": np.bincount(np.asarray(output, np.int64), minlength=vocab_size).astype(np.int32),
+        "penalties": np.asarray(penalties, np.float32),
+        "bias_tokens": bias_tokens,
+        "bias_values": bias_values,
+        "bad_words": bad_words,
+        "latest": latest,
+        "num_prompt": np.int32(request.num_prompt),
+        "arguments": np.asarray(arguments, np.float32),
+    }
+    return FullState(**cast(dict[str, Array], row))
+
+
+def all_tokens(num_rows: int, vocab_size: int) -> NDArray[np.uint32]:
+    """Bitmasks with every bit set."""
+    return np.full((num_rows, num_words(vocab_size)), ALL_TOKENS)
+
+
+def pack_bits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.uint32]:
+    """The bitmask with the bits of these tokens set."""
+    bits = np.zeros(num_words(vocab_size) * WORD_BITS, np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)

@@ -9,13 +9,22 @@ from jax_engine.stats import EngineStats
 
 
 class TokenControls(msgspec.Struct, array_like=True, frozen=True):
-    """What a request asks of the FULL sampling mode; most ask for nothing of it."""
+    """What a request asks of the FULL sampling mode; most ask for nothing of it. `SamplingParams` says what each is."""
 
-    allowed_token_ids: tuple[int, ...] | None = None  # no other is drawn
+    allowed_token_ids: tuple[int, ...] | None = None
     # Log-probabilities of each drawn token, and of each of the prompt's but the first, and of so many of the likeliest
     # in its place.
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}  # msgspec copies it
+    bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens, each with and without a space in front
+    processor_arguments: dict[str, float] = {}
+
+
+NO_CONTROLS = TokenControls()
 
 
 class StructuredRequest(msgspec.Struct, array_like=True, frozen=True):
@@ -128,6 +137,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     num_pages: int
     page_size: int
     step_sizes: tuple[int, ...] = ()  # token rows of the step programs, ascending
+    processor_arguments: dict[str, float] = {}  # what requests may give to logits processors, with the defaults
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from jax_engine.full_sampling import FullInputs, FullState
 from jax_engine.loader import ModelStructure, Parameter
+from jax_engine.logits_processors import LogitsProcessor, argument_names
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import select_ops
@@ -49,6 +50,7 @@ class PlacedModel:
     vocab_size: int
     num_logprobs: int  # of the likeliest tokens, that a step finds if it is asked for any
     row_block: int | None = None  # rows of a step that run together; None: all
+    processors: tuple[LogitsProcessor, ...] = ()
     compiler_options: tuple[tuple[str, bool], ...] = ()
 
     @classmethod
@@ -65,6 +67,7 @@ class PlacedModel:
         scan_layers: bool,
         deterministic: bool = False,
         max_logprobs: int = 20,
+        processors: tuple[LogitsProcessor, ...] = (),
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh`, or on one device without one.
 
@@ -97,10 +100,19 @@ class PlacedModel:
         )
         num_logprobs = min(max_logprobs, config.vocab_size)
         if not deterministic:
-            return cls(structure, geometry, placement, config.vocab_size, num_logprobs)
+            return cls(structure, geometry, placement, config.vocab_size, num_logprobs, processors=processors)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
-        return cls(structure, geometry, placement, config.vocab_size, num_logprobs, row_block(platform), options)
+        return cls(
+            structure,
+            geometry,
+            placement,
+            config.vocab_size,
+            num_logprobs,
+            row_block(platform),
+            processors,
+            options,
+        )
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -122,14 +134,14 @@ class PlacedModel:
 
     def full_state_shapes(self, num_slots: int) -> FullState:
         """What the FULL mode keeps for the slots, as `jax.ShapeDtypeStruct`s; a copy on every device."""
-        return self._whole(jax.eval_shape(lambda: FullState.zeros(num_slots, self.vocab_size)))
+        return self._whole(jax.eval_shape(lambda: self._full_zeros(num_slots)))
 
     def zero_full_state(self, num_slots: int) -> FullState:
         """What the FULL mode keeps, before its first step, on its devices."""
         if self.placement.mesh is None:
-            return FullState.zeros(num_slots, self.vocab_size)
+            return self._full_zeros(num_slots)
         shardings = _shardings(self.full_state_shapes(num_slots))
-        return jax.jit(lambda: FullState.zeros(num_slots, self.vocab_size), out_shardings=shardings)()
+        return jax.jit(lambda: self._full_zeros(num_slots), out_shardings=shardings)()
 
     def lower(
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0
@@ -154,11 +166,19 @@ class PlacedModel:
         tokens = layout.bucket.num_tokens
         inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, tokens, self.vocab_size)))
         full_step = full_step_function(
-            self.structure, layout, self.placement, self.row_block, num_logprobs=self.num_logprobs
+            self.structure,
+            layout,
+            self.placement,
+            self.row_block,
+            num_logprobs=self.num_logprobs,
+            processors=self.processors,
         )
         full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
         jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)
         return jitted.lower(leaves, state, full, buffer, inputs)
+
+    def _full_zeros(self, num_slots: int) -> FullState:
+        return FullState.zeros(num_slots, self.vocab_size, len(argument_names(self.processors)))
 
     def _whole(self, shapes: Shapes) -> Shapes:
         """Shapes, each with a copy on every device."""

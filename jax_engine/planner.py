@@ -147,7 +147,7 @@ def _modes(size: int, max_num_seqs: int) -> Sequence[SamplingMode]:
 
 
 def step_programs(
-    max_num_seqs: int, token_budget: int, *, row_block: int | None = None, num_steps: int = 1
+    max_num_seqs: int, token_budget: int, *, row_block: int | None = None, num_steps: int = 1, only_full: bool = False
 ) -> tuple[Program, ...]:
     """Every step program there will be: step sizes, each with all the sequences that it can hold, in their modes.
 
@@ -155,12 +155,15 @@ def step_programs(
     real lengths. Where steps run in blocks of `row_block` rows, their cost follows their blocks, and one program of
     whole blocks, in the mode that does everything, is all there is.
 
-    The FULL mode has fewer sizes. With `num_steps` above 1 there are loops of so many steps besides, for decodes alone,
-    at fewer sizes and not in the FULL mode.
+    The FULL mode has fewer sizes, or, with `only_full`, all of them to itself. With `num_steps` above 1 there are loops
+    of so many steps besides, for decodes alone, at fewer sizes and not in the FULL mode.
     """
     if row_block is not None:
         bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
         return (Program(bucket, SamplingMode.FULL),)
+    if only_full:
+        sizes = step_sizes(max_num_seqs, token_budget)
+        return tuple(Program(Bucket(size, min(size, max_num_seqs)), SamplingMode.FULL) for size in sizes)
     kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget)]
     if num_steps > 1:
         loop_sizes = step_sizes(max_num_seqs, max_num_seqs, max_programs=MAX_LOOP_PROGRAMS)

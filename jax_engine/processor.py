@@ -13,17 +13,18 @@ from typing import Any, NotRequired, TypedDict
 
 from jax_engine.config import EngineConfig
 from jax_engine.grammar_checker import GrammarChecker
-from jax_engine.messages import CoreRequest, Ready, StructuredRequest, TokenControls, Vocabulary
+from jax_engine.messages import CoreRequest, Ready, StructuredRequest, Vocabulary
 from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
+from jax_engine.token_controls import bad_word_sequences, check_controls, token_controls
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 # What generation_config.json may set of the sampling parameters.
-GENERATION_CONFIG_PARAMETERS = ("temperature", "top_k", "top_p", "min_p")
+GENERATION_CONFIG_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What it may also set and this engine cannot do, with the values that ask for nothing.
-UNSUPPORTED_GENERATION_CONFIG = {"repetition_penalty": (None, 1, 1.0), "no_repeat_ngram_size": (None, 0)}
+UNSUPPORTED_GENERATION_CONFIG = {"no_repeat_ngram_size": (None, 0)}
 
 
 class TextPrompt(TypedDict):
@@ -124,6 +125,8 @@ class InputProcessor:
         cache_salt = checked_salt(prompt)
         max_tokens = self._max_tokens(len(token_ids), params)
         structured = self._structured(params, max_tokens)
+        check_controls(params, self._info, self.eos_token_ids)
+        bad_words = bad_word_sequences(params, self._tokenizer)
         number = next(self._numbers)
         return PreparedRequest(
             request_id=request_id,
@@ -151,7 +154,7 @@ class InputProcessor:
                     cache_salt=cache_salt,
                     priority=priority,
                     needs_host=self._needs_host(params) or structured is not None,
-                    controls=token_controls(params, index),
+                    controls=token_controls(params, bad_words, index=index),
                     structured=structured,
                 )
                 for index in range(params.n)
@@ -285,17 +288,6 @@ class InputProcessor:
         words = ("request", seed) if seed is not None else ("engine", self._seed, number)
         digest = hashlib.blake2b(repr((*words, index)).encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
-def token_controls(params: SamplingParams, index: int) -> TokenControls | None:
-    """What completion `index` of a prompt asks of the FULL sampling mode; the first one alone, log-probabilities of the
-    prompt.
-    """
-    controls = TokenControls(
-        num_logprobs=params.logprobs,
-        num_prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-    )
-    return controls if controls != TokenControls() else None
 
 
 def checked_salt(prompt: Prompt) -> str | None:

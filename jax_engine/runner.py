@@ -18,6 +18,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_config, load_leaves
+from jax_engine.logits_processors import load_processors
 from jax_engine.logprob_results import read_logprobs, what_is_asked
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.config import ModelConfig
@@ -101,6 +102,7 @@ class Runner:
             scan_layers=self._is_remote if config.scan_layers is None else config.scan_layers,
             deterministic=config.deterministic,
             max_logprobs=config.max_logprobs,
+            processors=load_processors(config.logits_processors),
         )
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
@@ -115,7 +117,8 @@ class Runner:
         self._state: DeviceState
         self._load_while_compiling(folder, config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
-        self._parameters = SlotParameters(self._num_slots, self.vocab_size)
+        least = SamplingMode.FULL if self.placed.processors else SamplingMode.GREEDY
+        self._parameters = SlotParameters(self._num_slots, self.vocab_size, least=least)
         self._full = FullSlots(self.placed, self._num_slots)
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
@@ -219,18 +222,23 @@ class Runner:
         """The step programs there will be, and the sizes and layouts of their steps."""
         block = self.placed.row_block
         self._programs = step_programs(
-            config.max_num_seqs, config.token_budget, row_block=block, num_steps=config.num_scheduler_steps
+            config.max_num_seqs,
+            config.token_budget,
+            row_block=block,
+            num_steps=config.num_scheduler_steps,
+            only_full=bool(self.placed.processors),
         )
         if config.speculation is not None:
             num_drafts = config.speculation.num_speculative_tokens
             self._programs += draft_programs(config.max_num_seqs, config.token_budget, num_drafts)
         buckets = sorted({program.bucket for program in self._programs})
         largest = buckets[-1].num_tokens
+        mode = SamplingMode.FULL if self.placed.processors else SamplingMode.SAMPLE
         # A step in blocks of rows costs those that it fills.
         sizes = {
             program.bucket.num_tokens
             for program in self._programs
-            if program.num_steps == 1 and program.mode is not SamplingMode.FULL and not program.draft_rows
+            if program.num_steps == 1 and program.mode is mode and not program.draft_rows
         }
         self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
         sizes_of_state = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups
@@ -264,7 +272,7 @@ class Runner:
         for chunk in chunks:
             if chunk.first_new_page == 0 and chunk.new_pages:
                 self._parameters.set(chunk.slot, chunk.request.asked)
-                self._full.take(chunk.slot, chunk.request.asked)
+                self._full.take(chunk)
 
     def _write_pages(self, updates: NDArray[np.int32]) -> None:
         """Write into the block tables what a step's own buffer has no room for, before the step."""

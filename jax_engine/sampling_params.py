@@ -12,6 +12,10 @@ from jax_engine.structured_outputs import StructuredOutputsParams
 # A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-
 # sequence ids).
 MAX_HELD_BACK_TOKENS = 32
+# What it has room for besides.
+MAX_LOGIT_BIAS = 512  # tokens
+MAX_BAD_WORD_SEQUENCES = 256  # of tokens: a bad word is one or two, without and with a space in front
+MAX_BAD_WORD_TOKENS = 16  # of each
 
 
 class RequestOutputKind(Enum):
@@ -36,6 +40,14 @@ class SamplingParams:
     top_p: float = 1.0  # smallest set of tokens whose probability reaches this (Holtzman et al. 2020, arXiv 1904.09751)
     top_k: int = 0  # the k likeliest tokens; 0 or -1 is all
     min_p: float = 0.0  # tokens at least this likely relative to the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
+    presence_penalty: float = 0.0  # subtracted once from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # subtracted for each time
+    # Divides the logits of tokens in prompt or output, multiplies negative ones (Keskar et al. 2019, arXiv 1909.05858).
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None  # token id -> added to its logit
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None  # no other is drawn
+    bad_words: tuple[str, ...] | list[str] | None = None  # not written, nor with a space in front
+    extra_args: Mapping[str, float] | None = None  # arguments of the engine's logits processors, by name
     seed: int | None = None  # same tokens alone or in any batch; None draws from the engine's seed
     max_tokens: int | None = 16  # None: up to the model's context
     min_tokens: int = 0  # neither an end-of-sequence token nor a stop id before that many
@@ -61,14 +73,21 @@ class SamplingParams:
                 f"structured_outputs={self.structured_outputs!r} must be StructuredOutputsParams or an object of its "
                 "fields"
             )
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         self._check_numbers()
         self._check_stops()
+        self._check_controls()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` in its one normal form."""
         assert isinstance(self.stop, tuple)
         return self.stop
+
+    @property
+    def bias(self) -> dict[int, float]:
+        """`logit_bias` in its one normal form."""
+        return {int(token): float(bias) for token, bias in (self.logit_bias or {}).items()}
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "SamplingParams":
@@ -109,6 +128,35 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}; lower it or raise that"
             )
 
+    def _check_controls(self) -> None:
+        off = "0 turns it off"
+        number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0, remedy=off)
+        number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0, remedy=off)
+        remedy = "1 turns it off"
+        number("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf, open_low=True, remedy=remedy)
+        for token, bias in mapping("logit_bias", self.logit_bias, "token ids to numbers").items():
+            if not (str(token).isdecimal() and str(token).isascii()):
+                raise ValueError(f"logit_bias has the key {token!r}; each must be a token id, a whole number from 0")
+            name = f"logit_bias[{token}]"
+            number(name, bias, low=-100.0, high=100.0, remedy="-100 all but bans the token, 100 all but demands it")
+        if len(self.bias) > MAX_LOGIT_BIAS:
+            raise ValueError(
+                f"logit_bias has {len(self.bias)} entries; at most {MAX_LOGIT_BIAS} are supported: drop some, or say "
+                "with allowed_token_ids what alone may be drawn"
+            )
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise ValueError("allowed_token_ids=[] leaves no token to draw; leave it out to allow all")
+            for token in self.allowed_token_ids:
+                integer("allowed_token_ids", token, low=0, high=2**31 - 1, remedy="use ids of the model's vocabulary")
+        assert isinstance(self.bad_words, tuple)
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise ValueError(f"bad_words has the entry {word!r}; each must be a string, not blank: remove it")
+        for name, value in mapping("extra_args", self.extra_args, "names to numbers").items():
+            number(f"extra_args.{name}", value, low=-math.inf, high=math.inf, remedy="leave it out for its default")
+
     def _check_stops(self) -> None:
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
@@ -136,6 +184,13 @@ def integer(name: str, value: object, *, low: int, high: int, remedy: str) -> No
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         above = f"at least {low}" if high >= 2**31 - 1 else f"between {low} and {high}"
         raise ValueError(f"{name}={value!r} must be a whole number, {above}; {remedy}")
+
+
+def mapping(name: str, value: object, what: str) -> Mapping[Any, Any]:
+    """`value`, or nothing for None; a ValueError unless it is a mapping."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r} must map {what}; leave it out for none")
+    return value or {}
 
 
 def number(name: str, value: object, *, low: float, high: float, remedy: str, open_low: bool = False) -> None:

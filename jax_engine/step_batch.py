@@ -156,11 +156,13 @@ class SlotParameters:
     Written when a request takes a slot, so that a step costs one gather whatever its rows ask for.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, *, least: SamplingMode = SamplingMode.GREEDY) -> None:
+        """`least` is the mode of steps whose rows need no more."""
+        self._least = least
         self._numbers = np.zeros((num_slots, NUM_PARAMETERS), np.int32)
         self._held_back = np.full((num_slots, MAX_HELD_BACK_TOKENS), vocab_size, np.int32)
         self._samples = np.zeros(num_slots, bool)
-        self.needs_full = np.zeros(num_slots, bool)
+        self._needs_full = np.zeros(num_slots, bool)
         self._vocab_size = vocab_size
 
     def set(self, slot: int, asked: CoreRequest) -> None:
@@ -175,13 +177,13 @@ class SlotParameters:
         self._held_back[slot] = self._vocab_size
         self._held_back[slot, : len(held_back)] = held_back
         self._samples[slot] = asked.temperature > 0 or bool(asked.min_tokens and held_back)
-        self.needs_full[slot] = asked.needs_full
+        self._needs_full[slot] = asked.needs_full
 
     def mode(self, slots: NDArray[np.int32]) -> SamplingMode:
         """The least that a step over these slots needs."""
-        if self.needs_full[slots].any():
+        if self._least is SamplingMode.FULL or self._needs_full[slots].any():
             return SamplingMode.FULL
-        return SamplingMode.SAMPLE if self._samples[slots].any() else SamplingMode.GREEDY
+        return SamplingMode.SAMPLE if self._samples[slots].any() else self._least
 
     def copy_into(self, view: dict[str, NDArray[np.int32]], slots: NDArray[np.int32]) -> None:
         view["parameters"][: len(slots)] = self._numbers[slots]

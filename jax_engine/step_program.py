@@ -14,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_engine.decode_loop import decode_loop
-from jax_engine.full_sampling import FullInputs, FullResults, FullState, full_rows, sample_full
+from jax_engine.full_sampling import FullInputs, FullResults, FullRows, FullState, sample_full
 from jax_engine.loader import ModelStructure
+from jax_engine.logits_processors import LogitsProcessor
 from jax_engine.logprobs import RowLogprobs, prompt_block, prompt_logprobs
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
@@ -144,12 +145,12 @@ def full_step_function(
     row_block: int | None = None,
     *,
     num_logprobs: int,
+    processors: tuple[LogitsProcessor, ...] = (),
 ) -> FullStepFunction:
     """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
     `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`, with the
     log-probabilities of the `num_logprobs` likeliest tokens where any are asked for.
     """
-    draw = partial(sample_full, num_logprobs=num_logprobs)
 
     def step(
         leaves: tuple[jax.Array, ...],
@@ -162,11 +163,16 @@ def full_step_function(
         batch = StepBatch.unpack(buffer, layout)
         block_tables, sequences, tokens = take_batch(state, batch, layout)
         cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
-        rows = full_rows(batch.sampling, full, inputs, batch.slots)
+
+        def draw(logits: Float[Array, "R V"], rows: FullRows) -> FullResults:
+            return sample_full(logits, rows, full, inputs.asks, num_logprobs=num_logprobs, processors=processors)
+
+        rows = FullRows(batch.sampling, batch.slots, inputs.controlled, inputs.masks, inputs.logprobs)
         results = draw_tokens(model, hidden[batch.last_rows], batch, draw, rows, placement, row_block)
         prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
         new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, results.tokens))
-        return new_state, full, replace(results, prompt=prompt)
+        new_full = full.with_drawn(batch.slots, results.tokens, (batch.num_draws > 0) & inputs.controlled)
+        return new_state, new_full, replace(results, prompt=prompt)
 
     return step
 

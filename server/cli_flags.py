@@ -134,6 +134,12 @@ STEP_FLAGS = (
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
+    Flag(
+        "logits_processors",
+        "functions that change every step's logits, compiled in: module:function, with commas between several",
+        type=lambda text: tuple(filter(None, text.split(","))),
+        metavar="NAMES",
+    ),
     Flag("deterministic", "bitwise equal results whatever shares the batch; slower; by default not", type=bool),
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
     Flag("compile_threads", "step programs compiled at once; else half the cores, 4 at most", type=count, metavar="N"),

@@ -22,12 +22,6 @@ from jax_engine.server.validation import check_neutral, checked_prompts, decode,
 
 # Field -> the values, besides null, at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),
@@ -85,6 +79,13 @@ class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    extra_args: dict[str, float] | None = None
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -140,6 +141,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     use_beam_search: bool | None = None  # the `n` sequences that are likeliest as a whole, the best first
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
+    vllm_xargs: dict[str, float] | None = None  # another name of `extra_args`
 
     user: Any = None
     metadata: Any = None
@@ -148,12 +150,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    repetition_penalty: Any = None
-    logit_bias: Any = None
-    bad_words: Any = None
-    allowed_token_ids: Any = None
     truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
     return_token_ids: Any = None
@@ -167,6 +163,11 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         asked.check()
         return asked
 
+    def given(self) -> dict[str, Any]:
+        """What is not null."""
+        given = SamplingFields.given(self)
+        return given if self.vllm_xargs is None else {**given, "extra_args": self.vllm_xargs}
+
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with the token counts."""
@@ -177,6 +178,9 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         for name, value in msgspec.structs.asdict(self).items():
             if name in NEUTRAL:
                 check_neutral(name, value, NEUTRAL[name])
+        if self.vllm_xargs is not None and self.extra_args is not None:
+            message = "vllm_xargs and extra_args are two names of one thing; give only one"
+            raise ApiError(400, message, param="vllm_xargs", code="invalid_value")
         if self.cache_salt == "":
             message = "cache_salt must be a non-empty string; leave it out to share cached prefixes with all requests"
             raise ApiError(400, message, param="cache_salt", code="invalid_value")

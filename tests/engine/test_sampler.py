@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_reference import distribution
 from scipy import stats
 
 from jax_engine.sampler import SamplingMode, SamplingRows, keep_top_k, keep_top_p, sample
@@ -33,20 +34,6 @@ def rows(num_rows: int, **fields: object) -> SamplingRows:
     return SamplingRows(**{name: column(name) for name in given})
 
 
-def expected_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Temperature, min-p, top-k, top-p in float64, by sorting."""
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
-    weights[weights < min_p] = 0
-    order = np.argsort(-weights, kind="stable")
-    if top_k > 0:
-        weights[order[top_k:]] = 0
-    shares = weights[order] / weights.sum()
-    # The fewest that reach top_p: a token stays if those before it fall short.
-    weights[order[np.cumsum(shares) - shares >= top_p]] = 0
-    return weights / weights.sum()
-
-
 top_k_of, top_p_of = jax.jit(keep_top_k), jax.jit(keep_top_p)
 draw = jax.jit(lambda logits, rows: sample(logits, rows, SamplingMode.SAMPLE))
 
@@ -69,7 +56,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     given = rows(num_draws, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     drawn = np.asarray(draw(jnp.broadcast_to(logits, (num_draws, VOCAB_SIZE)), given))
     counts = np.bincount(drawn, minlength=VOCAB_SIZE)
-    wanted = expected_distribution(logits, temperature, top_k, top_p, min_p) * num_draws
+    wanted = distribution(logits, temperature, top_k, top_p, min_p) * num_draws
     assert counts[wanted == 0].sum() == 0
     often = wanted >= 5
     if often.sum() > 1:

@@ -1,6 +1,7 @@
 """What a body may say, without an engine."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_a_feature_that_is_not_there_is_refused_unless_it_is_off(name):
 
 
 def test_true_is_not_one_and_zero_is_not_false():
-    assert refusal(completion, repetition_penalty=True).param == "repetition_penalty"
+    assert refusal(completion, length_penalty=True).param == "length_penalty"
     assert refusal(chat, logprobs=0).param == "logprobs"
     assert refusal(completion, logprobs=False).param == "logprobs"
 
@@ -188,7 +189,7 @@ def test_missing_fields_are_named():
         (b'{"prompt": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deeply"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature: number out of range"),
         (b'{"prompt": NaN', "not valid JSON"),
-        (b'{"prompt": "a", "bad_words": NaN, "temprature": 1}', "did you mean 'temperature'?"),
+        (b'{"prompt": "a", "suffix": NaN, "temprature": 1}', "did you mean 'temperature'?"),
     ],
 )
 def test_broken_bodies(body, words):
@@ -269,7 +270,35 @@ def test_plain_request_takes_sampling_parameters_in_either_place_but_not_both():
     assert plain(top_k=3, sampling_params={"min_p": 0.1, "max_tokens": None}) == plain(top_k=3, min_p=0.1)
     assert refusal(plain, top_k=3, sampling_params={"top_k": 4}).param == "top_k"
     assert "did you mean 'top_k'" in refusal(plain, sampling_params={"top_kk": 4}).message
-    assert refusal(plain, logit_bias={}).param == "logit_bias"
+    assert refusal(plain, length_penalty=1).param == "length_penalty"
+
+
+CONTROLS = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "repetition_penalty": 1.2,
+    "logit_bias": {"7": -100, "8": 2.5},
+    "allowed_token_ids": [7, 8],
+    "bad_words": ["never"],
+    "extra_args": {"strength": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_what_changes_logits_is_taken_by_every_route(name):
+    expected = replace(DEFAULTS, **{name: CONTROLS[name]})
+    for make in (completion, chat):
+        assert getattr(make(**{name: CONTROLS[name]}).sampling_params(DEFAULTS), name) == getattr(expected, name)
+    plain = PlainRequest.from_body(json.dumps({"prompt": "a", name: CONTROLS[name]}).encode())
+    assert getattr(plain.params(DEFAULTS, stream=False), name) == getattr(expected, name)
+
+
+def test_arguments_of_processors_have_vllms_name_too():
+    assert chat(vllm_xargs={"strength": 2}).sampling_params(DEFAULTS).extra_args == {"strength": 2}
+    assert refusal(chat, vllm_xargs={"a": 1}, extra_args={"a": 1}).param == "vllm_xargs"
+    assert (
+        refusal(lambda **given: chat(**given).sampling_params(DEFAULTS), logit_bias={"7": 101}).param == "logit_bias[7]"
+    )
 
 
 @pytest.mark.parametrize(
