@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
@@ -16,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_engine import SamplingParams
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Ready, TokenControls
+from jax_engine.messages import Ready
 from jax_engine.processor import InputProcessor, ModelText, Prompt
-from jax_engine.token_controls import bad_word_tokens
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (
@@ -205,55 +203,6 @@ def test_generation_config_sets_the_default_parameters(caplog: pytest.LogCapture
     assert "no_repeat_ngram_size=3, which is not supported" in caplog.text
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p=7"):
         processor(top_p=7)
-
-
-def controls_of(**params: Any) -> TokenControls | None:
-    info = msgspec.structs.replace(INFO, processor_arguments={"strength": 1.0})
-    (sequence,) = processor(info=info).prepare("r", [5], SamplingParams(**params)).core_requests
-    return sequence.controls
-
-
-def test_only_requests_that_ask_for_them_have_controls() -> None:
-    """The others are as small as before, and run in the lesser sampling modes."""
-    neutral: dict[str, Any] = {"presence_penalty": 0, "repetition_penalty": 1.0, "logit_bias": {}, "bad_words": []}
-    assert controls_of(temperature=0.5, **neutral) is None
-    assert controls_of(logit_bias={"7": 3}) == TokenControls(logit_bias={7: 3.0})
-    assert controls_of(allowed_token_ids=[4, 5]) == TokenControls(allowed_token_ids=(4, 5))
-    assert controls_of(frequency_penalty=1, repetition_penalty=2) == TokenControls(
-        frequency_penalty=1.0, repetition_penalty=2.0
-    )
-    assert controls_of(extra_args={"strength": 2}) == TokenControls(processor_arguments={"strength": 2.0})
-
-
-def test_bad_words_are_tokens_with_and_without_a_space_in_front() -> None:
-    """A byte a token: with the space, a word has one more, which the text without it ends in as well."""
-    controls = controls_of(bad_words=["no", " way"])
-    assert controls is not None
-    assert controls.bad_words == (tuple(ids_of("no")), tuple(ids_of("way")))
-    text = ModelText.load(EngineConfig(load_format="dummy")).tokenizer
-    words = {word: bad_word_tokens(word, text) for word in ("the", "What is")}
-    for word, sequences in words.items():
-        assert sequences[0] == tuple(text.encode(word, add_special_tokens=False))
-        for spaced in sequences[1:]:
-            assert text.decode(list(spaced)).strip() == word
-            assert len(spaced) == len(sequences[0])
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"logit_bias": {300: 1}}, "logit_bias holds 300; the model's token ids are 0 to 299: remove it"),
-        ({"allowed_token_ids": [5, 300]}, "allowed_token_ids holds 300; the model's token ids are 0 to 299"),
-        ({"bad_words": ["a" * 17]}, "of 17 tokens; at most 16 are supported: give a shorter part"),
-        ({"bad_words": [f"{number:03}" for number in range(257)]}, "bad_words are 257 sequences .* at most 256"),
-        ({"min_tokens": 1, "allowed_token_ids": [1]}, "min_tokens=1 holds back all of allowed_token_ids"),
-        ({"extra_args": {"scale": 1}}, "the key 'scale', which no logits processor takes; there are strength: remove"),
-    ],
-    ids=str,
-)
-def test_controls_that_the_model_cannot_follow_are_refused(params: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        controls_of(**params)
 
 
 def keys(model: InputProcessor, **params: Any) -> list[tuple[int, int]]:

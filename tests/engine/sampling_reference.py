@@ -32,7 +32,7 @@ def controlled_logits(logits: NDArray[Any], prompt: list[int], output: list[int]
 
 def distribution(row: Row, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Row:
     """Temperature, min-p, top-k, top-p, by sorting."""
-    scaled = row / temperature
+    scaled = np.asarray(row, np.float64) / temperature
     weights = np.exp(scaled - scaled.max())
     weights[weights < min_p] = 0
     order = np.argsort(-weights, kind="stable")

@@ -40,7 +40,7 @@ def refusal(make, **fields):
 def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
-    used |= {"priority", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
+    used |= {"priority", "vllm_xargs", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
     used |= {"use_beam_search", "length_penalty", "early_stopping"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
@@ -66,7 +66,7 @@ def test_a_feature_that_is_not_there_is_refused_unless_it_is_off(name):
 
 
 def test_true_is_not_one_and_zero_is_not_false():
-    assert refusal(completion, length_penalty=True).param == "length_penalty"
+    assert refusal(completion, store=0).param == "store"
     assert refusal(chat, logprobs=0).param == "logprobs"
     assert refusal(completion, logprobs=False).param == "logprobs"
 
@@ -270,7 +270,7 @@ def test_plain_request_takes_sampling_parameters_in_either_place_but_not_both():
     assert plain(top_k=3, sampling_params={"min_p": 0.1, "max_tokens": None}) == plain(top_k=3, min_p=0.1)
     assert refusal(plain, top_k=3, sampling_params={"top_k": 4}).param == "top_k"
     assert "did you mean 'top_k'" in refusal(plain, sampling_params={"top_kk": 4}).message
-    assert refusal(plain, length_penalty=1).param == "length_penalty"
+    assert refusal(plain, suffix="").param == "suffix"
 
 
 CONTROLS = {
