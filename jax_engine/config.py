@@ -150,8 +150,8 @@ class EngineConfig:
                 f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with deterministic=True, whose steps "
                 "are all the same program; leave one of them out"
             )
-        self._check_speculation()
         self._check_processors()
+        self._check_speculation()
         threshold = self.long_prefill_token_threshold
         integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
         if threshold and not self.enable_chunked_prefill:
@@ -169,7 +169,7 @@ class EngineConfig:
         speculation = self.speculation
         if speculation is None:
             return
-        for name, value in (("num_scheduler_steps", 1), ("deterministic", False)):
+        for name, value in (("num_scheduler_steps", 1), ("deterministic", False), ("logits_processors", ())):
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be {value} with speculative_config; leave one of them out"
@@ -196,13 +196,8 @@ class EngineConfig:
         object.__setattr__(self, "logits_processors", tuple(paths))  # a list, from JSON
         if paths and self.num_scheduler_steps != 1:
             raise ValueError(
-                f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with logits_processors, which see each token "
-                "before the next; leave one of them out"
-            )
-        if paths and self.speculation is not None:
-            raise ValueError(
-                "speculative_config checks several tokens in a step, and logits_processors see each before the next; "
-                "leave one of them out"
+                f"num_scheduler_steps={self.num_scheduler_steps} must be 1 with logits_processors, which see "
+                "each token before the next; leave one of them out"
             )
 
     def _check_offloading(self) -> None:

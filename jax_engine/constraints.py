@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.full_sampling import pack_bits
+from jax_engine.full_slots import pack_bits
 from jax_engine.grammars import error_of, make_masks, new_executor, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request

@@ -66,5 +66,7 @@ def test_the_setting_is_checked():
     assert EngineConfig(logits_processors=["a:b"]).logits_processors == ("a:b",)
     with pytest.raises(ValueError, match=r"logits_processors='a:b' must be a list of module:function"):
         EngineConfig(logits_processors="a:b")
+    with pytest.raises(ValueError, match=r"logits_processors=\('a:b',\) must be \(\) with speculative_config"):
+        EngineConfig(logits_processors=["a:b"], speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     with pytest.raises(ValueError, match=r"num_scheduler_steps=4 must be 1 with logits_processors"):
         EngineConfig(logits_processors=["a:b"], num_scheduler_steps=4)

@@ -43,6 +43,28 @@ def test_streamed_chat_is_the_same_answer_in_pieces(server):
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_what_changes_logits_acts_on_every_route(server):
+    """The answer's first token alone, then without it, then with it forbidden as a word."""
+
+    def answer(**controls):
+        settings = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 6}
+        return server.client.chat.completions.create(**settings, **controls).choices[0].message.content
+
+    free = answer()
+    first = free.split()[0]
+    assert answer(logit_bias={"5": 100}) != free
+    assert answer(frequency_penalty=2, extra_body={"repetition_penalty": 5}) != free
+    assert not answer(extra_body={"bad_words": [first]}).startswith(first)
+    body = {"prompt": STORY, "max_tokens": 4, "temperature": 0, "allowed_token_ids": [5]}
+    once = httpx.post(f"{server.url}/v1/completions", json={**body, "max_tokens": 1}).json()["choices"][0]["text"]
+    for route in ("/v1/completions", "/generate"):
+        text = httpx.post(f"{server.url}{route}", json=body).text
+        assert json.dumps(once * 4)[1:-1] in text, route
+    refused = httpx.post(f"{server.url}/v1/completions", json={**body, "extra_args": {"strength": 1}})
+    assert refused.status_code == 400
+    assert "no processor that takes any is registered" in refused.json()["error"]["message"]
+
+
 def test_a_stream_without_include_usage_has_no_usage(server):
     stream = server.client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=4, stream=True)
     assert [chunk.usage for chunk in stream if chunk.usage] == []
