@@ -73,6 +73,7 @@ def main() -> None:
             for changes in ({}, {"speculative_config": speculation})
         )
         loads = make_loads(plain, options.prompts)
+        loads = [load for load in loads if not options.load or load.name in options.load]
         results = [
             measure(plain, drafting, load, streams, options.rounds) for load in loads for streams in options.streams
         ]
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--streams", nargs="+", default=(1, 8), help="requests at once (default: 1 8)", **number)
+    parser.add_argument("--load", action="append", metavar="NAME", help="only this one; may be given several times")
     parser.add_argument("--prompts", default=24, help="of each load (default: %(default)s)", **number)
     parser.add_argument("--rounds", default=3, help="over all prompts, after one to warm up", **number)
     parser.add_argument("--num-speculative-tokens", default=7, help="default: %(default)s", **number)
@@ -139,12 +141,12 @@ def measure(plain: LLM, drafting: LLM, load: Load, streams: int, rounds: int) ->
             before = drafting.get_metrics()
         for start in range(0, len(load.prompts), streams):
             part = slice(start, start + streams)
-            answers = []
-            for index, llm in enumerate((plain, drafting)):
+            answers: dict[int, list[Sequence[int]]] = {}
+            for index in (0, 1) if (number + start // streams) % 2 else (1, 0):
                 began = time.perf_counter()
-                outputs = llm.generate(load.prompts[part], load.params[part], use_tqdm=False)
+                outputs = (plain, drafting)[index].generate(load.prompts[part], load.params[part], use_tqdm=False)
                 seconds[index] += time.perf_counter() - began
-                answers.append([output.outputs[0].token_ids for output in outputs])
+                answers[index] = [output.outputs[0].token_ids for output in outputs]
             if answers[0] != answers[1]:
                 raise RuntimeError(f"{load.name}: the tokens differ with drafts")
             num_tokens += sum(map(len, answers[0]))

@@ -138,10 +138,12 @@ class CompiledSteps:
             return 1
         return fitting[0].num_steps
 
-    @property
-    def can_draft(self) -> bool:
-        """Whether the programs for steps with drafts are there: all, so that none is padded into one far larger."""
-        return bool(self._with_drafts) and all(program in self._executables for program in self._with_drafts)
+    def can_draft(self, *, full: bool) -> bool:
+        """Whether the programs for steps with drafts are there, in the FULL mode or the one before it: all, so that no
+        step is padded into one far larger.
+        """
+        programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
+        return bool(programs) and all(program in self._executables for program in programs)
 
     def find(
         self, num_tokens: int, num_sequences: int, mode: SamplingMode, *, num_steps: int = 1, draft_rows: int = 0

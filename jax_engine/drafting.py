@@ -149,16 +149,19 @@ class Drafts:
                 return {}
         return drafts
 
-    def choose(self, num_decodes: int, num_tokens: int) -> dict[str, Sequence[int]]:
+    def choose(self, num_decodes: int, num_tokens: int, *, num_pending: int = 0) -> dict[str, Sequence[int]]:
         """Drafts for the next step, by request, at most `num_tokens` of them; none where plain steps are expected to be
-        faster. `num_decodes` requests are to decode in it.
+        faster. `num_decodes` requests are to decode in it. The first `num_pending` of the proposed tokens are drawn in
+        the step before, and the drafts come behind them.
         """
         proposals = [
             proposal
             for proposal in self.proposer.propose()
-            if proposal.request.slot >= 0 and len(proposal.request.tokens) - proposal.request.num_computed <= 1
+            if proposal.request.slot >= 0
+            and len(proposal.request.tokens) - proposal.request.num_computed <= 1
+            and self._can_draft(proposal.request)
         ]
-        best = LEAST_GAIN
+        hoped = best = LEAST_GAIN
         drafts: dict[str, Sequence[int]] = {}
         for depth in self._depths if proposals else ():
             chosen: dict[str, Sequence[int]] = {
@@ -167,11 +170,12 @@ class Drafts:
             num_drafted = sum(map(len, chosen.values()))
             if num_drafted > num_tokens:
                 continue
-            expected = num_decodes + sum(sum(proposal.chances[:depth]) for proposal in proposals)
-            gain = expected / num_decodes / self.times.ratio(num_decodes + num_drafted, num_decodes)
+            chances = [proposal.chances[num_pending : num_pending + depth] for proposal in proposals]
+            hoped = max(hoped, 1 + sum(map(sum, chances)) / num_decodes)
+            gain = (1 + sum(map(sum, chances)) / num_decodes) / self.times.ratio(num_decodes + num_drafted, num_decodes)
             if gain > best:
                 best, drafts = gain, chosen
-        if proposals and not drafts:
+        if hoped > LEAST_GAIN and not drafts:
             self.times.doubt(num_decodes + sum(len(proposal.tokens) for proposal in proposals))
         return drafts
 
@@ -201,4 +205,6 @@ class Drafts:
             self.times.observe(plan.num_tokens, seconds, drafted=num_drafted > 0)
 
     def _can_draft(self, request: Request) -> bool:
-        return request.asked.max_tokens > 2
+        """Whether what its rows ask for does not depend on its tokens, so that it is the same behind each draft."""
+        asked = request.asked
+        return asked.structured is None and (asked.controls is None or asked.controls.is_constant)

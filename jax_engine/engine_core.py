@@ -99,13 +99,13 @@ class EngineCore:
         previous, self._pending = self._pending, None
         if previous is None:
             self._period_since = time.perf_counter()
-        elif previous.plan.waits_for_host or self.scheduler.wants_drafts():
+        elif previous.plan.waits_for_host or (self._can_draft and self.scheduler.wants_drafts()):
             outputs += self._collect(previous, is_ahead=False)
             previous = None
         outputs += self._add_compiled()
         self.constraints.wait_for_masks(self._step_seconds)
         start = time.perf_counter()
-        can_draft = previous is None and self.runner.compiled.can_draft
+        can_draft = previous is None and self._can_draft
         num_steps = self.runner.compiled.num_steps(len(self.scheduler.running))
         plan = self.scheduler.schedule(num_steps, can_draft=can_draft)
         planned = time.perf_counter()
@@ -122,6 +122,11 @@ class EngineCore:
             return StepOutputs(outputs)
         self._stats_due = now + STATS_PERIOD
         return StepOutputs(outputs, self.stats())
+
+    @property
+    def _can_draft(self) -> bool:
+        """Whether there are programs for drafts in the next step."""
+        return self.scheduler.drafts is not None and self.runner.compiled.can_draft(full=self.scheduler.needs_full)
 
     def _collect(self, pending: PendingTokens, *, is_ahead: bool) -> list[CoreOutput]:
         """Wait for a step, and take its tokens. `is_ahead`: the step after it has been launched."""

@@ -49,17 +49,20 @@ def read_logprobs(
     drawn = None if asked.logprobs is None else _Rows(asked.logprobs)
     prompt = None if asked.prompt is None else _Rows(asked.prompt)
     results, first_row = [NO_LOGPROBS] * len(chunks), 0
-    for row, chunk in enumerate(chunks):
+    has_drafts, next_row = any(chunk.drafts for chunk in chunks), 0  # then each chunk has a row for each draw
+    for index, chunk in enumerate(chunks):
+        row = next_row if has_drafts else index
+        next_row += chunk.num_draws
         controls, scored = chunk.request.asked.controls, chunk.scored
         if controls is not None and (scored or asks_logprobs(chunk)):
             of_tokens, of_prompt = None, None
             if drawn is not None and controls.num_logprobs is not None and chunk.num_draws:
-                of_tokens = drawn.read(row, tokens[row], controls.num_logprobs)
+                of_tokens = drawn.read(row, tokens[index], controls.num_logprobs)
             if prompt is not None and controls.num_prompt_logprobs is not None and scored:
                 start = first_row + scored.start - 1 - chunk.start
                 own = chunk.request.tokens[scored.start : scored.stop]
                 of_prompt = prompt.read(start, own, controls.num_prompt_logprobs)
-            results[row] = ChunkLogprobs(of_tokens, of_prompt)
+            results[index] = ChunkLogprobs(of_tokens, of_prompt)
         first_row += chunk.length
     return results
 

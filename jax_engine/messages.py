@@ -23,6 +23,12 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens, each with and without a space in front
     processor_arguments: dict[str, float] = {}
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether each token is drawn under the same of it, whichever come before."""
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties == (0, 0, 1) and not self.bad_words and not self.processor_arguments
+
 
 NO_CONTROLS = TokenControls()
 

@@ -161,7 +161,7 @@ class PlacedModel:
             shardings = (_shardings(state), whole) if on_mesh else None
             jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
             return jitted.lower(leaves, state, buffer)
-        assert (num_steps, draft_rows) == (1, 0), "a step of the FULL mode draws one token"
+        assert num_steps == 1, "a step of the FULL mode runs the model once"
         full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
         tokens = layout.bucket.num_tokens
         inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, tokens, self.vocab_size)))
@@ -172,6 +172,7 @@ class PlacedModel:
             self.row_block,
             num_logprobs=self.num_logprobs,
             processors=self.processors,
+            draft_rows=draft_rows,
         )
         full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
         jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)

@@ -180,7 +180,8 @@ def step_programs(
 
 def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
     """Step programs for ranges with up to `num_drafts` drafted tokens: those of one sequence, and from there on powers
-    of two times as many rows, as far as `MAX_DRAFT_PROGRAMS` allow, up to the token budget.
+    of two times as many rows, as far as `MAX_DRAFT_PROGRAMS` allow, up to the token budget; in the FULL mode the first
+    and the last of them.
     """
     most, factor = max_num_seqs * (1 + num_drafts), 2
     while (1 + num_drafts) * factor ** (MAX_DRAFT_PROGRAMS - 2) < min(most, token_budget):
@@ -189,9 +190,10 @@ def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tup
     while size < token_budget:
         sizes.add(size)
         size *= factor
+    kinds = [(size, LOOPING_MODES[-1]) for size in sorted(sizes)]
+    kinds += [(size, SamplingMode.FULL) for size in sorted({min(sizes), max(sizes)})]
     return tuple(
-        Program(Bucket(size, min(size, max_num_seqs)), LOOPING_MODES[-1], draft_rows=min(size, most))
-        for size in sorted(sizes)
+        Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds
     )
 
 

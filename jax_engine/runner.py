@@ -139,7 +139,7 @@ class Runner:
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,
             windows=self._geometry.layout.windows,
-            draft_sizes=tuple(sorted(program.bucket.num_tokens for program in self._programs if program.draft_rows)),
+            draft_sizes=tuple(sorted({program.bucket.num_tokens for program in self._programs if program.draft_rows})),
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:

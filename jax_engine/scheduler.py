@@ -108,7 +108,7 @@ class Scheduler:
         if self.drafts is None:
             return False
         room = self.limits.token_budget - len(self.running)
-        return bool(self.drafts.choose(len(self.running), room)) and not self._needs_full
+        return bool(self.drafts.choose(len(self.running), room, num_pending=1))
 
     def schedule(self, max_steps: int = 1, *, can_draft: bool = False) -> StepPlan | None:
         """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
@@ -125,7 +125,7 @@ class Scheduler:
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
         drafts = {}
-        if can_draft and self.drafts is not None and not self._needs_full:
+        if can_draft and self.drafts is not None:
             drafts = self.drafts.plan(self.running, self.cache, self.limits.token_budget)
         budget = self.limits.token_budget if drafts else self._step_budget(num_decodes)
         num_kept = num_decodes + sum(map(len, drafts.values()))
@@ -170,7 +170,7 @@ class Scheduler:
                     first_scheduled_time=request.first_scheduled_time,
                     num_cached_tokens=request.num_cached_tokens,
                     num_preemptions=request.num_preemptions,
-                    logprobs=found.drawn,
+                    logprobs=found.drawn and found.drawn[: len(tokens)],
                     prompt_logprobs=request.take_prompt_logprobs(),
                     error=request.constraint.error if request.constraint is not None else None,
                 )
@@ -180,8 +180,8 @@ class Scheduler:
         return outputs
 
     @property
-    def _needs_full(self) -> bool:
-        """Whether the next step may have rows of the FULL sampling mode, which has no programs for drafts."""
+    def needs_full(self) -> bool:
+        """Whether the next step may have rows of the FULL sampling mode."""
         return any(request.asked.needs_full for request in self.requests.values())
 
     def _step_budget(self, num_decodes: int) -> int:

@@ -1,7 +1,7 @@
 """One step's input: packed by the host into a single int32 buffer, unpacked by the step program on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import jax
@@ -108,17 +108,16 @@ class StepBatch:
         """Which of the rows that `draft_rows` lists is each sequence's last; anything where it has none."""
         return jnp.maximum(jnp.cumsum(self.num_draws) - 1, 0)
 
-    def draft_rows(self, size: int) -> tuple[Int[Array, " D"], SamplingRows]:
-        """The last `num_draws` token rows of each sequence, one sequence after another in `size` (static) rows, and how
-        the token behind each is drawn; any row beyond them.
+    def draft_rows(self, size: int) -> tuple[Int[Array, " D"], Int[Array, " D"], Int[Array, " D"]]:
+        """The last `num_draws` token rows of each sequence, one sequence after another in `size` (static) rows; any row
+        beyond them. With the sequence of each and the position of the token behind it.
         """
         ends = jnp.cumsum(self.num_draws)
         index = jnp.arange(size, dtype=jnp.int32)
         last = self.num_draws.shape[0] - 1
         sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right"), last).astype(jnp.int32)
         before_last = jnp.maximum(ends[sequence] - 1 - index, 0)  # rows between it and its sequence's last one
-        rows = jax.tree.map(lambda column: column[sequence], self.sampling)
-        return self.last_rows[sequence] - before_last, replace(rows, positions=rows.positions - before_last)
+        return self.last_rows[sequence] - before_last, sequence, self.kv_lengths[sequence] - before_last
 
     @classmethod
     def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":

@@ -128,7 +128,10 @@ def step_function(
         if num_steps > 1:
             cache, latest, drawn = decode_loop(run, state.cache, sequences, tokens, batch, num_steps=num_steps)
         else:
-            last_rows, rows = batch.draft_rows(draft_rows) if draft_rows else (batch.last_rows, batch.sampling)
+            last_rows, rows = batch.last_rows, batch.sampling
+            if draft_rows:
+                last_rows, owners, positions = batch.draft_rows(draft_rows)
+                rows = replace(_of(rows, owners), positions=positions)
             cache, latest = run(tokens, state.cache, sequences, last_rows, rows)
             drawn = latest[None]
             if draft_rows:
@@ -146,6 +149,7 @@ def full_step_function(
     *,
     num_logprobs: int,
     processors: tuple[LogitsProcessor, ...] = (),
+    draft_rows: int = 0,
 ) -> FullStepFunction:
     """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
     `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`, with the
@@ -167,14 +171,25 @@ def full_step_function(
         def draw(logits: Float[Array, "R V"], rows: FullRows) -> FullResults:
             return sample_full(logits, rows, full, inputs.asks, num_logprobs=num_logprobs, processors=processors)
 
+        last_rows = batch.last_rows
         rows = FullRows(batch.sampling, batch.slots, inputs.controlled, inputs.masks, inputs.logprobs)
-        results = draw_tokens(model, hidden[batch.last_rows], batch, draw, rows, placement, row_block)
+        if draft_rows:
+            last_rows, owners, positions = batch.draft_rows(draft_rows)
+            rows = _of(rows, owners)
+            rows = replace(rows, sampling=replace(rows.sampling, positions=positions))
+        results = draw_tokens(model, hidden[last_rows], batch, draw, rows, placement, row_block)
+        latest = results.tokens[batch.last_draft_rows] if draft_rows else results.tokens
         prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
-        new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, results.tokens))
-        new_full = full.with_drawn(batch.slots, results.tokens, (batch.num_draws > 0) & inputs.controlled)
+        new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, latest))
+        new_full = full.with_drawn(batch.slots, latest, (batch.num_draws > 0) & inputs.controlled)
         return new_state, new_full, replace(results, prompt=prompt)
 
     return step
+
+
+def _of(rows: Rows, index: Int[Array, " D"]) -> Rows:
+    """These of the rows."""
+    return jax.tree.map(lambda column: column[index], rows)
 
 
 def take_batch(

@@ -13,7 +13,7 @@ from tiny_engine import TINY, VOCAB_SIZE, collect, core_request
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.drafting import Drafts, NgramProposer, Proposal
-from jax_engine.messages import Abort, Add, CoreOutput, CoreRequest
+from jax_engine.messages import Abort, Add, CoreOutput, CoreRequest, TokenControls, TokenLogprobs
 from jax_engine.ngram import NgramHistory
 from jax_engine.request import Request
 from jax_engine.speculative_config import SpeculativeConfig
@@ -94,7 +94,15 @@ def requests(core: InProcessCore) -> list[CoreRequest]:
         given = {"temperature": asked.temperature, "top_p": asked.top_p, "prng_key": asked.prng_key}
         given |= {"eos_token_ids" if index % 3 else "stop_token_ids": (token,), "min_tokens": 9 * (index % 4 == 3)}
         ending.append(core_request(f"ending {index}", asked.prompt_token_ids, 40, needs_host=index == 5, **given))
-    return [*free, *ending, *(core_request(f"{count} tokens", prompt(9, 6), count) for count in (1, 2, 3))]
+    full = [
+        core_request("logprobs", prompt(1, 12), 20, controls=TokenControls(num_logprobs=3)),
+        core_request(
+            "allowed", prompt(2, 12), 20, **SEEDED, controls=TokenControls(allowed_token_ids=tuple(range(40)))
+        ),
+    ]
+    penalized = TokenControls(presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.3, logit_bias={3: 2.0})
+    full.append(core_request("penalized", prompt(0, 12), 30, **SEEDED, controls=penalized))
+    return [*free, *ending, *full, *(core_request(f"{count} tokens", prompt(9, 6), count) for count in (1, 2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,18 @@ def assert_same(found: dict[str, list[CoreOutput]], expected: dict[str, list[Cor
         last, ours = expected[name][-1], outputs[-1]
         assert (ours.finish_reason, ours.stop_reason) == (last.finish_reason, last.stop_reason), name
         assert all(output.new_token_ids and output.finish_reason is None for output in outputs[:-1])
+        assert_same_logprobs(logprobs_of(outputs), logprobs_of(expected[name]))
+
+
+def logprobs_of(outputs: Sequence[CoreOutput]) -> list[TokenLogprobs]:
+    return [logprobs for output in outputs for logprobs in output.logprobs or ()]
+
+
+def assert_same_logprobs(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.rank, ours.token_ids) == (theirs.rank, theirs.token_ids)
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
 
 
 def assert_idle(core: InProcessCore) -> None:
@@ -150,7 +170,7 @@ def test_tokens_are_those_of_plain_decoding_whatever_is_drafted(drafting, reques
 
 
 @settings(max_examples=8, deadline=None)
-@given(chosen=st.sets(st.integers(0, 18), min_size=1), random=st.randoms(use_true_random=False))
+@given(chosen=st.sets(st.integers(0, 21), min_size=1), random=st.randoms(use_true_random=False))
 def test_ngrams_change_no_token_in_any_mix(drafting, requests, expected, chosen, random):
     some = [requests[index] for index in chosen]
     random.shuffle(some)
