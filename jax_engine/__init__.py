@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jax_engine.config import EngineConfig as EngineConfig
     from jax_engine.core_client import EngineDeadError as EngineDeadError
     from jax_engine.llm import LLM as LLM
+    from jax_engine.lora_request import LoRARequest as LoRARequest
     from jax_engine.output_processor import QueueOverflowError as QueueOverflowError
     from jax_engine.output_processor import RequestFailedError as RequestFailedError
     from jax_engine.outputs import CompletionOutput as CompletionOutput
@@ -32,6 +33,7 @@ _HOMES = {
     "EngineConfig": "config",
     "EngineDeadError": "core_client",
     "Logprob": "outputs",
+    "LoRARequest": "lora_request",
     "QueueOverflowError": "output_processor",
     "RequestFailedError": "output_processor",
     "RequestOutput": "outputs",

@@ -5,18 +5,22 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from jax_engine.adapter_client import AdapterClient
 from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError
-from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache
+from jax_engine.lora_request import LoRARequest
+from jax_engine.messages import Abort, AdapterReply, Add, PrefixCacheReset, ResetPrefixCache, ServedAdapters
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
+from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.stats import EngineStats
 
@@ -28,57 +32,6 @@ logger = logging.getLogger(__name__)
 # Tokenizing costs about 1 µs a character; a longer text does it in a thread, so that it delays no stream by more than
 # this.
 LONG_TEXT_CHARACTERS = 2000
-
-
-class RequestStream:
-    """The outputs of one request, an async iterator. Mutable; owned by the `AsyncLLM`, iterated by one task.
-
-    Outputs are made when they are asked for: what came since the last one is in the next, however slow the reader is.
-    The iterator ends after the output that is `finished`, also when the request was aborted (finish reason "abort").
-
-    Raises, while iterating:
-        EngineDeadError: the engine core has died.
-        QueueOverflowError: the core did not take this request, since too many are in flight.
-        RequestFailedError: the core gave this request up.
-    """
-
-    def __init__(self, state: RequestState, abort: Callable[[], None]) -> None:
-        self._state = state
-        self._abort = abort
-        self._ready = asyncio.Event()
-        self._error: RuntimeError | None = None
-        self._ended = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        await self._ready.wait()
-        self._ready.clear()
-        if self._error is not None:
-            self._ended = True
-            raise self._error
-        output = self._state.take()
-        self._ended = output.finished
-        return output
-
-    def abort(self) -> None:
-        """Drop the request and free its pages at the next step; nothing happens when it has finished."""
-        if self._error is None and not self._state.finished:
-            self._abort()
-
-    def wake(self) -> None:
-        """There is an output to take. For the `AsyncLLM`."""
-        if self._state.error is not None:
-            self.fail(self._state.error)
-        self._ready.set()
-
-    def fail(self, error: RuntimeError) -> None:
-        """End the stream with `error`. For the `AsyncLLM`."""
-        self._error = error
-        self._ready.set()
 
 
 class AsyncLLM:
@@ -100,6 +53,7 @@ class AsyncLLM:
             seed=config.seed,
             scheduling_policy=config.scheduling_policy,
             max_logprobs=config.max_logprobs,
+            enable_lora=config.enable_lora,
             numbers=itertools.count(number, count),
         )
         self._outputs = OutputProcessor(text.tokenizer)
@@ -107,6 +61,7 @@ class AsyncLLM:
         self._core_knows_text = False  # whether it was sent the vocabulary
         self._streams: dict[str, RequestStream] = {}
         self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
+        self.adapters = AdapterClient(core.info.adapters, core.send)
         self._dead_callbacks: list[Callable[[str], object]] = []
         self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
         self._receiving = asyncio.create_task(self._receive(), name="engine outputs")
@@ -151,7 +106,13 @@ class AsyncLLM:
         return self.dead_reason is not None
 
     async def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> RequestStream:
         """Begin a request; its outputs come by the stream.
 
@@ -159,19 +120,29 @@ class AsyncLLM:
             ValueError: a bad prompt or parameter, or an id that a running request has.
             EngineDeadError: the engine core has died.
         """
-        (stream,) = self.add_prepared([await self.prepare(request_id, prompt, params, priority=priority)])
+        prepared = await self.prepare(request_id, prompt, params, lora_request, priority=priority)
+        (stream,) = self.add_prepared([prepared])
         return stream
 
     async def prepare(
-        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> PreparedRequest:
         """Check and tokenize a request, for `add_prepared`; raises what `add_request` does."""
         self._check_alive()
+        if lora_request is not None:
+            await self.add_lora(lora_request)
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         is_long = isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS
+        prepare = partial(self._inputs.prepare, request_id, prompt, params, priority=priority, lora=lora_request)
         if is_long or params.structured_outputs is not None:  # a grammar takes milliseconds to compile, or seconds
-            return await asyncio.to_thread(self._inputs.prepare, request_id, prompt, params, priority=priority)
-        return self._inputs.prepare(request_id, prompt, params, priority=priority)
+            return await asyncio.to_thread(prepare)
+        return prepare()
 
     def add_prepared(self, requests: Sequence[PreparedRequest]) -> list[RequestStream]:
         """Begin requests together: when too many are in flight, none of them is taken, and each stream raises a
@@ -203,13 +174,19 @@ class AsyncLLM:
         return streams
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Outputs of one request as they come, with the errors of `add_request` and of the stream.
 
         Leaving the iterator early aborts the request.
         """
-        stream = await self.add_request(request_id, prompt, sampling_params, priority=priority)
+        stream = await self.add_request(request_id, prompt, sampling_params, lora_request, priority=priority)
         try:
             async for output in stream:
                 yield output
@@ -217,13 +194,19 @@ class AsyncLLM:
             stream.abort()
 
     async def beam_search(
-        self, prompt: Prompt, params: BeamSearchParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """One output, once the search has ended: its sequences as completions, the best first.
 
         Errors are those of `generate`; a full queue may end a search in its midst.
         """
-        stream = await self.prepare_beam_search(request_id, prompt, params, priority=priority)
+        stream = await self.prepare_beam_search(request_id, prompt, params, lora_request, priority=priority)
         try:
             async for output in stream:
                 yield output
@@ -231,13 +214,20 @@ class AsyncLLM:
             stream.abort()
 
     async def prepare_beam_search(
-        self, request_id: str, prompt: Prompt, params: BeamSearchParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> BeamStream:
         """Check and tokenize a search, which runs as its stream is iterated; raises what `add_request` does."""
         self._check_alive()
-        run = await asyncio.to_thread(
-            BeamRun, self._inputs, self.tokenizer, request_id, prompt, params, priority=priority
-        )
+        if lora_request is not None:
+            await self.add_lora(lora_request)
+        make = partial(BeamRun, self._inputs, self.tokenizer, request_id, prompt, params)
+        run = await asyncio.to_thread(make, priority=priority, lora=lora_request)
         return BeamStream(run, self.add_prepared)
 
     async def abort(self, request_id: str) -> None:
@@ -254,6 +244,22 @@ class AsyncLLM:
         self._resets.append(done)
         self._core.send(ResetPrefixCache())
         return await done
+
+    async def add_lora(self, lora_request: LoRARequest) -> None:
+        """Have an adapter in the core's host memory, as its first request would.
+
+        Raises:
+            ValueError: the adapter cannot be used, or the engine has none.
+            EngineDeadError: the engine core has died.
+        """
+        self._check_alive()
+        self._inputs.check_adapter(lora_request)
+        await self.adapters.add(lora_request)
+
+    async def remove_lora(self, lora_id: int) -> None:
+        """Let go of the adapter of a number; requests that have it keep it. ValueError when there is none."""
+        self._check_alive()
+        await self.adapters.remove(lora_id)
 
     async def check_health(self) -> None:
         """Raise EngineDeadError when no request can be served any more."""
@@ -316,6 +322,9 @@ class AsyncLLM:
                 if not done.cancelled():
                     done.set_result(step.done)
                 continue
+            if isinstance(step, AdapterReply | ServedAdapters):
+                self.adapters.take(step)
+                continue
             if step.stats is not None:
                 self._stats = step.stats
             processed = self._outputs.process(step.outputs)
@@ -361,6 +370,7 @@ class AsyncLLM:
             if not done.cancelled():
                 done.set_exception(EngineDeadError(reason))
         self._resets.clear()
+        self.adapters.fail(reason)
         self._outputs.abort(self._outputs.request_ids())
         callbacks, self._dead_callbacks = self._dead_callbacks, []
         for callback in callbacks:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from jax_engine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence, Hypothesis
 from jax_engine.detokenizer import IncrementalDetokenizer
+from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.processor import InputProcessor, PreparedRequest, Prompt, TokensPrompt, checked_salt
 from jax_engine.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ class BeamRun:
         params: BeamSearchParams,
         *,
         priority: int = 0,
+        lora: LoRARequest | None = None,
     ) -> None:
         """Raises ValueError for a bad prompt, or for a search that is too wide or too long for the engine."""
         self._inputs = inputs
@@ -46,8 +48,9 @@ class BeamRun:
         # How a beam is gone on with: of its next token, no more is asked than which are the likeliest.
         self._step = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=self._search.num_logprobs)
         self._priority = priority
+        self._lora = lora
         whole = replace(self._step, max_tokens=params.max_tokens)
-        self._prompt = inputs.prepare(request_id, prompt, whole, priority=priority)
+        self._prompt = inputs.prepare(request_id, prompt, whole, priority=priority, lora=lora)
         self._salt = checked_salt(prompt)
         self._num_requests = 0
         self._first: RequestOutput | None = None
@@ -112,7 +115,11 @@ class BeamRun:
             given["cache_salt"] = self._salt
         self._num_requests += 1
         return self._inputs.prepare(
-            f"{self._prompt.request_id}-{self._num_requests}", given, self._step, priority=self._priority
+            f"{self._prompt.request_id}-{self._num_requests}",
+            given,
+            self._step,
+            priority=self._priority,
+            lora=self._lora,
         )
 
     def _completion(self, index: int, found: Hypothesis) -> CompletionOutput:

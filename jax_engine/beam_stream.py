@@ -8,7 +8,7 @@ from jax_engine.outputs import RequestOutput
 from jax_engine.processor import PreparedRequest
 
 if TYPE_CHECKING:
-    from jax_engine.async_llm import RequestStream
+    from jax_engine.request_stream import RequestStream
 
 
 class BeamStream:

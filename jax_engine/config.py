@@ -15,6 +15,8 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
 OFFLOADING_LOADS = ("auto", "always")
+MAX_ADAPTER_SLOTS = 1024
+MAX_ADAPTER_RANK = 512
 
 
 def default_compilation_cache_dir() -> str:
@@ -65,6 +67,11 @@ class EngineConfig:
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
     logits_processors: tuple[str, ...] = ()  # functions, as module:function, that run on every step's logits
+    enable_lora: bool = False  # requests may use adapters beside the model's weights
+    max_loras: int = 4  # adapters on the device at once, and so in one step
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None  # adapters kept in host memory; None: as many as on the device
+    lora_modules: tuple[str, ...] = ()  # adapters that clients of a server may name as a model: NAME=PATH
     deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
@@ -75,6 +82,7 @@ class EngineConfig:
         switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
         switch("deterministic", self.deterministic, default=False)
         self._check_offloading()
+        self._check_adapters()
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
@@ -200,6 +208,20 @@ class EngineConfig:
                 "each token before the next; leave one of them out"
             )
 
+    def _check_adapters(self) -> None:
+        switch("enable_lora", self.enable_lora, default=False)
+        integer("max_loras", self.max_loras, low=1, high=MAX_ADAPTER_SLOTS, remedy="4 is the default")
+        integer("max_lora_rank", self.max_lora_rank, low=1, high=MAX_ADAPTER_RANK, remedy="16 is the default")
+        if self.max_cpu_loras is not None:
+            remedy = "it must be at least max_loras; leave it out for that many"
+            integer("max_cpu_loras", self.max_cpu_loras, low=self.max_loras, high=2**31 - 1, remedy=remedy)
+        object.__setattr__(self, "lora_modules", tuple(self.lora_modules))  # another process sends a list
+        named = [split_module(module)[0] for module in self.lora_modules]
+        if twice := [name for name in named if named.count(name) > 1]:
+            raise ValueError(f"lora_modules names {twice[0]!r} twice; give each adapter a name of its own")
+        if self.lora_modules and not self.enable_lora:
+            raise ValueError(f"lora_modules={self.lora_modules[0]} needs enable_lora=True; set it, or leave them out")
+
     def _check_offloading(self) -> None:
         choice("prefix_caching_hash_algo", self.prefix_caching_hash_algo, HASH_ALGORITHMS)
         choice("kv_offloading_load", self.kv_offloading_load, OFFLOADING_LOADS)
@@ -230,6 +252,11 @@ class EngineConfig:
         return int(2**30 * (self.kv_offloading_size or self.swap_space * self.tensor_parallel_size))
 
     @property
+    def num_cpu_loras(self) -> int:
+        """Adapters kept in host memory."""
+        return self.max_cpu_loras or self.max_loras
+
+    @property
     def token_budget(self) -> int:
         """Tokens a step may process, all sequences together."""
         return self.max_num_batched_tokens or max(512, self.max_num_seqs)
@@ -245,3 +272,11 @@ def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
+
+
+def split_module(module: str) -> tuple[str, str]:
+    """Name and folder of an entry of `lora_modules`; ValueError when it is not NAME=PATH."""
+    name, _, path = str(module).partition("=")
+    if not name or not path:
+        raise ValueError(f"lora_modules={module!r} must be NAME=PATH, such as shout=demo:shout")
+    return name, path

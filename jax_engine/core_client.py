@@ -16,13 +16,17 @@ import zmq
 import zmq.asyncio
 
 from jax_engine.config import EngineConfig
+from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import (
+    AdapterReply,
     Command,
     Event,
     Failed,
+    LoadAdapter,
     PrefixCacheReset,
     Ready,
     ResetPrefixCache,
+    ServedAdapters,
     Shutdown,
     StepOutputs,
 )
@@ -58,6 +62,13 @@ class InProcessCore:
         reply = self._core.handle(ResetPrefixCache())
         assert isinstance(reply, PrefixCacheReset)
         return reply.done
+
+    def load_adapter(self, lora: LoRARequest) -> None:
+        """Have an adapter in host memory; ValueError when it cannot be used."""
+        reply = self._core.handle(LoadAdapter(lora))
+        assert isinstance(reply, AdapterReply)
+        if reply.error is not None:
+            raise ValueError(reply.error)
 
     def has_work(self) -> bool:
         return self._core.has_work
@@ -112,7 +123,7 @@ class CoreConnection:
             if not self._ended.done():
                 raise
 
-    async def receive(self) -> StepOutputs | PrefixCacheReset:
+    async def receive(self) -> StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
         """The outputs of the next step, or the answer to a command; EngineDeadError once the core has died."""
         event = await self._next_event()
         assert not isinstance(event, Ready)
@@ -124,7 +135,7 @@ class CoreConnection:
         self._commands.close(linger=0)
         self._context.destroy(linger=0)
 
-    async def _next_event(self) -> Ready | StepOutputs | PrefixCacheReset:
+    async def _next_event(self) -> Ready | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
         received = asyncio.ensure_future(self._events.recv())
         try:
             either: set[asyncio.Future[Any]] = {received, self._ended}

@@ -19,7 +19,18 @@ import zmq
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
-from jax_engine.messages import Abort, Add, Command, CoreOutput, Event, Failed, Shutdown, StepOutputs
+from jax_engine.messages import (
+    Abort,
+    AdapterReply,
+    Add,
+    Command,
+    CoreOutput,
+    Event,
+    Failed,
+    ServedAdapters,
+    Shutdown,
+    StepOutputs,
+)
 
 COMPILE_REPORT_MS = 500  # how often an idle core reports compile progress
 
@@ -97,6 +108,8 @@ class CoreServer:
 
     def _handle(self, core: EngineCore, command: Command, channel: int) -> None:
         reply = core.handle(command)
+        if isinstance(reply, AdapterReply):  # whoever asked knows the new list before the answer
+            self.send_to_all(ServedAdapters(core.served_adapters.all))
         if reply is not None:
             self._events[channel].send(self._encoder.encode(reply))
         elif isinstance(command, Add) and len(self._events) > 1:  # with a reply, they were refused

@@ -69,6 +69,9 @@ def decode_loop(
             count.astype(jnp.int32),
             num_tokens=num_rows,
         )
+        if sequences.adapters is not None:
+            slots, present = sequences.adapters.slots, sequences.adapters.present
+            table = table.with_adapters(slots[order], present.shape[0])
         cache, latest = advance(loop.tokens[order], loop.cache, table, places, replace(rows, positions=loop.lengths))
         num_done = loop.num_done + 1
         goes_on = loop.active & (num_done < batch.num_draws) & ~ends_sequence(latest, loop.lengths, rows)

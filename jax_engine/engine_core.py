@@ -4,23 +4,29 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jax_engine.config import EngineConfig
+from jax_engine.adapter_files import read_adapter
+from jax_engine.adapter_slots import AdapterSlots
+from jax_engine.config import EngineConfig, split_module
 from jax_engine.constraints import Constraints
 from jax_engine.logits_processors import argument_defaults
 from jax_engine.messages import (
     Abort,
+    AdapterReply,
     Add,
     Command,
     CoreOutput,
     CoreRequest,
+    LoadAdapter,
     PrefixCacheReset,
     Ready,
     ResetPrefixCache,
     StepOutputs,
+    UnloadAdapter,
     Vocabulary,
 )
 from jax_engine.runner import PendingTokens, Runner
 from jax_engine.scheduler import Scheduler
+from jax_engine.served_adapters import ServedList
 from jax_engine.stats import EngineStats, HostTime
 from jax_engine.step_plan import StepPlan
 
@@ -33,9 +39,13 @@ class EngineCore:
     """Scheduler and runner in one loop. Mutable; owned by whoever calls `step`, in one thread."""
 
     def __init__(self, config: EngineConfig) -> None:
+        for module in config.lora_modules:  # a mistake there shows before anything compiles
+            read_adapter(split_module(module)[1], max_rank=config.max_lora_rank)
         self.runner = Runner(config)
         limits = self.runner.limits(config)
-        self.scheduler = Scheduler(limits, config.speculation)
+        slots = AdapterSlots(config.max_loras if config.enable_lora else 0, self.runner.adapters.fetch)
+        self.scheduler = Scheduler(limits, config.speculation, adapters=slots)
+        self.served_adapters = ServedList(config.lora_modules, self.runner.adapters.fetch)
         self._max_in_flight = config.max_num_queued_reqs
         self._num_refused = 0
         self.info = Ready(
@@ -45,6 +55,7 @@ class EngineCore:
             page_size=limits.page_size,
             step_sizes=limits.step_sizes,
             processor_arguments=argument_defaults(self.runner.placed.processors),
+            adapters=self.served_adapters.all,
         )
         self.constraints = Constraints()
         self._pending: PendingTokens | None = None
@@ -54,7 +65,7 @@ class EngineCore:
         self._device_since = 0.0  # when the device began with the step it is at
         self._period_since = 0.0  # when the tokens of the step before came, or the engine began to be busy
 
-    def handle(self, command: Command) -> PrefixCacheReset | StepOutputs | None:
+    def handle(self, command: Command) -> PrefixCacheReset | AdapterReply | StepOutputs | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
         on.
         """
@@ -67,7 +78,31 @@ class EngineCore:
             self.constraints.take_vocabulary(command)
         elif isinstance(command, ResetPrefixCache):
             return PrefixCacheReset(self.scheduler.cache.reset())
+        elif isinstance(command, LoadAdapter):
+            return self._load_adapter(command)
+        elif isinstance(command, UnloadAdapter):
+            return self._unload_adapter(command.lora_int_id)
         return None
+
+    def _load_adapter(self, command: LoadAdapter) -> AdapterReply:
+        try:
+            if command.served:
+                self.served_adapters.add(command.lora.lora_name, command.lora.lora_path)
+            else:
+                self.runner.adapters.fetch(command.lora)
+        except ValueError as error:
+            return AdapterReply(str(error))
+        return AdapterReply()
+
+    def _unload_adapter(self, lora_int_id: int) -> AdapterReply:
+        """Forget every adapter of this number."""
+        known = {*self.served_adapters.all, *self.runner.adapters.loaded}
+        found = [lora for lora in known if lora.lora_int_id == lora_int_id]
+        for lora in found:
+            self.served_adapters.remove(lora)
+            self.runner.adapters.forget(lora)
+            self.scheduler.adapters.forget(lora)
+        return AdapterReply(None if found else f"lora_int_id={lora_int_id} is not the number of a loaded adapter")
 
     def _add(self, requests: Sequence[CoreRequest]) -> StepOutputs | None:
         """Queue requests, or refuse all of them when too many sequences would be in flight.
@@ -113,6 +148,7 @@ class EngineCore:
         if previous is None:
             self._device_since = planned
         self._pending = self._launch(plan) if plan else None
+        outputs += self.scheduler.adapters.take_failed()
         if previous is not None:
             outputs += self._collect(previous, is_ahead=True)
         elif plan is None and not outputs:  # masks or grammars are all there is to wait for

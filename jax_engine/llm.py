@@ -4,7 +4,6 @@ import difflib
 import itertools
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -18,10 +17,12 @@ from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchOutput, BeamSearchParams
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
+from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import Abort, Add, StepOutputs
-from jax_engine.output_processor import OutputProcessor, RequestState
+from jax_engine.output_processor import OutputProcessor
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
+from jax_engine.progress import Progress
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams, integer
 from jax_engine.stats import EngineStats
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+Adapters = LoRARequest | Sequence[LoRARequest | None] | None
 
 # vLLM's settings that this engine does not have, with the values that ask for what it does anyway.
 NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -42,7 +44,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "disable_log_stats": (False, True),
         "distributed_executor_backend": (None,),
         "enable_expert_parallel": (False,),
-        "enable_lora": (False,),
         "enable_sleep_mode": (False,),
         "enforce_eager": (False, None),
         "generation_config": ("auto",),
@@ -83,6 +84,11 @@ class LLM:
                 f"max_num_queued_reqs={config.max_num_queued_reqs} bounds what clients may send to a server, and LLM "
                 "runs all that it is given; leave it out"
             )
+        if config.lora_modules:
+            raise ValueError(
+                f"lora_modules={config.lora_modules[0]} names an adapter for clients of a server; give lora_request to "
+                "generate or chat instead"
+            )
         text = ModelText.load(config)  # before the core: a mistake here shows before anything compiles
         self.config = config
         self.model_path = text.path
@@ -95,6 +101,7 @@ class LLM:
             seed=config.seed,
             scheduling_policy=config.scheduling_policy,
             max_logprobs=config.max_logprobs,
+            enable_lora=config.enable_lora,
         )
         self._outputs = OutputProcessor(text.tokenizer)
         self._request_ids = map(str, itertools.count())
@@ -106,6 +113,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt; returns finished outputs in the order of the prompts.
@@ -114,6 +122,7 @@ class LLM:
             prompts: text, token ids, `{"prompt": text}`, `{"prompt_token_ids": ids}`, or a list of such.
             sampling_params: one for all prompts, or one for each; None takes `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
+            lora_request: the adapter of all prompts, or that of each, None for those without; with `enable_lora`.
             priority: one for each prompt, the lowest first; with `scheduling_policy="priority"`.
 
         Raises:
@@ -121,7 +130,7 @@ class LLM:
             RequestFailedError: the engine core gave a request up.
             KeyboardInterrupt: Ctrl-C; what was running is aborted, and the engine can be used again.
         """
-        prepared = self._prepare(_prompt_list(prompts), sampling_params, "prompts", priority)
+        prepared = self._prepare(_prompt_list(prompts), sampling_params, "prompts", priority, lora_request)
         return self._run(prepared, use_tqdm=use_tqdm)
 
     def chat(
@@ -129,6 +138,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -152,13 +162,15 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"conversations[{index}]: {error}" if many else str(error)) from error
             prompts.append({"prompt": rendered, "add_special_tokens": False})
-        return self._run(self._prepare(prompts, sampling_params, "conversations"), use_tqdm=use_tqdm)
+        prepared = self._prepare(prompts, sampling_params, "conversations", None, lora_request)
+        return self._run(prepared, use_tqdm=use_tqdm)
 
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
         *,
+        lora_request: Adapters = None,
         use_tqdm: bool = False,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
@@ -169,9 +181,10 @@ class LLM:
         if concurrency_limit is not None:
             integer("concurrency_limit", concurrency_limit, low=1, high=2**31 - 1, remedy="None searches all at once")
         given, runs = _prompt_list(prompts), []
-        for index, prompt in enumerate(given):
+        adapters = self._adapters(lora_request, len(given), "prompts")
+        for index, (prompt, lora) in enumerate(zip(given, adapters, strict=True)):
             try:
-                runs.append(BeamRun(self._inputs, self._tokenizer, next(self._request_ids), prompt, params))
+                runs.append(BeamRun(self._inputs, self._tokenizer, next(self._request_ids), prompt, params, lora=lora))
             except ValueError as error:
                 raise ValueError(f"prompts[{index}]: {error}" if len(given) > 1 else str(error)) from error
         with tqdm(total=len(runs), desc="Beam search", dynamic_ncols=True, disable=not use_tqdm) as bar:
@@ -228,6 +241,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         what: str,
         priority: Sequence[int] | None = None,
+        lora_request: Adapters = None,
     ) -> list[PreparedRequest]:
         """Check everything, so that nothing runs when one of many is wrong."""
         given = self._inputs.default_params if sampling_params is None else sampling_params
@@ -242,11 +256,14 @@ class LLM:
         priorities = [0] * len(prompts) if priority is None else list(priority)
         if len(priorities) != len(prompts):
             raise ValueError(f"priority has {len(priorities)} entries for {len(prompts)} {what}; give one for each")
+        adapters = self._adapters(lora_request, len(prompts), what)
         prepared = []
-        for index, (prompt, params, rank) in enumerate(zip(prompts, all_params, priorities, strict=True)):
+        for index, (prompt, params, rank, lora) in enumerate(
+            zip(prompts, all_params, priorities, adapters, strict=True)
+        ):
             try:
                 final = replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                prepared.append(self._inputs.prepare(next(self._request_ids), prompt, final, priority=rank))
+                prepared.append(self._inputs.prepare(next(self._request_ids), prompt, final, priority=rank, lora=lora))
             except ValueError as error:
                 raise ValueError(f"{what}[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
         return prepared
@@ -257,6 +274,23 @@ class LLM:
         outputs = iter(self._run([request for some in requests for request in some], use_tqdm=False))
         for run, some in zip(runs, requests, strict=True):
             run.advance(list(itertools.islice(outputs, len(some))))
+
+    def _adapters(self, given: Adapters, num_prompts: int, what: str) -> list[LoRARequest | None]:
+        """The adapter of each prompt, read into host memory if it is not there."""
+        if given is None or isinstance(given, LoRARequest):
+            each = [given] * num_prompts
+        elif isinstance(given, Sequence) and not isinstance(given, str):
+            each = list(given)
+        else:
+            raise ValueError(f"lora_request={given!r} is none; give a LoRARequest, or a list of one for each of {what}")
+        if len(each) != num_prompts:
+            raise ValueError(f"lora_request has {len(each)} entries for {num_prompts} {what}; give one for each")
+        for lora in dict.fromkeys(each):
+            self._inputs.check_adapter(lora)
+            if lora is not None:
+                with self._lock:
+                    self._running_core().load_adapter(lora)
+        return each
 
     def _run(self, requests: list[PreparedRequest], *, use_tqdm: bool) -> list[RequestOutput]:
         core = self._running_core()
@@ -349,40 +383,6 @@ def interrupts_between_steps() -> Iterator[Callable[[], None]]:
     finally:
         signal.signal(signal.SIGINT, handler)
     deliver()
-
-
-class Progress:
-    """A progress bar over prompts, with token rates. Mutable; owned by one run."""
-
-    def __init__(self, num_prompts: int, *, show: bool) -> None:
-        self._bar = tqdm(
-            total=num_prompts,
-            desc="Processed prompts",
-            dynamic_ncols=True,
-            disable=not show,
-            postfix="est. speed input: 0.00 toks/s, output: 0.00 toks/s",
-        )
-        self._start = time.monotonic()
-        self._num_input_tokens = self._num_output_tokens = 0
-
-    def finish(self, state: RequestState) -> None:
-        """Count one prompt as done."""
-        self._num_input_tokens += len(state.request.prompt_token_ids)
-        self._num_output_tokens += state.num_tokens
-        elapsed = max(time.monotonic() - self._start, 1e-9)
-        self._bar.postfix = (
-            f"est. speed input: {self._num_input_tokens / elapsed:.2f} toks/s, "
-            f"output: {self._num_output_tokens / elapsed:.2f} toks/s"
-        )
-        self._bar.update(1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.close()
 
 
 def _prompt_list(prompts: Any) -> list[Prompt]:

@@ -30,7 +30,9 @@ from jax.typing import DTypeLike
 from tqdm import tqdm
 
 from jax_engine.model_files import ModelLoadError, WeightFiles, read_model_config, resolve_model_path
+from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig, architecture_of
+from jax_engine.models.layers import add_adapters
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.registry import resolve_model
@@ -64,6 +66,11 @@ class Parameter:
     mean: float
     std: float
     part_names: tuple[str, ...] = ()  # of stacked layers: the tensor of each
+
+    @property
+    def is_of_adapters(self) -> bool:
+        """Whether it holds factors of adapters, which no checkpoint of the model has."""
+        return "adapters" in self.logical_axes
 
     @property
     def num_bytes(self) -> int:
@@ -105,15 +112,24 @@ class ModelStructure:
         dtype: DTypeLike,
         scan_layers: bool = False,
         kv_head_copies: int = 1,
+        adapters: AdapterShape | None = None,
     ) -> "ModelStructure":
         """The structure of `model_class` for `config`, every parameter in `dtype`.
 
         `scan_layers` stacks the parameters of like layers and runs them as a loop. With `kv_head_copies`, each key and
-        value head is there that many times, side by side, so that more devices than it has heads hold one each.
+        value head is there that many times, side by side, so that more devices than it has heads hold one each. With
+        `adapters`, there is room for so many beside the weights.
         """
         heads = config.num_key_value_heads * kv_head_copies
         config = replace(config, num_key_value_heads=heads)
-        model = nnx.eval_shape(lambda: model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers))
+
+        def build() -> LlamaForCausalLM:
+            model = model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers)
+            if adapters is not None:
+                add_adapters(model, adapters)
+            return model
+
+        model = nnx.eval_shape(build)
         graphdef, state = nnx.split(model)
         parameters = []
         for path, variable in nnx.to_flat_state(state):
@@ -143,8 +159,13 @@ class ModelStructure:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all parameters."""
-        return sum(parameter.num_bytes for parameter in self.parameters)
+        """Memory of the weights, without that of adapters."""
+        return sum(parameter.num_bytes for parameter in self.parameters if not parameter.is_of_adapters)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all adapters that there is room for."""
+        return sum(parameter.num_bytes for parameter in self.parameters if parameter.is_of_adapters)
 
 
 def _tensor_name(path: Sequence[object], layer: int | str | None) -> str:
@@ -198,7 +219,8 @@ def load_leaves(
 
     `path_or_name` is a folder or a hub name (see `resolve_model_path`). It is not looked at by `load_format="dummy"`,
     which draws random weights from `seed`, the same ones however they are sharded. `sharding_of` places each parameter,
-    by its `logical_axes`; by default all are on the first device. `progress` shows a bar; None does so on a terminal.
+    by its `logical_axes`; by default all are on the first device. Those of adapters are zero. `progress` shows a bar;
+    None does so on a terminal.
 
     Raises:
         ModelLoadError: a file or tensor is missing, broken, of another shape or not expected.
@@ -217,6 +239,8 @@ def load_leaves(
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
 
     def load_leaf(parameter: Parameter) -> jax.Array:
+        if parameter.is_of_adapters:
+            return jax.device_put(np.zeros(parameter.shape, parameter.dtype), sharding_of(parameter))
         parts = (load(part, sharding_of(part)) for part in parameter.parts)
         leaf = _stack(parts, parameter, sharding_of(parameter)) if parameter.part_names else next(parts)
         with bar.get_lock():
@@ -250,7 +274,8 @@ def _set_layer(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
-    expected = {part.name: part for parameter in structure.parameters for part in parameter.parts}
+    own = (parameter for parameter in structure.parameters if not parameter.is_of_adapters)
+    expected = {part.name: part for parameter in own for part in parameter.parts}
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(

@@ -5,6 +5,7 @@ The structs are msgpack arrays on the wire (msgspec): small, typed, and checked 
 
 import msgspec
 
+from jax_engine.lora_request import LoRARequest
 from jax_engine.stats import EngineStats
 
 
@@ -64,6 +65,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     needs_host: bool = False  # what ends it is not for the device to see: each token goes to the host before the next
     controls: TokenControls | None = None
     structured: StructuredRequest | None = None
+    lora: LoRARequest | None = None  # the adapter that it runs with
 
     @property
     def needs_full(self) -> bool:
@@ -132,7 +134,22 @@ class ResetPrefixCache(msgspec.Struct, array_like=True, frozen=True, tag="reset_
     """Forget what free pages hold; answered by a `PrefixCacheReset`, in the order asked."""
 
 
-Command = Add | Abort | ResetPrefixCache | Shutdown | Vocabulary
+class LoadAdapter(msgspec.Struct, array_like=True, frozen=True, tag="load_adapter"):
+    """Have an adapter in host memory; with `served`, list it among those that clients may name, under a number that the
+    core gives it. Answered by an `AdapterReply`.
+    """
+
+    lora: LoRARequest
+    served: bool = False
+
+
+class UnloadAdapter(msgspec.Struct, array_like=True, frozen=True, tag="unload_adapter"):
+    """List an adapter no longer, and let go of it; requests that have it keep it. Answered by an `AdapterReply`."""
+
+    lora_int_id: int
+
+
+Command = Add | Abort | ResetPrefixCache | LoadAdapter | UnloadAdapter | Shutdown | Vocabulary
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
@@ -144,6 +161,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     page_size: int
     step_sizes: tuple[int, ...] = ()  # token rows of the step programs, ascending
     processor_arguments: dict[str, float] = {}  # what requests may give to logits processors, with the defaults
+    adapters: tuple[LoRARequest, ...] = ()  # that clients may name
 
 
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
@@ -161,4 +179,16 @@ class PrefixCacheReset(msgspec.Struct, array_like=True, frozen=True, tag="prefix
     done: bool
 
 
-Event = Ready | Failed | StepOutputs | PrefixCacheReset
+class AdapterReply(msgspec.Struct, array_like=True, frozen=True, tag="adapter_reply"):
+    """What came of a `LoadAdapter` or `UnloadAdapter`: why it was refused, or None."""
+
+    error: str | None = None
+
+
+class ServedAdapters(msgspec.Struct, array_like=True, frozen=True, tag="served_adapters"):
+    """All that clients may name, to every front end, when they have changed."""
+
+    adapters: tuple[LoRARequest, ...]
+
+
+Event = Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters

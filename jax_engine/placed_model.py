@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jax_engine.full_sampling import FullInputs, FullState
 from jax_engine.loader import ModelStructure, Parameter
 from jax_engine.logits_processors import LogitsProcessor, argument_names
+from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import select_ops
@@ -68,10 +69,12 @@ class PlacedModel:
         deterministic: bool = False,
         max_logprobs: int = 20,
         processors: tuple[LogitsProcessor, ...] = (),
+        adapters: AdapterShape | None = None,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh`, or on one device without one.
 
-        If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`).
+        If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`). With `adapters`,
+        there is room for so many, and step layouts need their number of slots.
 
         Raises:
             ValueError: the attention backend does not run on `platform`, or is not deterministic; or the mesh does not
@@ -89,6 +92,7 @@ class PlacedModel:
             dtype=dtype,
             scan_layers=scan_layers,
             kv_head_copies=placement.kv_head_copies,
+            adapters=adapters,
         )
         geometry = CacheGeometry.of(
             config,
@@ -98,21 +102,12 @@ class PlacedModel:
             page_shape=ops.page_shape,
             placement=placement,
         )
-        num_logprobs = min(max_logprobs, config.vocab_size)
+        parts = structure, geometry, placement, config.vocab_size, min(max_logprobs, config.vocab_size)
         if not deterministic:
-            return cls(structure, geometry, placement, config.vocab_size, num_logprobs, processors=processors)
+            return cls(*parts, processors=processors)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
-        return cls(
-            structure,
-            geometry,
-            placement,
-            config.vocab_size,
-            num_logprobs,
-            row_block(platform),
-            processors,
-            options,
-        )
+        return cls(*parts, row_block(platform), processors, options)
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""

@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 from jax_engine.config import EngineConfig
 from jax_engine.grammar_checker import GrammarChecker
+from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import CoreRequest, Ready, StructuredRequest, Vocabulary
 from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
@@ -44,6 +45,7 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt
+Adapter = LoRARequest | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class InputProcessor:
         seed: int = 0,
         scheduling_policy: str = "fcfs",
         max_logprobs: int = 20,
+        enable_lora: bool = False,
         numbers: Iterator[int] | None = None,
     ) -> None:
         """`seed` is the engine's, for requests without one. The `numbers` tell requests apart, in the core and in what
@@ -108,9 +111,12 @@ class InputProcessor:
         self._seed = seed
         self._scheduling_policy = scheduling_policy
         self.max_logprobs = max_logprobs
+        self._enable_lora = enable_lora
         self._numbers = itertools.count() if numbers is None else numbers
 
-    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> PreparedRequest:
+    def prepare(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, *, priority: int = 0, lora: Adapter = None
+    ) -> PreparedRequest:
         """Turn one prompt into what the core takes.
 
         Raises:
@@ -118,6 +124,7 @@ class InputProcessor:
         """
         arrival_time = time.monotonic()
         self._check_priority(priority)
+        self.check_adapter(lora)
         text, token_ids = self._tokenize(prompt)
         self._check_prompt(token_ids)
         self._check_stop_ids(params)
@@ -156,6 +163,7 @@ class InputProcessor:
                     needs_host=self._needs_host(params) or structured is not None,
                     controls=token_controls(params, bad_words, index=index),
                     structured=structured,
+                    lora=lora,
                 )
                 for index in range(params.n)
             ),
@@ -187,6 +195,15 @@ class InputProcessor:
             # A form that is complete ends; with `ignore_eos`, one that may go on does.
             min_tokens=max_tokens if params.ignore_eos else params.min_tokens,
         )
+
+    def check_adapter(self, lora: LoRARequest | None) -> None:
+        """Raise a ValueError unless this engine can run with what is given as an adapter."""
+        if lora is None:
+            return
+        if not isinstance(lora, LoRARequest):
+            raise ValueError(f"lora_request={lora!r} is none; give LoRARequest(lora_name, lora_int_id, lora_path)")
+        if not self._enable_lora:
+            raise ValueError(f"lora_request={lora.lora_name!r} needs an engine with enable_lora=True; leave it out")
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):

@@ -71,6 +71,7 @@ class Request:
     # By window: tokens at the front that have left it. The pages that they fill are not held.
     num_outside: dict[int, int] = field(default_factory=dict)
     slot: int = -1  # row of the device state while running
+    adapter_slot: int = -1  # of its adapter while running
     num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run
     num_once_computed: int = 0  # the most that `num_computed` has been: what lies below is computed again
     num_pending: int = 0
@@ -128,7 +129,8 @@ class Request:
         return found
 
     def page_hash(self, index: int, page_size: int) -> bytes:
-        """What is known of page `index` by: a hash of its tokens, of all before them, and of the request's salt.
+        """What is known of page `index` by: a hash of its tokens, of all before them, and of the request's salt
+        and adapter.
 
         Its tokens must be known. Hashes are kept, so that each token is hashed once; tokens never change.
         """
@@ -140,9 +142,12 @@ class Request:
         return hashes[index]
 
     def _salt_hash(self) -> bytes:
-        """In place of the hash before the first page's; of fixed length, so that no salt looks like tokens."""
-        salt = self.asked.cache_salt
-        return self.digest(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass"))
+        """In place of the hash before the first page's; of fixed length, so that no salt or adapter looks like
+        tokens.
+        """
+        salt, lora = self.asked.cache_salt, self.asked.lora
+        hashed = self.digest(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass"))
+        return hashed if lora is None else self.digest(b"adapter" + hashed + lora.cache_key)
 
     def append(self, token: int) -> str | None:
         """Take one new token from the device; the finish reason if it is the last."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_engine.adapter_store import AdapterStore
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
@@ -21,6 +22,7 @@ from jax_engine.loader import load_config, load_leaves
 from jax_engine.logits_processors import load_processors
 from jax_engine.logprob_results import read_logprobs, what_is_asked
 from jax_engine.model_files import resolve_model_path
+from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
 from jax_engine.placed_model import PlacedModel, StateSize
@@ -103,18 +105,22 @@ class Runner:
             deterministic=config.deterministic,
             max_logprobs=config.max_logprobs,
             processors=load_processors(config.logits_processors),
+            adapters=AdapterShape(config.max_loras, config.max_lora_rank) if config.enable_lora else None,
         )
+        self.adapters = AdapterStore(self.placed, max_rank=config.max_lora_rank, max_adapters=config.num_cpu_loras)
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
         self._choose_programs(config)
         self.memory = self._plan_memory(config, model_config, device)
         self._log_cache()
+        self._log_adapters(config)
         self._log_step_programs()
         self.compiled = CompiledSteps(
             self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
         )
         self._state: DeviceState
+        self._leaves: tuple[jax.Array, ...]
         self._load_while_compiling(folder, config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         least = SamplingMode.FULL if self.placed.processors else SamplingMode.GREEDY
@@ -148,6 +154,8 @@ class Runner:
         chunks = order_chunks(plan.chunks)
         if plan.copies:
             self._state = replace(self._state, cache=self._page_copier.run(self._state.cache, plan.copies))
+        for slot, lora in plan.adapter_loads:
+            self._leaves = self.adapters.write(self._leaves, slot, lora)
         self._take_parameters(chunks)
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
@@ -235,14 +243,15 @@ class Runner:
         largest = buckets[-1].num_tokens
         mode = SamplingMode.FULL if self.placed.processors else SamplingMode.SAMPLE
         # A step in blocks of rows costs those that it fills.
-        sizes = {
+        token_counts = {
             program.bucket.num_tokens
             for program in self._programs
             if program.num_steps == 1 and program.mode is mode and not program.draft_rows
         }
-        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(sizes))
-        sizes_of_state = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups
-        self._layouts = {bucket: BatchLayout(bucket, *sizes_of_state) for bucket in buckets}
+        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(token_counts))
+        num_adapters = config.max_loras if config.enable_lora else 0
+        sizes = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups, num_adapters
+        self._layouts = {bucket: BatchLayout(bucket, *sizes) for bucket in buckets}
 
     def _log_cache(self) -> None:
         memory, geometry = self.memory, self._geometry
@@ -255,6 +264,15 @@ class Runner:
         )
         if any(geometry.layout.windows):
             logger.info("cache groups: %s", geometry.layout.describe())
+
+    def _log_adapters(self, config: EngineConfig) -> None:
+        if config.enable_lora:
+            logger.info(
+                "adapters: %d on the device at once, of rank %d at most, %.1f MiB",
+                config.max_loras,
+                config.max_lora_rank,
+                self.placed.structure.adapter_bytes / 2**20,
+            )
 
     def _log_step_programs(self) -> None:
         if self.placed.row_block is not None:
@@ -314,6 +332,7 @@ class Runner:
             )
             if self._is_remote:
                 compiling.result()  # an accelerator's compiler may try kernels out, in memory that the state would fill
+            self._leaves = self.adapters.warm_up(self._leaves)
             self._make_state()
             compiling.result()
         finally:
@@ -346,6 +365,7 @@ class Runner:
             raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
         utilization = config.gpu_memory_utilization
         available = min(memory_for_pages(program, limit, utilization, cache_bytes) for program in largest)
+        available -= self.adapters.staging_bytes  # on its way to a slot
         available -= staging_pages(host=config.host_cache_bytes > 0) * self._geometry.page_bytes
         return plan_memory(config, model, self._geometry, available)
 

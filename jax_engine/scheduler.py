@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from jax_engine.adapter_slots import AdapterSlots
 from jax_engine.drafting import Drafts
 from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
@@ -49,8 +50,10 @@ class Scheduler:
         speculation: SpeculativeConfig | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.limits = limits
+        self.adapters = adapters or AdapterSlots(0, lambda _: None)
         self._clock = clock
         self.cache = KVCacheManager(
             limits.num_pages,
@@ -101,7 +104,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + self.groups.num_held
+        return len(self.waiting) + self.groups.num_held + self.adapters.num_waiting
 
     def wants_drafts(self) -> bool:
         """Whether the next plan is better made once the tokens of the one before it are known, to have drafts."""
@@ -121,7 +124,7 @@ class Scheduler:
         `can_draft`: the plans before it are committed, and there is a program for it.
         """
         self.cache.settle()
-        for request in self.groups.begin_step():
+        for request in (*self.groups.begin_step(), *self.adapters.begin_step()):
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
         drafts = {}
@@ -136,7 +139,9 @@ class Scheduler:
             if request.slot >= 0:
                 self._continue(step, request)
         self._admit(step)
-        return StepPlan(step.chunks, self.cache.take_copies()) if step.chunks else None
+        if not step.chunks:
+            return None
+        return StepPlan(step.chunks, self.cache.take_copies(), self.adapters.take_loads())
 
     def commit(
         self, plan: StepPlan, drawn: Sequence[Sequence[int]], logprobs: Sequence[ChunkLogprobs] | None = None
@@ -273,8 +278,12 @@ class Scheduler:
                 return
             if self.groups.holds(request):
                 self.waiting.remove(request)
-            else:
+            elif self.adapters.admits(request):
                 step.is_blocked = not self._start(step, request)
+            elif request.finish_reason is not None:
+                self._finish(request)
+            else:
+                self.waiting.remove(request)
 
     def _start(self, step: "_Step", request: Request) -> bool:
         """Give the most urgent waiting request a slot and the pages of its first range. For one of higher priority than
@@ -301,6 +310,7 @@ class Scheduler:
         self.cache.start(request, cached)
         self.groups.started(request)
         request.slot = self._free_slots.pop()
+        self.adapters.take(request)
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             self.cache.count_lookup(request, cached)
@@ -375,12 +385,13 @@ class Scheduler:
         if request.slot >= 0:
             self._release(request)
             self.groups.discard(request)
-        elif not self.groups.discard(request):
+        elif not (self.groups.discard(request) or self.adapters.discard(request)):
             self.waiting.remove(request)
 
     def _release(self, request: Request) -> None:
         """Take a request out of the running ones, and its slot and pages."""
         self.cache.release(request)
         self.running.remove(request)
+        self.adapters.release(request)
         self._free_slots.append(request.slot)
         request.slot = -1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from jax_engine.cache_records import NO_PAGE
 from jax_engine.messages import CoreRequest
+from jax_engine.models.adapters import NO_ADAPTER
 from jax_engine.sampler import SamplingMode, SamplingRows
 from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS
 from jax_engine.step_plan import Chunk
@@ -40,6 +41,7 @@ class BatchLayout:
     page_size: int
     num_slots: int
     num_groups: int = 1  # cache groups
+    num_adapters: int = 0  # slots of adapters
 
     @property
     def num_page_updates(self) -> int:
@@ -69,6 +71,8 @@ class BatchLayout:
             "held_back": (sequences, MAX_HELD_BACK_TOKENS),
             "page_updates": (self.num_page_updates, 3),  # row of the block tables, index in it, page
         }
+        if self.num_adapters:
+            shapes["adapters"] = (sequences,)
         fields, offset = {}, 0
         for name, shape in shapes.items():
             size = int(np.prod(shape))
@@ -97,6 +101,7 @@ class StepBatch:
     num_decodes: Int[Array, ""]
     page_updates: Int[Array, "U 3"]
     sampling: SamplingRows
+    adapters: Int[Array, " B"] | None = None  # slot of each sequence's adapter, or NO_ADAPTER
 
     @property
     def last_rows(self) -> Int[Array, " B"]:
@@ -146,6 +151,7 @@ class StepBatch:
             num_decodes=view["num_decodes"][0],
             page_updates=view["page_updates"],
             sampling=sampling,
+            adapters=view.get("adapters"),
         )
 
 
@@ -216,6 +222,9 @@ def pack_batch(
     view["num_draws"][:count] = np.fromiter((chunk.num_draws for chunk in chunks), np.int32, count)
     view["num_decodes"][0] = int((lengths == 1).sum())
     parameters.copy_into(view, slots)
+    if "adapters" in view:
+        view["adapters"][count:] = NO_ADAPTER
+        view["adapters"][:count] = np.fromiter((chunk.request.adapter_slot for chunk in chunks), np.int32, count)
     _pack_tokens(view["tokens"], chunks)
     view["page_updates"][: len(page_updates)] = page_updates
     view["page_updates"][len(page_updates) :, 0] = layout.num_table_rows

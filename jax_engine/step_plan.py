@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from jax_engine.host_pool import NO_COPIES, PageCopies
+from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import TokenLogprobs
 from jax_engine.request import NO_POSITIONS, Request
 
@@ -40,6 +41,7 @@ class StepPlan:
 
     chunks: Sequence[Chunk]
     copies: PageCopies = NO_COPIES  # of whole pages, before the chunks
+    adapter_loads: Sequence[tuple[int, LoRARequest]] = ()  # slots and the adapters that take them, before the chunks
 
     @property
     def num_tokens(self) -> int:

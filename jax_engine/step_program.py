@@ -205,6 +205,8 @@ def take_batch(
         batch.num_decodes,
         num_tokens=layout.bucket.num_tokens,
     )
+    if batch.adapters is not None:
+        sequences = sequences.with_adapters(batch.adapters, layout.num_adapters)
     last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
     return block_tables, sequences, jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
 

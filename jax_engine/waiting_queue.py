@@ -50,6 +50,9 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._number_of)
 
+    def __contains__(self, request: Request) -> bool:
+        return request.asked.request_id in self._number_of
+
     def __iter__(self) -> Iterator[Request]:
         """The most urgent first; takes O(n log n)."""
         return (entry[2] for entry in sorted(filter(self._is_live, self._heap)))

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
+
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
 
 
@@ -134,6 +136,7 @@ class SequenceTable:
     positions: Int[Array, " T"]
     # What the attention kernel works through, where it wants that once a step (see `Ops.prepare`).
     work: Int[Array, "*groups W"] | None = None
+    adapters: AdapterRows | None = None  # in an engine that has any
 
     @classmethod
     def build(
@@ -170,7 +173,13 @@ class SequenceTable:
             jnp.zeros((), jnp.int32),
             lax.dynamic_slice_in_dim(self.token_sequences, first, size),
             lax.dynamic_slice_in_dim(self.positions, first, size),
+            adapters=None if self.adapters is None else self.adapters.block(first, size),
         )
+
+    def with_adapters(self, slots: Int[Array, " B"], num_slots: int) -> "SequenceTable":
+        """The table of sequences that have the adapters of these slots, or `NO_ADAPTER`, of `num_slots` (static)."""
+        of_rows = jnp.append(slots, NO_ADAPTER)[self.token_sequences]
+        return replace(self, adapters=AdapterRows.of(of_rows, num_slots))
 
     def of_group(self, group: int | Int[Array, ""]) -> "SequenceTable":
         """What the layers of one cache group work with."""

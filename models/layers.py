@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jax_engine.models.adapters import ADAPTED_MODULES, AdapterRows, AdapterShape, adapter_product
 from jax_engine.models.kv_pages import CacheLayout, KVPages, SequenceTable
 from jax_engine.models.rope import Rotation
 
@@ -54,7 +55,8 @@ def parameter(
 class Linear(nnx.Module):
     """`x @ weight + bias`, where input and output may each have several dimensions.
 
-    weight [*in_shape, *out_shape], bias [*out_shape]; x [..., *in_shape] -> [..., *out_shape].
+    weight [*in_shape, *out_shape], bias [*out_shape]; x [..., *in_shape] -> [..., *out_shape]. With `add_adapters`,
+    rows that have an adapter get what it adds.
     """
 
     def __init__(
@@ -70,8 +72,12 @@ class Linear(nnx.Module):
         self.num_in = len(in_shape)
         self.weight = parameter(rngs, (*in_shape, *out_shape), axes, dtype, std=math.prod(in_shape) ** -0.5)
         self.bias = parameter(rngs, out_shape, axes[self.num_in :], dtype) if bias else None
+        self.lora_a: nnx.Param[Array] | None = nnx.data(None)
+        self.lora_b: nnx.Param[Array] | None = nnx.data(None)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."], adapters: AdapterRows | None = None) -> Float[Array, "..."]:
+        if adapters is not None and self.lora_a is not None and self.lora_b is not None:
+            return (self.project(x) + adapter_product(x, self.lora_a[...], self.lora_b[...], adapters)).astype(x.dtype)
         if self.bias is not None:
             return self.project(x).astype(x.dtype)
         # Asked for in x's dtype, so that partial products which devices add up travel in it too, not in float32.
@@ -249,3 +255,24 @@ def _column(values: Sequence[int], layers: Sequence[int]) -> Int[Array, " repeat
 
 def _of_group(sequences: Sequences, group: int | Int[Array, ""]) -> Sequences:
     return sequences.of_group(group) if isinstance(sequences, SequenceTable) else sequences
+
+
+def add_adapters(model: nnx.Module, shape: AdapterShape) -> None:
+    """Give the projections of `ADAPTED_MODULES` the factors of `shape`, all zero, with the axes `adapters` and `rank`
+    before their own; those of stacked layers are stacked likewise.
+    """
+    for path, module in nnx.iter_modules(model):
+        if path and path[-1] in ADAPTED_MODULES and isinstance(module, Linear):
+            stacked = int(module.weight.logical_axes[0] == "layers")
+            first_out = stacked + module.num_in
+            module.lora_a = _factor(module.weight, shape, slice(stacked, first_out))
+            module.lora_b = _factor(module.weight, shape, slice(first_out, None))
+
+
+def _factor(weight: nnx.Param[Array], shape: AdapterShape, dims: slice) -> nnx.Param[Array]:
+    """A factor beside `weight`, over some of its dimensions."""
+    stacked = int(weight.logical_axes[0] == "layers")
+    sizes, axes = weight[...].shape, weight.logical_axes
+    value = jnp.zeros((*sizes[:stacked], shape.num_slots, shape.rank, *sizes[dims]), weight.dtype)
+    names = (*axes[:stacked], "adapters", "rank", *axes[dims])
+    return nnx.Param(value, logical_axes=names, init_mean=0.0, init_std=0.0, layers=weight.layers)

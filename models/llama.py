@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jax_engine.models.adapters import AdapterRows
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import CacheLayout, SequenceTable
 from jax_engine.models.layers import (
@@ -38,6 +39,11 @@ class AttentionSpec:
     output_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+
+
+def adapters_of(sequences: Sequences) -> AdapterRows | None:
+    """The adapters of a step's rows; None in an engine without any, and outside of one."""
+    return sequences.adapters if isinstance(sequences, SequenceTable) else None
 
 
 class Attention(nnx.Module):
@@ -68,13 +74,14 @@ class Attention(nnx.Module):
         *,
         layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Cache]:
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        adapters = adapters_of(sequences)
+        queries, keys, values = self.q_proj(x, adapters), self.k_proj(x, adapters), self.v_proj(x, adapters)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         out, cache = self.ops.attention(
             rotate(queries), rotate(keys), values, cache, sequences, layer=layer, scale=self.scale, window=self.window
         )
-        return self.o_proj(out), cache
+        return self.o_proj(out, adapters), cache
 
 
 class MLP(nnx.Module):
@@ -87,8 +94,9 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, hidden, ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        return self.down_proj(ACTIVATION_FUNCTIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Float[Array, "T D"], adapters: AdapterRows | None) -> Float[Array, "T D"]:
+        gate = ACTIVATION_FUNCTIONS[self.hidden_act](self.gate_proj(x, adapters))
+        return self.down_proj(gate * self.up_proj(x, adapters), adapters)
 
 
 class Layer(nnx.Module):
@@ -112,7 +120,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         attended, cache = self.self_attn(self.input_layernorm(hidden), cache, rotate, sequences, layer=layer)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), cache
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), adapters_of(sequences)), cache
 
 
 class Decoder(nnx.Module):

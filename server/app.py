@@ -14,6 +14,7 @@ from starlette.responses import Response
 import jax_engine
 from jax_engine.server.errors import ApiError
 from jax_engine.server.gate import Gate
+from jax_engine.server.lora_routes import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest, lora_router
 from jax_engine.server.openai_routes import openai_router
 from jax_engine.server.operations_routes import operations_router
 from jax_engine.server.plain_routes import plain_router
@@ -32,7 +33,7 @@ def build_app(service: Service) -> FastAPI:
         await service.end()
 
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
-    for router in (openai_router(service), plain_router(service), operations_router(service)):
+    for router in (openai_router(service), lora_router(service), plain_router(service), operations_router(service)):
         app.include_router(router)
     app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)
     app.add_exception_handler(HTTPException, routing_error(app))
@@ -61,7 +62,8 @@ def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            add_components(app.openapi_schema, (CompletionRequest, ChatCompletionRequest, PlainRequest))
+            kinds = (CompletionRequest, ChatCompletionRequest, PlainRequest)
+            add_components(app.openapi_schema, (*kinds, LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest))
         return app.openapi_schema
 
     return document

@@ -72,6 +72,11 @@ HTTP_FLAGS = (
     Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
     Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
+    Flag(
+        "allow_runtime_lora_updating",
+        "let clients load LoRA adapters from this machine's folders, and unload them; by default not",
+        type=bool,
+    ),
 )
 SAMPLING_FLAGS = (
     Flag("n", "answers for each prompt", type=int, metavar="N"),

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from jax_engine.async_llm import AsyncLLM, RequestStream
+from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import RequestFailedError
 from jax_engine.outputs import RequestOutput
+from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 
 Messages = list[dict[str, str]]

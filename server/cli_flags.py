@@ -57,6 +57,7 @@ class Flag:
     type: Callable[[str], Any] = str
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
+    nargs: str | None = None
 
     @property
     def option(self) -> str:
@@ -144,10 +145,30 @@ STEP_FLAGS = (
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
     Flag("compile_threads", "step programs compiled at once; else half the cores, 4 at most", type=count, metavar="N"),
 )
+LORA_FLAGS = (
+    Flag("enable_lora", "let requests use LoRA adapters, by default it does not", type=bool),
+    Flag("max_loras", "adapters on the device at once, and so in one step", type=count, metavar="N"),
+    Flag("max_lora_rank", "the largest rank of an adapter", type=count, metavar="RANK"),
+    Flag(
+        "lora_modules",
+        "adapters of a server that clients name as the model, such as shout=demo:shout; folders in PEFT's layout",
+        metavar="NAME=PATH",
+        nargs="+",
+    ),
+    Flag(
+        "max_cpu_loras", "adapters kept in host memory; as many as on the device if left out", type=count, metavar="N"
+    ),
+)
 COMPILE_FIRST = Flag(
     "compile_before_ready", "compile every step program before the first request, not only the largest", type=bool
 )
-ENGINE_GROUPS = {"model": MODEL_FLAGS, "memory": MEMORY_FLAGS, "scheduling": SCHEDULING_FLAGS, "speed": STEP_FLAGS}
+ENGINE_GROUPS = {
+    "model": MODEL_FLAGS,
+    "memory": MEMORY_FLAGS,
+    "scheduling": SCHEDULING_FLAGS,
+    "adapters": LORA_FLAGS,
+    "speed": STEP_FLAGS,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -189,13 +210,14 @@ def add_flag(group: argparse._ArgumentGroup, flag: Flag, default: object) -> Non
         switch = argparse.BooleanOptionalAction
         group.add_argument(flag.option, dest=flag.field, action=switch, default=argparse.SUPPRESS, help=flag.help)
         return
-    shown = "" if default in (None, "") else f" (default: {default})"
+    shown = "" if default in (None, "", ()) else f" (default: {default})"
     group.add_argument(
         flag.option,
         dest=flag.field,
         type=flag.type,
         metavar=flag.metavar,
         choices=flag.choices,
+        nargs=flag.nargs,
         default=argparse.SUPPRESS,
         help=(flag.help + shown).replace("%", "%%"),
     )

@@ -11,13 +11,13 @@ from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jax_engine.async_llm import RequestStream
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import QueueOverflowError, RequestFailedError
 from jax_engine.outputs import CompletionOutput, RequestOutput
 from jax_engine.processor import PreparedRequest, Prompt
+from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import Answers
 from jax_engine.server.errors import ApiError, bad_request, unavailable
@@ -127,7 +127,7 @@ async def generation(
             its queue is taken.
         ClientGoneError, ShuttingDownError: see `InFlight.track`.
     """
-    engine = service.engine()
+    engine, lora = service.engine(), record.adapter
     streams: list[Stream] = []
     running = Generation(streams, [], completions_each=params.n)
     record.trackers = running.trackers
@@ -139,9 +139,10 @@ async def generation(
                 engine_id = f"{record.request_id}-{uuid.uuid4().hex[:12]}"
                 try:
                     if beams is None:
-                        prepared.append(await engine.prepare(engine_id, prompt, params, priority=priority))
+                        prepared.append(await engine.prepare(engine_id, prompt, params, lora, priority=priority))
                     else:
-                        streams.append(await engine.prepare_beam_search(engine_id, prompt, beams, priority=priority))
+                        search = await engine.prepare_beam_search(engine_id, prompt, beams, lora, priority=priority)
+                        streams.append(search)
                 except ValueError as error:
                     if beams is not None:
                         error = ValueError(str(error).replace("beam_width=", "n="))

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestOutput
 from jax_engine.server.answers import ChatAnswers, CompletionAnswers
 from jax_engine.server.body import read_body
@@ -42,15 +43,16 @@ def openai_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        """The names that this server's model goes by."""
+        """The names that this server's model goes by, and its adapters."""
         cards = [model_card(service, name) for name in service.settings.served_model_names]
+        cards += [adapter_card(service, lora) for lora in service.adapters()]
         return json_response({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One of those names."""
-        service.check_model(name)
-        return json_response(model_card(service, name))
+        lora = service.adapter_of(name)
+        return json_response(model_card(service, name) if lora is None else adapter_card(service, lora))
 
     return router
 
@@ -58,7 +60,7 @@ def openai_router(service: Service) -> APIRouter:
 async def answer_completion(service: Service, request: Request, asked: CompletionRequest) -> Response:
     """The response to a checked body of /v1/completions."""
     record: RequestRecord = request.state.record
-    service.check_model(asked.model)
+    record.adapter = service.adapter_of(asked.model)
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
     answers = CompletionAnswers(engine.token_texts, params, engine.tokenizer, echo=bool(asked.echo))
@@ -100,7 +102,7 @@ async def answer_completion(service: Service, request: Request, asked: Completio
 async def answer_chat(service: Service, request: Request, asked: ChatCompletionRequest) -> Response:
     """The response to a checked body of /v1/chat/completions."""
     record: RequestRecord = request.state.record
-    service.check_model(asked.model)
+    record.adapter = service.adapter_of(asked.model)
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
     answers, beams = ChatAnswers(engine.token_texts, params), asked.beam_search_params(params)
@@ -152,6 +154,11 @@ def of_prompt(asked: CompletionRequest | ChatCompletionRequest, output: RequestO
 def ending(completion: CompletionOutput) -> dict[str, Any]:
     """Why a completion ended; vLLM's `stop_reason` is the stop string or stop id, null for end of sequence."""
     return {"finish_reason": completion.finish_reason, "stop_reason": completion.stop_reason}
+
+
+def adapter_card(service: Service, lora: LoRARequest) -> dict[str, Any]:
+    """The model object of an adapter, with vLLM's fields: `root` is its folder, `parent` the model that it changes."""
+    return model_card(service, lora.lora_name) | {"root": lora.lora_path, "parent": service.settings.model_name}
 
 
 def model_card(service: Service, name: str) -> dict[str, Any]:

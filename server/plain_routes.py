@@ -37,7 +37,7 @@ def plain_router(service: Service) -> APIRouter:
 async def answer_plain(service: Service, request: Request, asked: PlainRequest, *, stream: bool) -> Response:
     """The response to a checked body; completions stand in the order of their prompts, `n` for each."""
     record: RequestRecord = request.state.record
-    service.check_model(asked.model)
+    record.adapter = service.adapter_of(asked.model)
     engine = service.engine()
     params = asked.params(engine.get_default_sampling_params(), stream=stream)
     answers = Answers(engine.token_texts, params)

@@ -11,6 +11,7 @@ from functools import partial
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
+from jax_engine.lora_request import LoRARequest
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.in_flight import InFlight
@@ -86,13 +87,24 @@ class Service:
         """The engine's latest counters; zeros before it is up."""
         return self._engine.stats() if self._engine is not None else EngineStats()
 
-    def check_model(self, name: str | None) -> None:
-        """ApiError 404 unless `name` is a name that this server's model goes by, or None."""
+    def adapters(self) -> tuple[LoRARequest, ...]:
+        """The adapters that clients may name as a model; none before the engine is up."""
+        return self._engine.adapters.served if self._engine is not None else ()
+
+    def adapter_of(self, name: str | None) -> LoRARequest | None:
+        """The adapter that a request for the model `name` uses; None for the names of the model itself, and for None.
+
+        ApiError 404 for a name that is neither.
+        """
         names = self.settings.served_model_names
-        if name is not None and name not in names:
-            served = ", ".join(names)
+        if name is None or name in names:
+            return None
+        adapters = {lora.lora_name: lora for lora in self.adapters()}
+        if name not in adapters:
+            served = ", ".join([*names, *adapters])
             message = f"the model {name!r} does not exist; this server has: {served}"
             raise ApiError(404, message, param="model", code="model_not_found")
+        return adapters[name]
 
     def fail(self, reason: str, exit_code: int) -> None:
         """The engine is gone for good; only the first reason counts."""

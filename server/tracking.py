@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.metrics import Metrics
@@ -78,6 +79,7 @@ class RequestRecord:
     started: float = field(default_factory=time.monotonic)
     trackers: list[PromptTracker] = field(default_factory=list)
     note: str | None = None  # why it did not end as it should
+    adapter: LoRARequest | None = None  # that its `model` named
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's token counts, all prompts together; a prompt counts once however many completions it has."""

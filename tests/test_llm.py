@@ -306,7 +306,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"deterministic": "yes"}, "deterministic='yes' must be true or false; leave it out for false"),
-        ({"enable_lora": True}, "enable_lora=True is not supported yet"),
+        ({"lora_modules": ["a=b"], "enable_lora": True}, "lora_modules=a=b names an adapter for clients of a server"),
         ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
         ({"max_num_queued_reqs": 5}, "max_num_queued_reqs=5 bounds what clients may send to a server"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number"),

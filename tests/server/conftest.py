@@ -109,6 +109,22 @@ def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
             server.stop()
 
 
+@pytest.fixture(scope="module")
+def start_shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers for a module's tests; they must end well."""
+    started: list[RunningServer] = []
+
+    def start(*options: str) -> RunningServer:
+        started.append(launch(tmp_path_factory.mktemp("server"), *options))
+        started[-1].wait_for(started[-1].is_ready, what="ready", seconds=START_SECONDS)
+        return started[-1]
+
+    yield start
+    for running in started:
+        assert running.stop() == 0, running.log()
+        assert "Traceback" not in running.log()
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """The server that most tests share, with few enough KV pages that they matter; it must end well."""

@@ -1,0 +1,116 @@
+"""The weights of adapters: read from disk into host memory, and from there into their slots on the devices."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import Sharding
+from numpy.typing import NDArray
+
+from jax_engine.adapter_files import AdapterError, ModuleFactors, adapter_folder, read_adapter
+from jax_engine.loader import Parameter
+from jax_engine.lora_request import LoRARequest
+from jax_engine.models.adapters import ADAPTED_MODULES
+from jax_engine.placed_model import PlacedModel
+
+Values = NDArray[Any]
+
+
+class AdapterStore:
+    """Adapters in host memory, the least recently used of which make way. Mutable; owned by the runner.
+
+    Nothing compiles when adapters come and go: `warm_up` runs every program that `write` needs.
+    """
+
+    def __init__(self, placed: PlacedModel, *, max_rank: int, max_adapters: int) -> None:
+        parameters = placed.structure.parameters
+        self._places = {place: own for place, own in enumerate(parameters) if own.is_of_adapters}
+        self._placed = placed
+        self._max_rank = max_rank
+        self._max_adapters = max_adapters
+        self._loaded: OrderedDict[LoRARequest, dict[str, Values]] = OrderedDict()
+
+    @property
+    def loaded(self) -> tuple[LoRARequest, ...]:
+        """Those in host memory, the least recently used first."""
+        return tuple(self._loaded)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the largest factors of one adapter, which are on their way to a slot one after the other."""
+        own = self._places.values()
+        return max((p.num_bytes // p.shape[p.logical_axes.index("adapters")] for p in own), default=0)
+
+    def fetch(self, lora: LoRARequest) -> None:
+        """Have an adapter in host memory; AdapterError when it cannot be used."""
+        if lora in self._loaded:
+            self._loaded.move_to_end(lora)
+            return
+        modules = read_adapter(lora.lora_path, max_rank=self._max_rank)
+        self._loaded[lora] = self._arranged(modules, lora.lora_path)
+        while len(self._loaded) > self._max_adapters:
+            self._loaded.popitem(last=False)
+
+    def forget(self, lora: LoRARequest) -> None:
+        """Let go of an adapter, if it is there."""
+        self._loaded.pop(lora, None)
+
+    def write(self, leaves: Sequence[jax.Array], slot: int, lora: LoRARequest) -> tuple[jax.Array, ...]:
+        """The leaves with an adapter in a slot; those that change are donated. Raises what `fetch` does."""
+        self.fetch(lora)
+        return self._write(leaves, slot, self._loaded[lora])
+
+    def warm_up(self, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """The leaves as they were, with zeros in slot 0, and every program of `write` compiled."""
+        return self._write(leaves, 0, {})
+
+    def _write(self, leaves: Sequence[jax.Array], slot: int, values: Mapping[str, Values]) -> tuple[jax.Array, ...]:
+        changed = list(leaves)
+        for place, parameter in self._places.items():
+            sharding = self._placed.sharding_of(parameter)
+            axis = parameter.logical_axes.index("adapters")
+            shape = (*parameter.shape[:axis], *parameter.shape[axis + 1 :])
+            padded: Values = np.zeros(shape, parameter.dtype)
+            for layer, part in enumerate(parameter.parts):
+                if (own := values.get(part.name)) is not None:
+                    (padded[layer] if axis else padded)[: len(own)] = own
+            changed[place] = _slot_writer(axis, sharding)(changed[place], padded, np.int32(slot))
+        return tuple(changed)
+
+    def _arranged(self, modules: Mapping[str, ModuleFactors], path: str) -> dict[str, Values]:
+        """The factors by the names of their parameters, [rank, *dimensions], in the model's dtype."""
+        own = {part.name: part for parameter in self._places.values() for part in parameter.parts}
+        arranged = {}
+        for module, factors in modules.items():
+            for name, stored in ((f"{module}.lora_a", factors.a), (f"{module}.lora_b", factors.b.T)):
+                if name not in own:
+                    raise AdapterError(
+                        f"{adapter_folder(path)}: adapters of {module} are not supported, or the model has none such; "
+                        f"the target_modules may be {', '.join(ADAPTED_MODULES)}, of the model's layers"
+                    )
+                arranged[name] = _spread(stored, own[name], f"{adapter_folder(path)}: {module}")
+        return arranged
+
+
+def _spread(stored: NDArray[np.float32], part: Parameter, what: str) -> Values:
+    """One factor [rank, merged dimensions] as its parameter has it, with the copies of key and value heads."""
+    dims, copies = part.base_shape[2:], part.copies[2:]
+    if stored.shape[1] != int(np.prod(dims)):
+        raise AdapterError(
+            f"{what} is made for {stored.shape[1]} values, the model has {int(np.prod(dims))} there; the adapter "
+            "belongs to another model"
+        )
+    values = stored.reshape(-1, *dims)
+    for axis, count in enumerate(copies, start=1):
+        values = values.repeat(count, axis) if count > 1 else values
+    return values.astype(part.dtype)
+
+
+@cache  # a program for each shape and sharding, whatever the slot
+def _slot_writer(axis: int, sharding: Sharding) -> Callable[[jax.Array, Values, np.int32], jax.Array]:
+    write = partial(lax.dynamic_update_index_in_dim, axis=axis)
+    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
