@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jax_engine.outputs import RequestOutput as RequestOutput
     from jax_engine.processor import TextPrompt as TextPrompt
     from jax_engine.processor import TokensPrompt as TokensPrompt
+    from jax_engine.sampling_params import RepetitionDetectionParams as RepetitionDetectionParams
     from jax_engine.sampling_params import RequestOutputKind as RequestOutputKind
     from jax_engine.sampling_params import SamplingParams as SamplingParams
     from jax_engine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
@@ -36,6 +37,7 @@ _HOMES = {
     "LoRARequest": "lora_request",
     "QueueOverflowError": "output_processor",
     "RequestFailedError": "output_processor",
+    "RepetitionDetectionParams": "sampling_params",
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_engine.sampling_params import integer, number
+from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
 from jax_engine.speculative_config import SpeculativeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,6 +41,10 @@ class EngineConfig:
     dtype: str = "auto"  # auto: float32 on CPU, else the checkpoint's
     load_format: str = "auto"
     seed: int = 0
+    # Where the default sampling parameters come from: auto, the model's generation_config.json; vllm, nowhere; or that
+    # file in a folder. End-of-sequence ids are the model's own in any case.
+    generation_config: str = "auto"
+    override_generation_config: dict[str, Any] | None = None  # of these default parameters
     max_model_len: int | None = None  # None: the model's own, or what the pages hold if that is less
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None  # None: max(512, max_num_seqs)
@@ -85,6 +89,7 @@ class EngineConfig:
         self._check_adapters()
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
+        self._check_generation_config()
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
         if self.max_model_len is not None:
             integer(
@@ -135,6 +140,20 @@ class EngineConfig:
                 remedy="leave it out for a default",
             )
         self._check_scheduling()
+
+    def _check_generation_config(self) -> None:
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ValueError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")
+        given = self.override_generation_config
+        if given is None:
+            return
+        allowed = ", ".join(GENERATION_CONFIG_PARAMETERS)
+        if not isinstance(given, dict) or not set(given) <= set(GENERATION_CONFIG_PARAMETERS):
+            raise ValueError(f"override_generation_config={given!r} must be an object whose keys are of {allowed}")
+        try:
+            SamplingParams(**given)
+        except ValueError as error:
+            raise ValueError(f"override_generation_config: {error}") from error
 
     def _check_scheduling(self) -> None:
         integer(

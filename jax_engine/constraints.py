@@ -1,10 +1,14 @@
-"""What a request's grammar lets come next: followed and turned into bitmasks beside the engine's own thread.
+"""What a request's grammar lets come next, as bitmasks.
 
 A request with a grammar waits until it is compiled. From then on each of its steps is planned when the token of the
 step before is on the host and the mask that follows from it is made (`GrammarConstraint.is_ready`).
+
+Most masks take a few microseconds, less than it takes to wake a thread: they are made at once. Those of a grammar whose
+latest one took long are made in a thread.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,15 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_engine.full_slots import pack_bits
-from jax_engine.grammars import error_of, make_masks, new_executor, new_matcher
+from jax_engine.grammars import error_of, make_mask, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher
+    from llguidance import LLMatcher
 
 STACK_BYTES = 64 * 2**20  # what compiles on the stack of `grammar_checker` does so on this one
 NUM_KEPT_MATCHERS = 64
+SLOW_SECONDS = 1e-3
+MADE: Future[None] = Future()
+MADE.set_result(None)
 
 
 class GrammarConstraint:
@@ -41,6 +48,7 @@ class GrammarConstraint:
         self._goes_on = ~pack_bits(tuple(ends), vocabulary.size)
         self._num_tokens = 0
         self._new_tokens: list[int] = []
+        self.is_slow = False  # the latest mask took long
         self._mask = self._goes_on  # until the first one is made
         self._making: Future[None] | None = None
 
@@ -70,18 +78,18 @@ class GrammarConstraint:
         """The next mask is being made. For `Constraints`."""
         self._making = making
 
-    def follow(self) -> None:
-        """Take the new tokens into account. For `Constraints`."""
+    def make(self) -> None:
+        """Take the new tokens into account, and make the next mask. For `Constraints`."""
+        start = time.perf_counter()
         new, self._new_tokens = self._new_tokens, []
         if not self.matcher.consume_tokens(new):
             self.error = error_of(self.matcher) or "the grammar does not allow the token that was drawn"
-
-    def take(self, mask: NDArray[np.uint32]) -> None:
-        """The mask that the grammar gives. For `Constraints`."""
+        mask = make_mask(self.matcher, len(self._goes_on))
         self.error = self.error or error_of(self.matcher) or None
         if self._num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
             mask = held
         self._mask = mask
+        self.is_slow = time.perf_counter() - start > SLOW_SECONDS
 
 
 class Constraints:
@@ -91,7 +99,6 @@ class Constraints:
         self._vocabulary: Vocabulary | None = None
         self._compiling: dict[str, tuple[CoreRequest, Future[GrammarConstraint]]] = {}  # in the order they came
         self._threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] | None = None  # one compiles, one makes masks
-        self._executor: LLExecutor | None = None
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # at their start; the compiler thread's
         self._making: Future[None] | None = None
 
@@ -141,13 +148,18 @@ class Constraints:
         self.make_masks(behind)
 
     def make_masks(self, constraints: Sequence[GrammarConstraint]) -> None:
-        """Begin to make the next masks of these, for their `fill`."""
-        if not constraints:
-            return
-        assert self._threads is not None
-        self._making = self._threads[1].submit(self._make, constraints)
+        """Make the next masks of these, or begin to, for their `fill`."""
+        slow = [constraint for constraint in constraints if constraint.is_slow]
+        if slow:
+            assert self._threads is not None
+            self._making = self._threads[1].submit(self._make, slow)
         for constraint in constraints:
-            constraint.expect(self._making)
+            if constraint.is_slow:
+                assert self._making is not None
+                constraint.expect(self._making)
+            else:
+                self._make([constraint])
+                constraint.expect(MADE)
 
     def wait_for_masks(self, seconds: float) -> None:
         """Return when the masks are made, or after that many seconds."""
@@ -165,30 +177,20 @@ class Constraints:
         for thread in self._threads or ():
             thread.shutdown(wait=False, cancel_futures=True)
 
-    def _make_executor(self) -> "LLExecutor":
-        """The executor; llguidance is imported with it, in the thread that needs it first."""
-        if self._executor is None:
-            self._executor = new_executor()
-        return self._executor
-
     def _compile(self, asked: CoreRequest, vocabulary: Vocabulary) -> GrammarConstraint:
         assert asked.structured is not None
         grammar = asked.structured.grammar
         if grammar not in self._matchers:
             self._matchers[grammar] = new_matcher(grammar, vocabulary)
-            make_masks(self._make_executor(), [self._matchers[grammar]], vocabulary)  # its copies have it then
+            self._matchers[grammar].compute_bitmask()  # which takes longer than the next ones; its copies have it
             if len(self._matchers) > NUM_KEPT_MATCHERS:
                 self._matchers.popitem(last=False)
         self._matchers.move_to_end(grammar)
         return GrammarConstraint(self._matchers[grammar].deep_copy(), asked, vocabulary)
 
     def _make(self, constraints: Sequence[GrammarConstraint]) -> None:
-        assert self._vocabulary is not None
         for constraint in constraints:
-            constraint.follow()
-        masks = make_masks(self._make_executor(), [constraint.matcher for constraint in constraints], self._vocabulary)
-        for constraint, mask in zip(constraints, masks, strict=True):
-            constraint.take(mask)
+            constraint.make()
 
 
 def _thread(name: str) -> ThreadPoolExecutor:

@@ -17,7 +17,7 @@ from collections import OrderedDict
 import msgspec
 import numpy as np
 
-from jax_engine.grammars import error_of, grammar_text, ids_of, make_masks, new_executor, new_matcher
+from jax_engine.grammars import WORD_BITS, error_of, grammar_text, ids_of, make_mask, new_matcher
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
 
@@ -123,16 +123,16 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def check(form: bytes, vocabulary: Vocabulary, special_tokens: frozenset[str]) -> Checked:
     """Compile one form, given as JSON, and follow it for a few tokens."""
-    executor = new_executor()
     try:
         grammar = grammar_text(StructuredOutputsParams(**msgspec.json.decode(form)), special_tokens)
         matcher = new_matcher(grammar, vocabulary)
     except (ValueError, RecursionError) as error:
         return Checked(error=str(error) or type(error).__name__)
+    num_words = -(-vocabulary.size // WORD_BITS)
     for count in range(NUM_TRIED_TOKENS):
-        start = time.process_time()
-        (mask,) = make_masks(executor, [matcher], vocabulary)
-        seconds = time.process_time() - start
+        start = time.thread_time()
+        mask = make_mask(matcher, num_words)
+        seconds = time.thread_time() - start
         if reason := error_of(matcher):
             return Checked(error=reason if count else f"no output meets it, or it is too complex ({reason})")
         if seconds > MASK_SECONDS:

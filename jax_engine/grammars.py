@@ -16,7 +16,7 @@ from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
 WORD_BITS = 32
@@ -69,19 +69,11 @@ def new_matcher(grammar: str, vocabulary: Vocabulary) -> "LLMatcher":
     return matcher
 
 
-def new_executor() -> "LLExecutor":
-    """What makes the masks of several matchers at once, on threads of its own."""
-    from llguidance import LLExecutor
-
-    return LLExecutor()
-
-
-def make_masks(executor: "LLExecutor", matchers: "list[LLMatcher]", vocabulary: Vocabulary) -> NDArray[np.uint32]:
-    """The bitmask of the tokens that may come next for each matcher, [matchers, words]: bit v % 32 of word v // 32."""
-    masks = np.zeros((len(matchers), -(-llguidance_tokenizer(vocabulary).vocab_size // WORD_BITS)), np.uint32)
-    rows = [(matcher, row) for row, matcher in enumerate(matchers)]
-    executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, masks.shape[1] * masks.itemsize, len(matchers))
-    return masks
+def make_mask(matcher: "LLMatcher", num_words: int) -> NDArray[np.uint32]:
+    """The bitmask of the tokens that may come next, of the vocabulary's length: bit v % 32 of word v // 32."""
+    mask = np.zeros(num_words, np.uint32)
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return mask
 
 
 @lru_cache(maxsize=2)  # of one engine there is one; building takes a second for a large vocabulary

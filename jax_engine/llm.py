@@ -46,7 +46,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "enable_expert_parallel": (False,),
         "enable_sleep_mode": (False,),
         "enforce_eager": (False, None),
-        "generation_config": ("auto",),
         "hf_overrides": (None,),
         "kv_cache_dtype": ("auto",),
         "limit_mm_per_prompt": (None,),

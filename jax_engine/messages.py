@@ -6,6 +6,7 @@ The structs are msgpack arrays on the wire (msgspec): small, typed, and checked 
 import msgspec
 
 from jax_engine.lora_request import LoRARequest
+from jax_engine.sampling_params import RepetitionDetectionParams
 from jax_engine.stats import EngineStats
 
 
@@ -66,6 +67,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     controls: TokenControls | None = None
     structured: StructuredRequest | None = None
     lora: LoRARequest | None = None  # the adapter that it runs with
+    repetition: RepetitionDetectionParams | None = None
 
     @property
     def needs_full(self) -> bool:
@@ -83,7 +85,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
-    end of sequence), "length", "abort", "error", or "refused" when the queue is full."""
+    end of sequence), "length", "repetition", "abort", "error", or "refused" when the queue is full."""
 
     request_id: str
     new_token_ids: list[int]

@@ -74,6 +74,16 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return _read_json(file) if file.exists() else {}
 
 
+def existing_folder(name: str, value: str) -> Path:
+    """The folder that a setting names, which holds a generation_config.json; ValueError for another."""
+    folder = Path(value).expanduser()
+    if not (folder / "generation_config.json").exists():
+        raise ValueError(
+            f"{name}={value!r} must be 'auto' (the model's own), 'vllm' (none) or a folder with such a file"
+        )
+    return folder
+
+
 class WeightFiles:
     """The safetensors files of a model folder, opened for reading; tensors are read a slice at a time.
 

@@ -94,7 +94,8 @@ class Completion:
     def finish(self, reason: str, stop_reason: int | None = None) -> None:
         """End the sequence, and let go of the text that was held back."""
         self.changed = True
-        self.finish_reason, self.stop_reason = reason, stop_reason
+        self.finish_reason = reason
+        self.stop_reason = "repetition_detected" if reason == "repetition" else stop_reason
         rest = self._decode_pending() + self._detokenizer.flush()
         if self._matcher is None:
             self._text.append(rest)

@@ -15,15 +15,13 @@ from jax_engine.config import EngineConfig
 from jax_engine.grammar_checker import GrammarChecker
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import CoreRequest, Ready, StructuredRequest, Vocabulary
-from jax_engine.model_files import read_generation_config, read_model_config, resolve_model_path
-from jax_engine.sampling_params import MAX_HELD_BACK_TOKENS, SamplingParams, integer
+from jax_engine.model_files import existing_folder, read_generation_config, read_model_config, resolve_model_path
+from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, MAX_HELD_BACK_TOKENS, SamplingParams, integer
 from jax_engine.token_controls import bad_word_sequences, check_controls, token_controls
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What generation_config.json may set of the sampling parameters.
-GENERATION_CONFIG_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # What it may also set and this engine cannot do, with the values that ask for nothing.
 UNSUPPORTED_GENERATION_CONFIG = {"no_repeat_ngram_size": (None, 0)}
 
@@ -55,6 +53,8 @@ class ModelText:
     path: Path
     tokenizer: Tokenizer
     generation_config: Mapping[str, Any]  # the content of generation_config.json
+    # What the default sampling parameters come from, where that is not the model's own file.
+    sampling_defaults: Mapping[str, Any] | None = None
 
     @classmethod
     def load(cls, config: EngineConfig) -> "ModelText":
@@ -69,7 +69,12 @@ class ModelText:
         tokenizer = path if config.tokenizer is None else config.tokenizer
         if config.tokenizer == "demo":
             tokenizer = resolve_model_path("demo")
-        return cls(path=path, tokenizer=load_tokenizer(tokenizer), generation_config=read_generation_config(path))
+        own = read_generation_config(path)
+        given = {} if config.generation_config == "vllm" else own
+        if config.generation_config not in ("auto", "vllm"):
+            given = read_generation_config(existing_folder("generation_config", config.generation_config))
+        given = {**given, **(config.override_generation_config or {})}
+        return cls(path, load_tokenizer(tokenizer), own, given)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ class InputProcessor:
         unseeded ones draw: of several front ends of one core, each has its own.
         """
         self.eos_token_ids = end_of_sequence_ids(text.generation_config, text.tokenizer.eos_token_id)
-        self.default_params = default_sampling_params(text.generation_config)
+        defaults = text.generation_config if text.sampling_defaults is None else text.sampling_defaults
+        self.default_params = default_sampling_params(defaults)
         self._tokenizer = text.tokenizer
         self._vocabulary: Vocabulary | None = None
         self._checker: GrammarChecker | None = None
@@ -126,6 +132,7 @@ class InputProcessor:
         self._check_priority(priority)
         self.check_adapter(lora)
         text, token_ids = self._tokenize(prompt)
+        token_ids = self._truncate(token_ids, params)
         self._check_prompt(token_ids)
         self._check_stop_ids(params)
         self._check_logprobs(params)
@@ -134,6 +141,8 @@ class InputProcessor:
         structured = self._structured(params, max_tokens)
         check_controls(params, self._info, self.eos_token_ids)
         bad_words = bad_word_sequences(params, self._tokenizer)
+        detection = params.repetition_detection
+        repetition = detection if detection and detection.max_pattern_size else None
         number = next(self._numbers)
         return PreparedRequest(
             request_id=request_id,
@@ -160,10 +169,11 @@ class InputProcessor:
                     prompt_group=f"{number}.0" if params.n > 1 else None,
                     cache_salt=cache_salt,
                     priority=priority,
-                    needs_host=self._needs_host(params) or structured is not None,
+                    needs_host=self._needs_host(params) or structured is not None or repetition is not None,
                     controls=token_controls(params, bad_words, index=index),
                     structured=structured,
                     lora=lora,
+                    repetition=repetition,
                 )
                 for index in range(params.n)
             ),
@@ -231,6 +241,18 @@ class InputProcessor:
         if not text:
             raise ValueError("prompt is empty; give at least one character or token id")
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """What `truncate_prompt_tokens` leaves of a prompt."""
+        kept, limit = params.truncate_prompt_tokens, self._info.max_model_len
+        if kept is None:
+            return token_ids
+        if kept >= limit:
+            raise ValueError(
+                f"truncate_prompt_tokens={kept} must be at most {limit - 1}, which leaves one token to generate "
+                f"(max_model_len={limit}); lower it, or send -1 for what fits"
+            )
+        return token_ids[-(kept if kept > 0 else max(1, limit - (params.max_tokens or 1))) :]
 
     def _check_prompt(self, token_ids: list[int]) -> None:
         if not token_ids:

@@ -160,6 +160,12 @@ class Request:
             self.finish_reason = "stop"
         elif num_output >= asked.max_tokens:
             self.finish_reason = "length"
+        elif (
+            asked.repetition is not None
+            and num_output >= asked.min_tokens
+            and asked.repetition.found_in(self.tokens, self.num_prompt)
+        ):
+            self.finish_reason = "repetition"
         elif self.constraint is not None:
             self.constraint.advance([token])
         return self.finish_reason

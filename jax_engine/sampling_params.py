@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
@@ -16,6 +16,9 @@ MAX_HELD_BACK_TOKENS = 32
 MAX_LOGIT_BIAS = 512  # tokens
 MAX_BAD_WORD_SEQUENCES = 256  # of tokens: a bad word is one or two, without and with a space in front
 MAX_BAD_WORD_TOKENS = 16  # of each
+# What generation_config.json may set of the sampling parameters.
+GENERATION_CONFIG_PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+MAX_PATTERN_TOKENS = 1024  # which repetition detection looks for after every token
 
 
 class RequestOutputKind(Enum):
@@ -24,6 +27,50 @@ class RequestOutputKind(Enum):
     CUMULATIVE = 0  # everything so far
     DELTA = 1  # only what is new
     FINAL_ONLY = 2  # one output, at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepetitionDetectionParams:
+    """When an output counts as going round in circles: its last tokens are a pattern, `min_count` times in a row.
+
+    It then ends with the finish reason "repetition" and the stop reason "repetition_detected", not before `min_tokens`.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    max_pattern_size: int = 0  # tokens of the longest pattern; 0 detects nothing
+    min_pattern_size: int = 0  # of the shortest; 0 is 1
+    min_count: int = 0  # at least 2
+
+    def __post_init__(self) -> None:
+        least = 2 if self.max_pattern_size else 0
+        for name, low, high in (
+            ("max_pattern_size", 0, MAX_PATTERN_TOKENS),
+            ("min_pattern_size", 0, self.max_pattern_size),
+            ("min_count", least, MAX_PATTERN_TOKENS),
+        ):
+            remedy = "0 for max_pattern_size detects nothing"
+            integer(f"repetition_detection.{name}", getattr(self, name), low=low, high=high, remedy=remedy)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> "RepetitionDetectionParams":
+        """Build from untrusted names and values, refusing unknown names."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(given) - set(known)):
+            raise ValueError(f"repetition_detection has the field {unknown[0]!r}; supported are {', '.join(known)}")
+        return cls(**given)
+
+    def found_in(self, tokens: Sequence[int], first: int) -> bool:
+        """Whether a sequence ends with such a pattern, none of it before the token at `first`."""
+        count = self.min_count
+        for size in range(self.min_pattern_size or 1, self.max_pattern_size + 1):
+            start = len(tokens) - size * count
+            if start < first:
+                return False
+            if tokens[-1] == tokens[-1 - size] and tokens[start:-size] == tokens[start + size :]:
+                return True
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +107,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None  # the form of the output; a mapping of its fields will do
+    truncate_prompt_tokens: int | None = (
+        None  # take so many of the prompt's last tokens; -1: as many as there is room for
+    )
+    repetition_detection: RepetitionDetectionParams | None = None  # end the output when it goes round in circles
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -74,6 +125,14 @@ class SamplingParams:
                 "fields"
             )
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if isinstance(self.repetition_detection, Mapping):
+            detection = RepetitionDetectionParams.from_mapping(self.repetition_detection)
+            object.__setattr__(self, "repetition_detection", detection)
+        elif not isinstance(self.repetition_detection, RepetitionDetectionParams | None):
+            raise ValueError(
+                f"repetition_detection={self.repetition_detection!r} must be RepetitionDetectionParams or an object of "
+                "its fields"
+            )
         self._check_numbers()
         self._check_stops()
         self._check_controls()
@@ -122,6 +181,9 @@ class SamplingParams:
             if (value := getattr(self, name)) is not None:
                 remedy = "0 is the token's own, None turns it off"
                 integer(name, value, low=0, high=2**31 - 1, remedy=remedy)
+        if (kept := self.truncate_prompt_tokens) is not None and kept != -1:
+            remedy = "it is how many of the prompt's last tokens are kept; -1 keeps what there is room for"
+            integer("truncate_prompt_tokens", kept, low=1, high=2**31 - 1, remedy=remedy)
         integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1, remedy="0 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

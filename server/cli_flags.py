@@ -69,6 +69,13 @@ MODEL_FLAGS = (
     Flag("revision", "branch, tag or commit of a Hugging Face model", metavar="REV"),
     Flag("dtype", "type of weights and activations; auto: float32 on CPU, else the checkpoint's", choices=DTYPES),
     Flag("load_format", "where weights come from; dummy: random ones, for measuring", choices=LOAD_FORMATS),
+    Flag(
+        "generation_config",
+        "where default sampling parameters come from: auto, the model's generation_config.json; vllm: nowhere; or the "
+        "folder of such a file",
+        metavar="NAME",
+    ),
+    Flag("override_generation_config", "JSON of default sampling parameters", type=json_object, metavar="JSON"),
     Flag("seed", "makes requests without a seed of their own repeatable", type=int, metavar="N"),
 )
 MEMORY_FLAGS = (

@@ -25,7 +25,7 @@ REQUEST_BOUNDS = (
     *(960.0, 1920.0, 7680.0),
 )
 COMPLETIONS_BOUNDS = (1, 2, 5, 10, 20)
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 # vLLM ends its token-count bounds at the model's context, which is unknown until the engine is up; this holds any.
 TOKEN_COUNT_LIMIT = 2 * 10**6
 LABELS = ("model_name", "engine")

@@ -22,7 +22,6 @@ from jax_engine.server.validation import check_neutral, checked_prompts, decode,
 
 # Field -> the values, besides null, at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "truncate_prompt_tokens": (),
     "spaces_between_special_tokens": (True,),
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
@@ -94,6 +93,8 @@ class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    repetition_detection: dict[str, Any] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -150,7 +151,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
-    truncate_prompt_tokens: Any = None
     spaces_between_special_tokens: Any = None
     return_token_ids: Any = None
     service_tier: Any = None

@@ -356,3 +356,20 @@ def test_loading_a_tokenizer_keeps_its_special_ids_and_padding(tmp_path: Path) -
     loaded = load_tokenizer(tmp_path)
     assert (loaded.num_ids, loaded.special_ids, loaded.unknown_ids) == (258, {0, 1}, set())
     assert loaded.encode("é") == TOKENIZER.encode("é")
+
+
+@pytest.mark.parametrize(
+    ("kept", "max_tokens", "length"), [(None, 4, 20), (5, 4, 5), (20, 4, 20), (25, 4, 20), (-1, 14, 18)]
+)
+def test_truncation_keeps_the_last_tokens(kept: int | None, max_tokens: int, length: int) -> None:
+    params = SamplingParams(truncate_prompt_tokens=kept, max_tokens=max_tokens)
+    prepared = processor().prepare("r", list(range(20)), params)
+    assert prepared.prompt_token_ids == list(range(20))[-length:]
+    assert prepared.core_requests[0].prompt_token_ids == prepared.prompt_token_ids
+
+
+def test_a_prompt_that_is_too_long_fits_when_it_is_truncated() -> None:
+    params = SamplingParams(truncate_prompt_tokens=-1, max_tokens=None)
+    assert len(processor().prepare("r", list(range(100)), params).prompt_token_ids) == 31
+    with pytest.raises(ValueError, match=r"truncate_prompt_tokens=32 must be at most 31"):
+        processor().prepare("r", [1], SamplingParams(truncate_prompt_tokens=32))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jax_engine import RequestOutputKind, SamplingParams
+from jax_engine import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 
 def test_defaults_are_vllms() -> None:
@@ -79,3 +79,41 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
         SamplingParams.from_mapping({"temprature": 0.5})
     with pytest.raises(ValueError, match="'beam_width' is not supported"):
         SamplingParams.from_mapping({"beam_width": 4})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "count", "found"),
+    [
+        ([1, 2, 3, 3, 3], (1, 1), 3, True),
+        ([3, 3, 3, 1], (1, 1), 3, False),
+        ([9, 1, 2, 1, 2], (0, 2), 2, True),
+        ([9, 1, 2, 1, 2], (1, 1), 2, False),
+        ([5, 5, 5, 5], (2, 2), 2, True),
+        ([1, 2, 1, 2, 1], (2, 2), 3, False),
+        ([1, 2, 3], (0, 0), 0, False),
+    ],
+)
+def test_what_goes_round_in_circles(tokens, sizes, count, found):
+    low, high = sizes
+    detection = RepetitionDetectionParams(min_pattern_size=low, max_pattern_size=high, min_count=count)
+    assert detection.found_in([7, 7, 7, *tokens], 3) == found
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_pattern_size": 3, "min_count": 1}, "min_count=1 must be a whole number, between 2"),
+        ({"max_pattern_size": 3, "min_pattern_size": 4, "min_count": 2}, "min_pattern_size=4"),
+        ({"max_pattern_size": -1}, "max_pattern_size=-1"),
+        ({"pattern": 1}, "the field 'pattern'"),
+    ],
+)
+def test_wrong_repetition_detection_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(repetition_detection=fields)
+
+
+@pytest.mark.parametrize("kept", [0, -2, True, 1.5])
+def test_wrong_truncation_is_refused(kept):
+    with pytest.raises(ValueError, match="truncate_prompt_tokens="):
+        SamplingParams(truncate_prompt_tokens=kept)

@@ -4,15 +4,24 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_engine import TINY, core_request
 
-from jax_engine import LLM, SamplingParams, StructuredOutputsParams, grammar_checker
+from jax_engine import (
+    LLM,
+    RepetitionDetectionParams,
+    SamplingParams,
+    StructuredOutputsParams,
+    constraints,
+    grammar_checker,
+)
 from jax_engine.constraints import GrammarConstraint
 from jax_engine.grammar_checker import GrammarChecker
-from jax_engine.grammars import ids_of, make_masks, new_executor, new_matcher
+from jax_engine.grammars import ids_of, new_matcher
 from jax_engine.messages import StructuredRequest, Vocabulary
 from jax_engine.model_files import resolve_model_path
 from jax_engine.request import Request
@@ -221,15 +230,45 @@ def test_a_token_that_the_grammar_does_not_allow_ends_the_request_with_an_error(
     constraint = GrammarConstraint(new_matcher(grammar, vocabulary), asked, vocabulary)
     request = Request(asked, order=0, constraint=constraint)
     assert request.append(500) is None
-    constraint.follow()
+    constraint.make()
     assert request.append(500) == "error"
     assert constraint.error
 
 
-def test_masks_of_many_matchers_are_those_of_each(vocabulary, checker):
-    matchers = [new_matcher(checker.grammar(StructuredOutputsParams(regex=f"[a-{x}]+")), vocabulary) for x in "bcd"]
+def test_an_output_that_goes_round_in_circles_is_ended(llm):
+    """The form makes it: nothing but a's."""
+    detection = {"max_pattern_size": 3, "min_count": 4}
+    (output,) = llm.generate("x", held({"regex": "a{40}"}, repetition_detection=detection), use_tqdm=False)
+    (completion,) = output.outputs
+    assert (completion.finish_reason, completion.stop_reason) == ("repetition", "repetition_detected")
+    assert 4 <= len(completion.token_ids) < 40
+    assert completion.text == "a" * len(completion.text)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    free = llm.generate("x", params, use_tqdm=False)[0].outputs[0].token_ids
+    ended = llm.generate("x", replace(params, repetition_detection=detection), use_tqdm=False)[0].outputs[0]
+    expected = next((n for n in range(1, 61) if RepetitionDetectionParams(**detection).found_in(free[:n], 0)), 60)
+    assert ended.token_ids == free[:expected]
+
+
+def test_a_mask_is_made_elsewhere_once_one_took_long(vocabulary, checker, monkeypatch):
+    grammar = checker.grammar(StructuredOutputsParams(regex="[a-c]+"))
+    monkeypatch.setattr(constraints, "SLOW_SECONDS", -1.0)
+    owner = constraints.Constraints()
+    owner.take_vocabulary(vocabulary)
+    owner.begin(core_request("r", [1], 9, eos_token_ids=(EOS,), structured=StructuredRequest(grammar)))
+    while not (ready := owner.take_compiled()):
+        owner.wait(1.0)
+    ((_, constraint),) = ready
     decode = load_tokenizer(resolve_model_path("demo")).decode
-    for mask, last in zip(make_masks(new_executor(), matchers, vocabulary), "bcd", strict=True):
-        texts = {decode([int(token)]) for token in ids_of(mask)}
-        assert set("abcd"[: "abcd".index(last) + 1]) <= texts
-        assert all(re.fullmatch(f"[a-{last}]+", text) for text in texts)
+    for _ in range(3):
+        assert constraint.is_slow
+        row = np.zeros(1024 // 32, np.uint32)
+        constraint.fill(row)
+        assert constraint.is_ready
+        texts = {decode([int(token)]): int(token) for token in ids_of(row) if token != EOS}
+        assert {"a", "b", "c"} <= texts.keys()
+        assert all(re.fullmatch("[a-c]+", text) for text in texts)
+        constraint.advance([texts["b"]])
+        assert not constraint.is_ready
+        owner.make_masks([constraint])
+    owner.shutdown()

@@ -65,6 +65,9 @@ def test_flags_become_the_configuration():
     )
     options = parse("serve", "--kv-offloading-size", "1.5", "--kv-offloading-load", "always")
     assert engine_config(options) == EngineConfig(kv_offloading_size=1.5, kv_offloading_load="always")
+    defaults = parse("serve", "--generation-config", "vllm", "--override-generation-config", '{"top_k": 3}')
+    expected = EngineConfig(generation_config="vllm", override_generation_config={"top_k": 3})
+    assert engine_config(defaults) == expected
     assert engine_config(parse("serve", "--swap-space", "4")) == EngineConfig(swap_space=4.0)
 
 
