@@ -1,12 +1,14 @@
 """A beam search in an engine: each step, one request for each beam, of one token and the likeliest in its place.
 
-A beam's request begins with all that the beam has so far, and finds the pages of that in the prefix cache: beams share
-those of the prompt and of what they have in common. What lies after the last full page is computed again each step,
-at most `block_size` tokens a beam; without prefix caching, the whole beam is.
+A beam's request begins with all that the beam has so far, and finds the pages of that in the prefix cache, the one that
+it ends in included (`tail_pages`): it computes its newest token, and beams share the pages of what they have in common.
+Without prefix caching, the whole beam is computed again each step.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+
+import msgspec
 
 from jax_engine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence, Hypothesis
 from jax_engine.detokenizer import IncrementalDetokenizer
@@ -114,13 +116,10 @@ class BeamRun:
         if self._salt is not None:
             given["cache_salt"] = self._salt
         self._num_requests += 1
-        return self._inputs.prepare(
-            f"{self._prompt.request_id}-{self._num_requests}",
-            given,
-            self._step,
-            priority=self._priority,
-            lora=self._lora,
-        )
+        name = f"{self._prompt.request_id}-{self._num_requests}"
+        prepared = self._inputs.prepare(name, given, self._step, priority=self._priority, lora=self._lora)
+        (core_request,) = prepared.core_requests
+        return replace(prepared, core_requests=(msgspec.structs.replace(core_request, branches=True),))
 
     def _completion(self, index: int, found: Hypothesis) -> CompletionOutput:
         token_ids, end = list(found.beam.token_ids), None

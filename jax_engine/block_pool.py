@@ -2,6 +2,7 @@
 
 Prefix caching by pages, after vLLM (Kwon et al., SOSP 2023) and its automatic prefix caching: a full page is known by
 the hash of its tokens and of all before them, and keeps its content after its last user until it is needed for another.
+So does, until then, a page that is a sequence's tail, if others are to go on from there.
 """
 
 from bisect import bisect_left
@@ -26,18 +27,21 @@ class BlockPool:
         # A stack: a page freed last is the likeliest to be in a cache nearby.
         self._blank = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._tails: set[int] = set()  # known pages that are not full
+        self._idle_tails: OrderedDict[int, None] = OrderedDict()  # those of them that are idle, likewise
 
     @property
     def num_free(self) -> int:
         """Pages that `allocate` can hand out; idle ones count."""
-        return len(self._blank) + len(self._idle)
+        return len(self._blank) + len(self._idle) + len(self._idle_tails)
 
     @property
     def num_in_use(self) -> int:
         return self.num_pages - self.num_free
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages of unknown content: blank ones first, then idle ones, which forget what they held.
+        """Take `count` pages of unknown content: blank ones first, then idle ones, which forget what they held, tails
+        before full ones.
 
         The caller has checked `num_free`.
         """
@@ -70,19 +74,24 @@ class BlockPool:
         """Add one user to each of these pages, used or idle; who writes one has to copy it first (`is_writable`)."""
         for page in pages:
             if self._counts[page] == 0:
-                del self._idle[page]
+                del self._idle_of(page)[page]
             self._counts[page] += 1
 
     def is_writable(self, page: int) -> bool:
         """Whether a used page has one user and is not known by its content, so that its user may write it."""
         return self._counts[page] == 1 and self._hashes[page] is None
 
-    def register(self, page: int, page_hash: bytes) -> None:
-        """Let a used page be found by its content. Of pages with equal content, the first one stays the one found."""
+    def register(self, page: int, page_hash: bytes, *, is_tail: bool = False) -> None:
+        """Let a used page be found by its content. Of pages with equal content, the first one stays the one found.
+
+        A tail, which is not full, is of use for a short time only.
+        """
         assert self._counts[page] > 0, f"page {page} is registered and nobody uses it"
         if page_hash not in self._pages and self._hashes[page] is None:
             self._pages[page_hash] = page
             self._hashes[page] = page_hash
+            if is_tail:
+                self._tails.add(page)
 
     def free(self, pages: Sequence[int]) -> None:
         """Take one user from each page of a sequence; its tail is evicted before its head, which others may have."""
@@ -93,22 +102,27 @@ class BlockPool:
                 if self._hashes[page] is None:
                     self._blank.append(page)
                 else:
-                    self._idle[page] = None
+                    self._idle_of(page)[page] = None
 
     def reset(self) -> bool:
         """Forget all content; False, and nothing is forgotten, while a page is in use."""
         if self.num_in_use:
             return False
-        while self._idle:
-            page, _ = self._idle.popitem()
-            self._forget(page)
-            self._blank.append(page)
+        for idle in (self._idle, self._idle_tails):
+            while idle:
+                page, _ = idle.popitem()
+                self._forget(page)
+                self._blank.append(page)
         return True
 
+    def _idle_of(self, page: int) -> OrderedDict[int, None]:
+        return self._idle_tails if page in self._tails else self._idle
+
     def _take_idle(self) -> int:
-        page, _ = self._idle.popitem(last=False)
+        is_tail = bool(self._idle_tails)
+        page, _ = (self._idle_tails if is_tail else self._idle).popitem(last=False)
         page_hash = self._forget(page)
-        if self._on_evict is not None:
+        if self._on_evict is not None and not is_tail:
             self._on_evict(page, page_hash)
         return page
 
@@ -117,4 +131,5 @@ class BlockPool:
         assert page_hash is not None
         del self._pages[page_hash]
         self._hashes[page] = None
+        self._tails.discard(page)
         return page_hash

@@ -44,6 +44,11 @@ class PlannedCopies:
     loads: list[tuple[int, int]] = field(default_factory=list)
 
 
+def first_seen(position: int, window: int) -> int:
+    """The first token that the one at `position` sees through a window."""
+    return max(0, position - window + 1)
+
+
 def held(pages: list[int]) -> list[int]:
     """Those of a request's pages that there are."""
     return [page for page in pages if page != NO_PAGE] if NO_PAGE in pages else pages

@@ -12,9 +12,10 @@ and comes back when a request begins with it. Eviction and preemption need nothi
 from collections.abc import Iterable, Iterator, Sequence
 
 from jax_engine.block_pool import BlockPool
-from jax_engine.cache_records import IN_HOST, NO_PAGE, CacheCounters, CachedPrefix, PlannedCopies, held
+from jax_engine.cache_records import IN_HOST, NO_PAGE, CacheCounters, CachedPrefix, PlannedCopies, first_seen, held
 from jax_engine.host_pool import HostPool, LoadRule, PageCopies
 from jax_engine.request import Request
+from jax_engine.tail_pages import find_tail, keep_tail
 
 
 class KVCacheManager:
@@ -126,6 +127,9 @@ class KVCacheManager:
             pages += row
         if self._window_groups:
             count, pages = self._with_windows(request, count, pages)
+        is_whole = count == (len(request.tokens) - 1) // self.page_size
+        if is_whole and (tail := find_tail(self.pool, request, self.page_size, self._suffixes)):
+            return self._seen(len(request.tokens) - 1, [*pages, *tail])
         return CachedPrefix(count * self.page_size, pages)
 
     def can_start(self, cached: CachedPrefix, num_tokens: int, *, reserve: int) -> bool:
@@ -143,16 +147,7 @@ class KVCacheManager:
         if IN_HOST in cached.pages:
             self._load(request)
         request.num_computed, request.num_registered = cached.num_tokens, cached.num_tokens // self.page_size
-        request.num_outside = {window: self._first_seen(cached.num_tokens, window) for window in self._window_groups}
-
-    def fork(self, parent: Request, child: Request) -> None:
-        """Give `child`, which has the tokens that `parent` has, its pages too; each copies the page that it is the
-        first to write, while the other has it.
-        """
-        assert not child.pages, "a request is forked into one without pages"
-        self.pool.share(held(parent.pages))
-        child.pages, child.num_outside = list(parent.pages), dict(parent.num_outside)
-        child.num_computed, child.num_registered = parent.num_computed, parent.num_registered
+        request.num_outside = {window: first_seen(cached.num_tokens, window) for window in self._window_groups}
 
     def count_lookup(self, request: Request, cached: CachedPrefix) -> None:
         """Count what a request that has just started, for the first time, found in the cache."""
@@ -233,6 +228,7 @@ class KVCacheManager:
         """
         if self.enable_prefix_caching:
             self._register(request)
+            keep_tail(self.pool, request, self.page_size, self._suffixes)
         self.pool.free(held(request.pages))
         request.pages = []
         request.num_outside = {}
@@ -265,10 +261,15 @@ class KVCacheManager:
         """
         num_tokens = min(request.num_prompt, len(request.tokens) - 1)
         pages = donor.pages[: self._pages_for(num_tokens)]
-        for window, groups in self._window_groups.items():
-            number = self._first_seen(num_tokens, window) // self.page_size
-            if donor.num_outside[window] // self.page_size > number:
+        for window in self._window_groups:
+            if donor.num_outside[window] // self.page_size > first_seen(num_tokens, window) // self.page_size:
                 return None
+        return self._seen(num_tokens, pages)
+
+    def _seen(self, num_tokens: int, pages: list[int]) -> CachedPrefix:
+        """A sequence's first tokens, in those of its pages that the token behind them sees."""
+        for window, groups in self._window_groups.items():
+            number = first_seen(num_tokens, window) // self.page_size
             for group in groups:
                 pages[group : number * self.num_groups : self.num_groups] = [NO_PAGE] * number
         return CachedPrefix(num_tokens, pages)
@@ -308,7 +309,7 @@ class KVCacheManager:
     def _places_seen(self, count: int) -> Iterator[int]:
         """Where, among a request's pages, those stand that the token behind `count` full pages sees through windows."""
         for window, groups in self._window_groups.items():
-            for index in range(self._first_seen(count * self.page_size, window) // self.page_size, count):
+            for index in range(first_seen(count * self.page_size, window) // self.page_size, count):
                 yield from (index * self.num_groups + group for group in groups)
 
     def _give_up(self, request: Request) -> None:
@@ -321,7 +322,7 @@ class KVCacheManager:
             self._register(request)
         computed = min(request.num_computed, len(request.tokens))
         for window, groups in self._window_groups.items():
-            first = self._first_seen(computed, window)
+            first = first_seen(computed, window)
             before = request.num_outside[window] // self.page_size
             request.num_outside[window] = first
             number = first // self.page_size - before
@@ -389,10 +390,6 @@ class KVCacheManager:
             return request.pages
         first = request.num_outside[window] // self.page_size if window else 0
         return request.pages[first * self.num_groups + group :: self.num_groups]
-
-    def _first_seen(self, position: int, window: int) -> int:
-        """The first token that the one at `position` sees."""
-        return max(0, position - window + 1)
 
     def _pages_for(self, num_tokens: int) -> int:
         """Pages of all groups."""

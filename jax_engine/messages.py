@@ -68,6 +68,7 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
     structured: StructuredRequest | None = None
     lora: LoRARequest | None = None  # the adapter that it runs with
     repetition: RepetitionDetectionParams | None = None
+    branches: bool = False  # it goes on from the end of another, or others from its own: pages that are not full count
 
     @property
     def needs_full(self) -> bool:

@@ -141,6 +141,14 @@ class Request:
             hashes.append(self.digest((hashes[-1] if hashes else self._salt_hash()) + content))
         return hashes[index]
 
+    def tail_hash(self, num_tokens: int, page_size: int) -> bytes:
+        """What is known of a page that only the last of the request's first `num_tokens` are in, and do not fill. No
+        full page's: those have more tokens.
+        """
+        count = num_tokens // page_size
+        before = self.page_hash(count - 1, page_size) if count else self._salt_hash()
+        return self.digest(before + array("q", self.tokens[count * page_size : num_tokens]).tobytes())
+
     def _salt_hash(self) -> bytes:
         """In place of the hash before the first page's; of fixed length, so that no salt or adapter looks like
         tokens.

@@ -18,7 +18,7 @@ Content = list[tuple[int, ...] | None]  # for each token of a page, the sequence
 
 
 def new_request(tokens: list[int]) -> Request:
-    return Request(core_request("r", tokens, 100), order=0)
+    return Request(core_request("r", tokens, 100, branches=True), order=0)
 
 
 class TierMachine(RuleBasedStateMachine):
@@ -30,6 +30,7 @@ class TierMachine(RuleBasedStateMachine):
         self.device: list[Content] = [[None] * PAGE for _ in range(NUM_PAGES)]
         self.host: list[Content] = [[None] * PAGE for _ in range(NUM_HOST_PAGES)]
         self.live: list[Request] = []
+        self.ended: list[list[int]] = []
         self.meaning: dict[bytes, tuple[int, ...]] = {}  # of hashes: the sequence up to a page's end
 
     @rule(tokens=st.lists(TOKENS, min_size=1, max_size=9))
@@ -64,15 +65,11 @@ class TierMachine(RuleBasedStateMachine):
                 request.tokens += tokens
                 self.step(request, len(tokens))
 
-    @rule(data=st.data())
-    def fork(self, data: st.DataObject) -> None:
-        if self.live:
-            parent = data.draw(st.sampled_from(self.live))
-            child = new_request(list(parent.tokens))
-            free = self.cache.pool.num_free
-            self.cache.fork(parent, child)
-            assert self.cache.pool.num_free == free, "nothing is copied before it is written"
-            self.live.append(child)
+    @rule(data=st.data(), token=TOKENS)
+    def go_on(self, data: st.DataObject, token: int) -> None:
+        """From the end of one that has ended."""
+        if self.ended:
+            self.start([*data.draw(st.sampled_from(self.ended)), token])
 
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
@@ -80,6 +77,7 @@ class TierMachine(RuleBasedStateMachine):
             request = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
             self.cache.release(request)
             self.learn(request)
+            self.ended = [*self.ended[-3:], list(request.tokens)]
 
     @rule()
     def reset(self) -> None:
@@ -107,6 +105,8 @@ class TierMachine(RuleBasedStateMachine):
     def learn(self, request: Request) -> None:
         for index in range(len(request.tokens) // PAGE):
             self.meaning[request.page_hash(index, PAGE)] = tuple(request.tokens[: (index + 1) * PAGE])
+        if len(request.tokens) % PAGE:
+            self.meaning[request.tail_hash(len(request.tokens), PAGE)] = tuple(request.tokens)
 
     @invariant()
     def everyone_reads_its_own_tokens(self) -> None:
@@ -120,16 +120,18 @@ class TierMachine(RuleBasedStateMachine):
         for known, tier in ((self.cache.pool._pages, self.device), (self.cache.host._pages, self.host)):
             for page_hash, page in known.items():
                 whole = self.meaning[page_hash]
-                assert tier[page] == [whole[: len(whole) - PAGE + 1 + offset] for offset in range(PAGE)]
+                count = (len(whole) - 1) % PAGE + 1
+                assert tier[page][:count] == [whole[: len(whole) - count + 1 + offset] for offset in range(count)]
+                assert count == PAGE or tier is self.device, "a page that is not full is not worth host memory"
 
     @invariant()
     def no_page_is_lost(self) -> None:
         users = Counter(page for request in self.live for page in request.pages)
         assert self.cache.pool._counts == [users[page] for page in range(NUM_PAGES)]
-        assert len(self.cache.pool._idle) + len(self.cache.pool._blank) == NUM_PAGES - len(users)
+        pool = self.cache.pool
+        assert len(pool._idle) + len(pool._idle_tails) + len(pool._blank) == NUM_PAGES - len(users)
         host = self.cache.host
         assert sorted([*host._pages.values(), *host._blank]) == list(range(NUM_HOST_PAGES))
-        # Forks that have not written yet share the page that is not full, which counts once.
         last = {request.pages[-1]: -request.num_computed % PAGE for request in self.live}
         held = self.cache.num_tokens_in_pages(self.live)
         assert held == len(users) * PAGE - sum(last.values())
@@ -139,21 +141,43 @@ TierMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=4
 TestTiers = TierMachine.TestCase
 
 
-def test_the_first_to_write_a_forked_page_copies_it_and_the_last_has_it_alone():
-    cache = KVCacheManager(6, 4, enable_prefix_caching=False)
-    parent, child = (new_request(list(range(6))) for _ in range(2))
+def test_branches_go_on_from_the_page_that_a_sequence_ended_in_each_with_a_copy():
+    cache = KVCacheManager(6, 4, enable_prefix_caching=True)
+    parent = new_request(list(range(6)))
     cache.start(parent, cache.cached_prefix(parent))
-    assert cache.grow(parent, 6) == 0
-    cache.fork(parent, child)
-    assert parent.pages == child.pages
-    assert cache.grow(child, 1) == 1, "its block table changes from the second page on"
-    assert cache.grow(parent, 1) == 2
-    assert child.pages[0] == parent.pages[0]
-    assert cache.take_copies().copies == [(parent.pages[1], child.pages[1])]
-    assert cache.pool.num_in_use == 3
-    for request in (parent, child):
-        cache.release(request)
+    cache.grow(parent, 6)
+    pages = list(parent.pages)
+    cache.release(parent)
+    branches = [new_request([*range(6), token]) for token in (6, 7)]
+    for branch in branches:
+        cached = cache.cached_prefix(branch)
+        assert (cached.num_tokens, cached.pages) == (6, pages)
+        cache.start(branch, cached)
+        assert cache.grow(branch, 1) == 1, "its block table changes from the second page on"
+    copies = [(pages[1], branch.pages[1]) for branch in branches]
+    assert cache.take_copies().copies == copies
+    assert len({pages[1], *(page for _, page in copies)}) == 3
+    for tokens in ([*range(5), 9, 6], [*range(6), 6, 7], [*range(5)]):
+        other = new_request(tokens)
+        assert cache.cached_prefix(other).num_tokens == 4, "a tail is of its very tokens"
+    for branch in branches:
+        cache.release(branch)
     assert cache.pool.num_in_use == 0
+
+
+def test_tails_make_room_before_full_pages_do():
+    cache = KVCacheManager(4, 4, enable_prefix_caching=True)
+    for first in (0, 100):
+        request = new_request(list(range(first, first + 6)))
+        cache.start(request, cache.cached_prefix(request))
+        cache.grow(request, 6)
+        cache.release(request)
+    other = new_request([50] * 8)
+    cache.start(other, cache.cached_prefix(other))
+    cache.grow(other, 8)
+    for first in (0, 100):
+        again = new_request(list(range(first, first + 7)))
+        assert cache.cached_prefix(again).num_tokens == 4
 
 
 def test_a_copy_needs_a_free_page():
@@ -162,7 +186,7 @@ def test_a_copy_needs_a_free_page():
     cache.start(parent, cache.cached_prefix(parent))
     cache.grow(parent, 6)
     assert cache.room(parent) == 2
-    cache.fork(parent, child)
+    cache.start(child, cache.cached_prefix(child, parent))
     assert cache.room(parent) == 0
     cache.release(child)
     assert cache.room(parent) == 2
