@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Schema = dict[str, Any]
@@ -41,7 +41,7 @@ def is_met(value: Any, schema: Schema, root: Schema | None = None) -> bool:
 
 
 def _any(chooser: random.Random, depth: int, definitions: Sequence[str]) -> Schema:
-    kinds = [_string, _string, _integer, _constant, _fixed]
+    kinds: list[Callable[[random.Random, int, Sequence[str]], Schema]] = [_string, _string, _integer, _constant, _fixed]
     if depth < MAX_DEPTH:
         kinds += [_object, _array, _any_of]
     if definitions:

@@ -116,8 +116,13 @@ def draw_visits(count: int, num_specs: int, rng: random.Random) -> list[Visit]:
 
 def known_answers(specs: Sequence[Spec], max_model_len: int, *, deterministic: bool) -> list[list[Answer]]:
     """What each request must answer: each run to its end alone, with all the memory it wants."""
-    limits = {"max_num_batched_tokens": 64, "max_model_len": max_model_len}
-    llm = LLM(max_num_seqs=1, enable_prefix_caching=False, deterministic=deterministic, **limits)
+    llm = LLM(
+        max_num_seqs=1,
+        max_num_batched_tokens=64,
+        max_model_len=max_model_len,
+        enable_prefix_caching=False,
+        deterministic=deterministic,
+    )
     try:
         outputs = llm.generate([spec.prompt for spec in specs], [spec.params() for spec in specs], use_tqdm=False)
     finally:

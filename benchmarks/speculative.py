@@ -16,13 +16,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accuracy import prompt_ids
 from jax_engine import LLM, SamplingParams, TokensPrompt
 from jax_engine.models.demo.generator import held_out_samples, task_named
+from jax_engine.models.demo.samples import Sample
 from measure import format_table, write_json
 
 REPEATED = ("small talk", "stories", "JSON", "facts", "word lists", "opposites", "month lengths")
@@ -67,10 +68,10 @@ def main() -> None:
                     max_num_batched_tokens=256,
                     compile_before_ready=True,
                     enable_prefix_caching=False,  # rounds repeat the same prompts
-                    **changes,
+                    speculative_config=config,
                 )
             )
-            for changes in ({}, {"speculative_config": speculation})
+            for config in (None, speculation)
         )
         loads = make_loads(plain, options.prompts)
         loads = [load for load in loads if not options.load or load.name in options.load]
@@ -109,13 +110,7 @@ def make_loads(llm: LLM, count: int) -> list[Load]:
     first = [prompt_ids(llm, sample) for sample in repeated]
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in first], greedy, use_tqdm=False)
     again = [
-        TokensPrompt(
-            prompt_token_ids=llm.get_tokenizer().apply_chat_template(
-                [*sample.prompt, {"role": "assistant", "content": output.outputs[0].text}, sample.prompt[-1]],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        )
+        TokensPrompt(prompt_token_ids=prompt_ids(llm, asked_again(sample, output.outputs[0].text)))
         for sample, output in zip(repeated, outputs, strict=True)
     ]
     calls = [TokensPrompt(prompt_token_ids=prompt_ids(llm, sample)) for sample in samples_of(("tool calls",), count)]
@@ -126,7 +121,13 @@ def make_loads(llm: LLM, count: int) -> list[Load]:
     ]
 
 
-def samples_of(tasks: Sequence[str], count: int) -> list[Any]:
+def asked_again(sample: Sample, answer: str) -> Sample:
+    """The same question once more, after an answer to it."""
+    question, reference = sample.prompt, sample.messages[-1]
+    return replace(sample, messages=(*question, {"role": "assistant", "content": answer}, question[-1], reference))
+
+
+def samples_of(tasks: Sequence[str], count: int) -> list[Sample]:
     """So many samples, of the tasks in turn."""
     each = [held_out_samples(task_named(task), seed=0, count=-(-count // len(tasks))) for task in tasks]
     return [sample for group in zip(*each, strict=True) for sample in group][:count]
