@@ -47,6 +47,7 @@ class CompiledSteps:
         self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
+        self._can_draft: set[bool] = set()  # in the FULL mode, or not
         self._with_drafts = [program for program in self.programs if program.draft_rows]
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
@@ -142,8 +143,12 @@ class CompiledSteps:
         """Whether the programs for steps with drafts are there, in the FULL mode or the one before it: all, so that no
         step is padded into one far larger.
         """
-        programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
-        return bool(programs) and all(program in self._executables for program in programs)
+        if full not in self._can_draft:
+            programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
+            if not programs or any(program not in self._executables for program in programs):
+                return False
+            self._can_draft.add(full)
+        return True
 
     def find(
         self, num_tokens: int, num_sequences: int, mode: SamplingMode, *, num_steps: int = 1, draft_rows: int = 0

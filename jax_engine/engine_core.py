@@ -63,6 +63,7 @@ class EngineCore:
         self._schedule_us = self._wait_us = self._collect_us = 0.0
         self._stats_due = 0.0
         self._device_since = 0.0  # when the device began with the step it is at
+        self._is_ahead = False  # the step that is pending was launched before the one before it was collected
         self._period_since = 0.0  # when the tokens of the step before came, or the engine began to be busy
 
     def handle(self, command: Command) -> PrefixCacheReset | AdapterReply | StepOutputs | None:
@@ -149,8 +150,9 @@ class EngineCore:
             self._device_since = planned
         self._pending = self._launch(plan) if plan else None
         outputs += self.scheduler.adapters.take_failed()
+        was_ahead, self._is_ahead = self._is_ahead, previous is not None
         if previous is not None:
-            outputs += self._collect(previous, is_ahead=True)
+            outputs += self._collect(previous, is_ahead=was_ahead)
         elif plan is None and not outputs:  # masks or grammars are all there is to wait for
             self.constraints.wait(IDLE_SECONDS)
         now = time.monotonic()
@@ -165,7 +167,9 @@ class EngineCore:
         return self.scheduler.drafts is not None and self.runner.compiled.can_draft(full=self.scheduler.needs_full)
 
     def _collect(self, pending: PendingTokens, *, is_ahead: bool) -> list[CoreOutput]:
-        """Wait for a step, and take its tokens. `is_ahead`: the step after it has been launched."""
+        """Wait for a step, and take its tokens. `is_ahead`: it was launched before those of the step before it came,
+        and so was the step after it.
+        """
         start = time.perf_counter()
         pending.tokens.block_until_ready()
         ready = time.perf_counter()

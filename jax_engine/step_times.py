@@ -1,5 +1,6 @@
 """How long steps of decodes take, with drafted tokens and without: what a step's drafts must pay for."""
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,13 +49,13 @@ class StepTimes:
             self._means[key] = _Mean(seconds)
 
     def ratio(self, num_rows: int, num_plain_rows: int) -> float:
-        """How much longer a step of so many rows with drafts takes than one without; 1 where either is not known well
-        enough yet, which trying will tell.
+        """How much longer a step of so many rows with drafts takes than one without: infinitely until enough plain ones
+        have been timed, and then 1 until those with drafts have been, which trying them does.
         """
         drafted, plain = self._means.get(self._key(num_rows, True)), self._means.get(self._key(num_plain_rows, False))
-        if drafted is None or plain is None or min(drafted.count, plain.count) < NUM_FIRST:
-            return 1.0
-        return drafted.seconds / plain.seconds
+        if plain is None or plain.count < NUM_FIRST:
+            return math.inf
+        return drafted.seconds / plain.seconds if drafted is not None and drafted.count >= NUM_FIRST else 1.0
 
     def doubt(self, num_rows: int) -> None:
         """The time of such a step with drafts has kept them from being tried: it may be shorter by now."""

@@ -15,10 +15,7 @@ from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.messages import CoreOutput
 from jax_engine.request import Request
 from jax_engine.scheduler import Scheduler
-from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import StepPlan
-
-SIX_DRAFTS = SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 6})
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
@@ -150,9 +147,9 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     pages = pages_for(windows, num_pages, num_host_pages)
     budget += 28 * (cut is None)  # the longest sequence has 32 tokens
     prompts["step_sizes"] = (*range(1, budget, 3), budget) if budget % 2 else ()
-    scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts), drafts and SIX_DRAFTS)
+    scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts))
     if drafts:
-        max_steps, scheduler.drafts.proposer = 1, RandomProposer(scheduler, drafts)
+        max_steps, scheduler.drafts = 1, RandomProposer(scheduler, drafts).drafts
     if grouped:
         lengths = [num_prompt for num_prompt, _ in sizes]
         sizes = [(lengths[index % num_prompts % len(sizes)], limit) for index, (_, limit) in enumerate(sizes)]

@@ -1,5 +1,6 @@
 """Speculative decoding on a tiny random model: the very tokens of plain decoding, whatever is drafted."""
 
+import math
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import Untimed
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request
 
 from jax_engine.config import EngineConfig
@@ -50,13 +52,6 @@ class Oracle:
             if tokens:
                 proposals.append(Proposal(request, tokens, [1.0] * len(tokens)))
         return proposals
-
-
-class Untimed(StepTimes):
-    """Steps with drafts are as fast as others, on a busy machine too."""
-
-    def ratio(self, num_rows: int, num_plain_rows: int) -> float:
-        return 1.0
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +296,17 @@ def test_drafts_that_were_too_slow_are_tried_again_now_and_then():
             tried += 1
             drafts.times.observe(6, 0.012, drafted=True)
     assert 2 < tried < 100, "which would take twice the time of as many tokens without"
+
+
+def test_plain_steps_are_timed_first_and_then_drafts_are_tried():
+    times = StepTimes((1,), (6,))
+    for _ in range(4):
+        assert times.ratio(6, 1) == math.inf
+        times.observe(1, 0.001, drafted=False)
+    for _ in range(4):
+        assert times.ratio(6, 1) == 1
+        times.observe(6, 0.002, drafted=True)
+    assert times.ratio(6, 1) == pytest.approx(2)
 
 
 def test_a_single_slow_step_is_forgotten():
