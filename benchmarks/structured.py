@@ -71,7 +71,8 @@ def check_schemas(options: argparse.Namespace) -> bool:
         for number, schema in enumerate(schemas)
     ]
     prompts = [PROMPTS[number % len(PROMPTS)] for number in range(options.schemas)]
-    with LLM(options.model, load_format=options.load_format) as llm:
+    settings = {"max_num_seqs": 64, "max_num_batched_tokens": 64}  # few programs
+    with LLM(options.model, load_format=options.load_format, **settings) as llm:
         start = time.perf_counter()
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
         seconds = time.perf_counter() - start
