@@ -78,6 +78,11 @@ def prompt_logprobs(
         new = row_logprobs(logits_of(hidden[inside]), jnp.maximum(targets[inside], 0), num_top)
         return jax.tree.map(lambda column, part: column.at[rows].set(part, mode="drop"), found, new)
 
-    num_blocks = (jnp.sum(asked) + block - 1) // block
-    found: RowLogprobs = lax.fori_loop(0, num_blocks, body, RowLogprobs.zeros(num_rows, num_top))
-    return found
+    def search() -> RowLogprobs:
+        num_blocks = (jnp.sum(asked) + block - 1) // block
+        found: RowLogprobs = lax.fori_loop(0, num_blocks, body, RowLogprobs.zeros(num_rows, num_top))
+        return found
+
+    # A loop of one block has a constant body, which XLA takes out of the loop: it would run in every step.
+    result: RowLogprobs = lax.cond(jnp.any(asked), search, lambda: RowLogprobs.zeros(num_rows, num_top))
+    return result
