@@ -138,6 +138,28 @@ def test_all_of_them_in_one_batch_are_as_alone(core, alone):
     assert core.stats().compiles_in_request_path_total == before.compiles_in_request_path_total
 
 
+def random_request(generator: np.random.Generator, name: str) -> CoreRequest:
+    """Any of the controls, at any values, with any way to draw."""
+    values = [item for given in CONTROLS.values() for item in given.items()]
+    controls: dict[str, Any] = {field: value for field, value in values if generator.random() < 0.15}
+    draw = DRAWS[str(generator.choice(list(DRAWS)))] | {"prng_key": (int(generator.integers(2**32)), 7)}
+    ends: dict[str, Any] = {"stop_token_ids": tuple(generator.integers(0, VOCAB_SIZE, 2).tolist()), "min_tokens": 3}
+    prompt = generator.integers(0, VOCAB_SIZE, generator.integers(1, 40)).tolist()
+    return asked(
+        name, prompt, int(generator.integers(3, 20)), controls, **draw, **(ends if generator.random() < 0.3 else {})
+    )
+
+
+@pytest.mark.parametrize("num_batches", [8, pytest.param(500, marks=pytest.mark.slow)])
+def test_random_batches_are_as_their_requests_alone(core, num_batches):
+    generator = np.random.default_rng(num_batches)
+    for batch in range(num_batches):
+        requests = [random_request(generator, f"{batch}.{row}") for row in range(generator.integers(2, 9))]
+        together = run_requests(core, requests)
+        for request in requests:
+            assert run_requests(core, [request])[request.request_id] == together[request.request_id], request
+
+
 PAGE_BYTES = TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * 8 * TINY["head_dim"] * 4
 CORES = {
     "preempted": {"kv_cache_memory_bytes": 12 * PAGE_BYTES, "max_model_len": 96},

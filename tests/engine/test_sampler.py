@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from sampling_reference import distribution
 from scipy import stats
 
-from jax_engine.sampler import SamplingMode, SamplingRows, keep_top_k, keep_top_p, sample
+from jax_engine.sampler import (
+    SamplingMode,
+    SamplingRows,
+    draw_by_bisection,
+    draw_by_candidates,
+    keep_top_k,
+    keep_top_p,
+    likeliest,
+    sample,
+)
 
 VOCAB_SIZE = 24
 
@@ -48,6 +57,17 @@ SETTINGS = [
 ]
 
 
+def assert_drawn_from(counts: np.ndarray, shares: np.ndarray) -> None:
+    """Chi-square, tokens that are expected fewer than five times taken together; and nothing without a share."""
+    wanted = shares * counts.sum()
+    assert counts[wanted == 0].sum() == 0
+    often = wanted >= 5
+    observed = np.append(counts[often], counts[~often].sum())
+    predicted = np.append(wanted[often], wanted[~often].sum())
+    if len(observed[predicted > 0]) > 1:
+        assert stats.chisquare(observed[predicted > 0], predicted[predicted > 0]).pvalue > 1e-4
+
+
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), SETTINGS)
 def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     """Chi-square over 20,000 draws, and nothing that was cut off is ever drawn."""
@@ -56,19 +76,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
     given = rows(num_draws, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     drawn = np.asarray(draw(jnp.broadcast_to(logits, (num_draws, VOCAB_SIZE)), given))
     counts = np.bincount(drawn, minlength=VOCAB_SIZE)
-    wanted = distribution(logits, temperature, top_k, top_p, min_p) * num_draws
-    assert counts[wanted == 0].sum() == 0
-    often = wanted >= 5
-    if often.sum() > 1:
-        observed = np.append(counts[often], counts[~often].sum())
-        predicted = np.append(wanted[often], wanted[~often].sum())
-        keep = predicted > 0
-        assert (
-            stats.chisquare(observed[keep], predicted[keep] * observed[keep].sum() / predicted[keep].sum()).pvalue
-            > 1e-4
-        )
-    else:
-        assert counts[wanted.argmax()] == num_draws
+    assert_drawn_from(counts, distribution(logits, temperature, top_k, top_p, min_p))
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,6 +94,65 @@ def test_bisection_keeps_what_sorting_keeps(seed, top_k, top_p):
     # Float32 sums may differ by one token where the sum meets the target to within rounding.
     assert abs(int((kept > 0).sum()) - min(count, VOCAB_SIZE)) <= (abs(np.cumsum(ordered) - target).min() < 1e-4)
     assert kept.max() == 1
+
+
+WAYS = {"candidates": jax.jit(draw_by_candidates), "bisection": jax.jit(draw_by_bisection)}
+LIMITS = [  # temperature, top_k, top_p, min_p
+    (1.0, 300, 1.0, 0.0),  # more than there are candidates
+    (1.0, 0, 0.9, 0.0),
+    (0.2, 20, 0.7, 0.0),
+    (0.1, 0, 0.6, 0.0),
+    (0.2, 0, 1.0, 0.3),
+    (0.2, 0, 0.8, 0.1),
+    (1.0, 0, 1.0, 0.0),
+    (1.0, 1, 1.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_both_ways_draw_from_the_same_distribution(way, limits):
+    """Chi-square over 2,000 draws of 600 tokens, by limits that candidates decide and by others."""
+    vocab_size, num_draws = 600, 2000
+    logits = np.random.default_rng(5).normal(size=vocab_size).astype(np.float32)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = rows(num_draws, **dict(zip(names, limits, strict=True)))
+    counts = np.bincount(
+        np.asarray(WAYS[way](jnp.broadcast_to(logits, (num_draws, vocab_size)), given)), minlength=vocab_size
+    )
+    assert_drawn_from(counts, distribution(logits, *limits))
+
+
+def test_a_row_is_drawn_one_way_whatever_the_others_ask_for():
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(len(LIMITS) * 20, 2000)), jnp.float32)
+    columns = dict(zip(("temperature", "top_k", "top_p", "min_p"), np.tile(np.array(LIMITS), (20, 1)).T, strict=True))
+    given = rows(len(logits), **columns)
+    together = WAYS["candidates"](logits, given)
+    for row in range(len(logits)):
+        alone = jax.tree.map(lambda value, row=row: value[row : row + 1], given)
+        assert int(WAYS["candidates"](logits[row : row + 1], alone)[0]) == int(together[row])
+
+
+@pytest.mark.parametrize("vocab_size", [7, 101, 512, 1000, 4096])
+def test_the_likeliest_token_is_the_first_of_equals(vocab_size):
+    logits = np.random.default_rng(0).integers(0, 9, (32, vocab_size)).astype(np.float32)
+    logits[0], logits[1, : vocab_size // 2] = -np.inf, -np.inf
+    assert likeliest(jnp.asarray(logits)).tolist() == logits.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [101, 1024])
+def test_draws_from_many_tokens_follow_the_distribution(vocab_size):
+    """Of blocks of one token, and of blocks of many; half of the tokens, whole blocks among them, have no weight."""
+    num_draws = 20_000
+    logits = np.random.default_rng(4).normal(size=vocab_size).astype(np.float32)
+    logits[vocab_size // 4 : vocab_size // 4 * 3] = -np.inf
+    drawn = np.asarray(
+        draw(
+            jnp.broadcast_to(logits, (num_draws, vocab_size)),
+            rows(num_draws, held_back=np.full((num_draws, 32), vocab_size)),
+        )
+    )
+    assert_drawn_from(np.bincount(drawn, minlength=vocab_size), distribution(logits, 1.0))
 
 
 def test_a_row_draws_the_same_alone_and_in_any_batch():
