@@ -62,6 +62,6 @@ def test_prompt_rows_are_scored_whatever_the_blocks_and_others_cost_nothing(bloc
 
 
 def test_a_large_vocabulary_is_scored_in_small_blocks():
-    assert prompt_block(512, 1024) == 512
+    assert prompt_block(512, 1024) == 256
     assert prompt_block(512, 2**17) == 128
     assert prompt_block(100, 2**30) == 1
