@@ -53,6 +53,7 @@ class CompiledSteps:
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
         self._queue: deque[Program] = deque()
+        self._at_hand: set[Program] = set()  # of background threads
         # Tracing holds the interpreter's lock, which steps need too: one thread at a time, while others compile.
         self._tracing = threading.Lock()
         self._changing = threading.Lock()
@@ -167,6 +168,20 @@ class CompiledSteps:
             self._compile(largest)
         return largest, self._executables[largest]
 
+    def is_coming(self, mode: SamplingMode) -> bool:
+        """Whether no program is ready for steps of a mode and a background thread compiles one, next from now on. Steps
+        of that mode can wait for it while others run.
+        """
+        largest = self._largest_of(mode)
+        with self._changing:
+            if largest in self._executables or self._stop.is_set():
+                return False
+            if largest in self._queue:
+                self._queue.remove(largest)
+                self._queue.appendleft(largest)
+                return True
+            return largest in self._at_hand
+
     def _largest_of(self, mode: SamplingMode) -> Program:
         """The program that every step of a mode fits in."""
         return next(program for program in self.programs if program.can_do(mode))
@@ -174,10 +189,11 @@ class CompiledSteps:
     def _compile_queue(self) -> None:
         """Compile what is queued until nothing is left, or `stop` is called, or the interpreter ends."""
         while not self._stop.is_set() and threading.main_thread().is_alive():
-            try:
+            with self._changing:
+                if not self._queue:
+                    return
                 program = self._queue.popleft()
-            except IndexError:
-                return
+                self._at_hand.add(program)
             if (share := share_of_memory_maps()) > self._most_memory_maps:
                 self._leave_out(program, share)
                 return
@@ -188,6 +204,7 @@ class CompiledSteps:
                 self._failure = self._failure or error
             finally:
                 with self._changing:
+                    self._at_hand.remove(program)
                     self._num_done += 1
                     self._last_done = time.monotonic()
                     self._log_progress()

@@ -24,7 +24,9 @@ from jax_engine.messages import (
     UnloadAdapter,
     Vocabulary,
 )
+from jax_engine.request import Constraint
 from jax_engine.runner import PendingTokens, Runner
+from jax_engine.sampler import SamplingMode
 from jax_engine.scheduler import Scheduler
 from jax_engine.served_adapters import ServedList
 from jax_engine.stats import EngineStats, HostTime
@@ -58,6 +60,7 @@ class EngineCore:
             adapters=self.served_adapters.all,
         )
         self.constraints = Constraints()
+        self._early: list[tuple[CoreRequest, Constraint | None]] = []  # wait for a program of the FULL mode
         self._pending: PendingTokens | None = None
         self._step_seconds = 0.0  # that the latest step took
         self._schedule_us = self._wait_us = self._collect_us = 0.0
@@ -74,6 +77,7 @@ class EngineCore:
             return self._add(command.requests)
         if isinstance(command, Abort):
             self.constraints.abort(command.request_ids)
+            self._early = [early for early in self._early if early[0].request_id not in command.request_ids]
             self.scheduler.abort(command.request_ids)
         elif isinstance(command, Vocabulary):
             self.constraints.take_vocabulary(command)
@@ -110,11 +114,11 @@ class EngineCore:
 
         The core decides, since it alone knows all that is in flight, whoever sent it.
         """
-        limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests) + len(self.constraints)
+        limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests) + self._num_held
         if limit is None or num_in_flight + len(requests) <= limit:
             for request in requests:
                 if request.structured is None:
-                    self.scheduler.add(request)
+                    self._queue(request)
                 else:
                     self.constraints.begin(request)
             return None
@@ -124,7 +128,12 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._pending is not None or self.scheduler.has_work or len(self.constraints) > 0
+        return self._pending is not None or self.scheduler.has_work or self._num_held > 0
+
+    @property
+    def _num_held(self) -> int:
+        """Requests that the scheduler does not have yet."""
+        return len(self.constraints) + len(self._early)
 
     def step(self) -> StepOutputs:
         """Launch the next step, then take the tokens of the one before it, so that the host works while the device
@@ -139,6 +148,7 @@ class EngineCore:
             outputs += self._collect(previous, is_ahead=False)
             previous = None
         outputs += self._add_compiled()
+        self._queue_early()
         self.constraints.wait_for_masks(self._step_seconds)
         start = time.perf_counter()
         can_draft = previous is None and self._can_draft
@@ -153,8 +163,10 @@ class EngineCore:
         was_ahead, self._is_ahead = self._is_ahead, previous is not None
         if previous is not None:
             outputs += self._collect(previous, is_ahead=was_ahead)
-        elif plan is None and not outputs:  # masks or grammars are all there is to wait for
+        elif plan is None and not outputs:  # masks, grammars or a program are all there is to wait for
             self.constraints.wait(IDLE_SECONDS)
+            if self._early:
+                time.sleep(IDLE_SECONDS)
         now = time.monotonic()
         if now < self._stats_due and self.has_work:
             return StepOutputs(outputs)
@@ -193,8 +205,22 @@ class EngineCore:
             if isinstance(constraint, str):
                 failed.append(CoreOutput(asked.request_id, [], "error", error=constraint))
             else:
-                self.scheduler.add(asked, constraint)
+                self._queue(asked, constraint)
         return failed
+
+    def _queue(self, asked: CoreRequest, constraint: Constraint | None = None) -> None:
+        """Give a request to the scheduler, or keep it until the program that it needs is compiled: others go on."""
+        if asked.needs_full and self.runner.compiled.is_coming(SamplingMode.FULL):
+            self._early.append((asked, constraint))
+        else:
+            self.scheduler.add(asked, constraint)
+
+    def _queue_early(self) -> None:
+        """Queue the requests that the FULL mode's first program was waited for with."""
+        if self._early and not self.runner.compiled.is_coming(SamplingMode.FULL):
+            for asked, constraint in self._early:
+                self.scheduler.add(asked, constraint)
+            self._early.clear()
 
     def _launch(self, plan: StepPlan) -> PendingTokens:
         if self.runner.counters.steps % WASTE_PERIOD == 0:
@@ -207,7 +233,7 @@ class EngineCore:
         cache, counters = scheduler.cache, scheduler.cache.counters
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=scheduler.num_waiting + len(self.constraints),
+            num_waiting=scheduler.num_waiting + self._num_held,
             num_pages=cache.pool.num_pages,
             num_pages_in_use=cache.pool.num_in_use,
             num_tokens_in_pages=cache.num_tokens_in_pages(scheduler.running),

@@ -67,6 +67,27 @@ def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path
     assert steps.num_in_request_path == 2
 
 
+def test_a_mode_that_is_waited_for_comes_next():
+    order, go_on = [], threading.Event()
+
+    def trace(program: Program) -> jax.stages.Lowered:
+        order.append(program)
+        assert go_on.wait(60)
+        return lower(program)
+
+    steps = CompiledSteps(PROGRAMS, trace, threads=1)
+    assert not steps.is_coming(FULL), "nothing compiles yet"
+    steps.compile_rest(background=True)
+    while not order:
+        time.sleep(0.01)
+    assert steps.is_coming(FULL)
+    assert steps.is_coming(SAMPLE), "the thread is at it"
+    go_on.set()
+    steps.wait()
+    assert order[:2] == [steps.largest, Program(Bucket(16, 4), FULL)]
+    assert not steps.is_coming(FULL)
+
+
 def test_programs_are_traced_one_at_a_time_and_compiled_side_by_side():
     tracing, both = threading.Lock(), threading.Barrier(2, timeout=60)
 

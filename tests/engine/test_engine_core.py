@@ -14,7 +14,7 @@ from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError, InProcessCore
-from jax_engine.messages import Abort, Add
+from jax_engine.messages import Abort, Add, TokenControls
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -177,6 +177,26 @@ def test_no_request_waits_for_a_compile(tiny_settings, tmp_path, alone):
     assert stats.programs_compiled == stats.programs_planned > 4
     assert stats.compiles_in_request_path_total == 0
     core.shutdown()
+
+
+def test_a_request_whose_program_is_still_compiled_waits_alone(make_core):
+    core = make_core(max_num_batched_tokens=16, compilation_cache_dir="")
+    controls = TokenControls(num_logprobs=1)
+    requests = [core_request("full", [1, 2, 3], 6, controls=controls), core_request("plain", [1, 2, 3], 6)]
+    early = core_request("aborted", [1, 2, 3], 6, controls=controls)
+    core.send(Add([early]))
+    core.send(Abort(["aborted"]))
+    assert not core.has_work()
+    core.send(Add(requests))
+    tokens = {"full": [], "plain": []}
+    ended = []
+    while core.has_work():
+        for output in core.step().outputs:
+            tokens[output.request_id] += output.new_token_ids
+            ended += [output.request_id] if output.finish_reason else []
+    assert ended == ["plain", "full"]
+    assert tokens["full"] == tokens["plain"]
+    assert core.stats().compiles_in_request_path_total == 0
 
 
 async def test_another_process_compiles_nothing_anew(tiny_settings, core):
