@@ -91,8 +91,12 @@ class CompiledSteps:
         return self._compile(self.largest)
 
     def compile_largest_of_each(self) -> list[jax.stages.Compiled]:
-        """Compile the largest program, that which loops and that for drafts: one of them takes the most memory."""
-        return [self._compile(program) for program in (self.largest, *self._loops[-1:], *self._with_drafts[:1])]
+        """Compile the largest program, that which loops, that for drafts and that of the FULL mode: one of them takes
+        the most memory.
+        """
+        full = [program for program in self.programs if program.can_do(SamplingMode.FULL)]
+        chosen = dict.fromkeys((self.largest, *self._loops[-1:], *self._with_drafts[:1], *full[:1]))
+        return [self._compile(program) for program in chosen]
 
     def compile_rest(self, *, background: bool) -> None:
         """Compile the remaining programs, by themselves or before returning.

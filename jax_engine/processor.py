@@ -23,7 +23,7 @@ from jax_engine.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger(__name__)
 
 # What it may also set and this engine cannot do, with the values that ask for nothing.
-UNSUPPORTED_GENERATION_CONFIG = {"no_repeat_ngram_size": (None, 0)}
+UNSUPPORTED_GENERATION_CONFIG = {"no_repeat_ngram_size": (None, 0), "max_new_tokens": (None,)}
 
 
 class TextPrompt(TypedDict):

@@ -67,6 +67,13 @@ def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path
     assert steps.num_in_request_path == 2
 
 
+def test_memory_is_planned_with_the_largest_program_of_each_kind():
+    steps = CompiledSteps(step_programs(4, 16, num_steps=4), lower)
+    assert len(steps.compile_largest_of_each()) == 3
+    ready = sorted((program.mode, program.num_steps) for program in steps._executables)
+    assert ready == [(FULL, 1), (SAMPLE, 1), (SAMPLE, 4)]
+
+
 def test_a_mode_that_is_waited_for_comes_next():
     order, go_on = [], threading.Event()
 
