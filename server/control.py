@@ -15,6 +15,7 @@ class Setup(msgspec.Struct, tag="setup", frozen=True):
     log_level: str
     listening: int  # file descriptor of its listening socket
     cells: int  # file descriptor of the memory that all front ends count in; see `cells.py`
+    created: int  # when the server was started, in seconds since 1970
 
 
 class Connect(msgspec.Struct, tag="connect", frozen=True):

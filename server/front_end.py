@@ -69,7 +69,12 @@ class FrontEnd:
 
         settings = msgspec.convert(self._setup.settings, ServerSettings)
         service = Service(
-            self._config, settings, on_failure=failed, start_engine=self.start_engine, memory=self._memory
+            self._config,
+            settings,
+            on_failure=failed,
+            start_engine=self.start_engine,
+            memory=self._memory,
+            created=self._setup.created,
         )
         return service
 

@@ -45,17 +45,18 @@ class Service:
         on_failure: Callable[[], None],
         start_engine: Callable[[], Awaitable[AsyncLLM]] | None = None,
         memory: CellMemory | None = None,
+        created: int | None = None,
     ) -> None:
         """`on_failure` is called once when the engine cannot start or has died; the process should then end.
 
         A front end that is one of several says how it gets its engine (`start_engine`; left out, it starts one of its
-        own), and counts in `memory`.
+        own), counts in `memory`, and has the others' `created`, in seconds since 1970.
         """
         self.engine_config = engine_config
         self.settings = settings
         self.metrics = Metrics(settings.model_name, memory)
         self.in_flight = InFlight()
-        self.created = int(time.time())
+        self.created = int(time.time()) if created is None else created
         self.state = State.STARTING
         self.exit_code = EXIT_OK
         self.reason = "the engine is starting: the model loads and its step programs compile"

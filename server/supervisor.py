@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ class Supervisor:
     def __init__(self, engine_config: EngineConfig, settings: ServerSettings) -> None:
         self._config = engine_config
         self._settings = settings
+        self.created = int(time.time())
         self._front_ends: list[Process] = []
         self._num_connected = 0
         self._all_connected = asyncio.Event()
@@ -89,6 +91,7 @@ class Supervisor:
                     log_level=log_level,
                     listening=own.fileno(),
                     cells=cells.fileno(),
+                    created=self.created,
                 )
                 # In a session of its own: a terminal's Ctrl-C is the supervisor's to act on.
                 process = await asyncio.create_subprocess_exec(
