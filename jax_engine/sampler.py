@@ -89,8 +89,9 @@ def draw_by_candidates(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[A
     Which way a row is drawn depends on that row alone. Nothing of the vocabulary's size is made on the way.
     """
     num_candidates = min(NUM_CANDIDATES, logits.shape[1])
-    # Fused with what follows, XLA sorts whole rows on a CPU: 5 s instead of 50 ms for 64 rows of 131,072.
-    values, tokens = lax.optimization_barrier(lax.top_k(logits, num_candidates))
+    # Fused with what follows, XLA sorts whole rows on a CPU: 5 s instead of 50 ms for 64 rows of 131,072. One barrier a
+    # result: of both at once it would make their tuple, which XLA's pass over top-k on several devices does not expect.
+    values, tokens = map(lax.optimization_barrier, lax.top_k(logits, num_candidates))
     temperature, top_k = jnp.maximum(rows.temperature, 1e-6)[:, None], rows.top_k[:, None]
     weights = jnp.exp((values - values[:, :1]) / temperature)
     kth = jnp.take_along_axis(weights, jnp.clip(top_k, 1, num_candidates) - 1, axis=1)

@@ -163,11 +163,15 @@ def test_a_loop_over_steps_sums_as_a_step_does(eight_devices):
 
 @pytest.mark.slow
 def test_sampling_moves_the_logits_once(eight_devices):
-    """From a share of the vocabulary of all rows to a share of the rows: the draw's many sums then stay at home."""
+    """From a share of the vocabulary of all rows to a share of the rows: the draw's many sums then stay at home.
+
+    Beside these there are three sums of flags, for what any row asks; and on a CPU alone, whose likeliest candidates
+    XLA's top-k takes from all rows, one gather.
+    """
     counted = eight_devices["sampling"]
     assert counted["all-to-all"] == 1
     assert counted.get("collective-permute", 0) == 0
-    assert counted["all-reduce"] + counted.get("all-gather", 0) <= 2 + 1 + 3
+    assert counted["all-reduce"] + counted.get("all-gather", 0) <= 2 + 1 + 3 + 3 + 1
 
 
 def tpu_report() -> None:
