@@ -197,8 +197,9 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         own = {name: value for name, value in fields.items() if value is not None}
         if not self.use_beam_search:
             for name, value in own.items():
-                message = f"{name}={value!r} needs use_beam_search=true; add it, or leave {name} out"
-                raise ApiError(400, message, param=name, code="invalid_value")
+                if value != getattr(BeamSearchParams, name):
+                    message = f"{name}={value!r} needs use_beam_search=true; add it, or leave {name} out"
+                    raise ApiError(400, message, param=name, code="invalid_value")
             return None
         if self.stream:
             message = "a beam search cannot be streamed: its sequences are known at its end; leave out stream"

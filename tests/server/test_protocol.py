@@ -108,6 +108,7 @@ def test_a_beam_search_takes_what_acts_on_it_and_nothing_else():
         (name,) = field
         assert refusal(search, use_beam_search=True, n=2, **field).param == name
     assert refusal(search, length_penalty=2).param == "length_penalty"
+    assert search(length_penalty=1, early_stopping=False) is None, "what a search would do by itself"
     assert refusal(search, use_beam_search=True, early_stopping="soon").param == "early_stopping"
     assert refusal(search, form=chat, use_beam_search=True).param == "max_tokens"
 
