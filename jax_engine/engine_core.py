@@ -216,11 +216,10 @@ class EngineCore:
             self.scheduler.add(asked, constraint)
 
     def _queue_early(self) -> None:
-        """Queue the requests that the FULL mode's first program was waited for with."""
-        if self._early and not self.runner.compiled.is_coming(SamplingMode.FULL):
-            for asked, constraint in self._early:
-                self.scheduler.add(asked, constraint)
-            self._early.clear()
+        """Queue the requests that were kept for a program, if it is there by now."""
+        early, self._early = self._early, []
+        for asked, constraint in early:
+            self._queue(asked, constraint)
 
     def _launch(self, plan: StepPlan) -> PendingTokens:
         if self.runner.counters.steps % WASTE_PERIOD == 0:

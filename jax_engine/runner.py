@@ -168,11 +168,10 @@ class Runner:
         if len(updates) > layout.num_page_updates:
             self._write_pages(updates[layout.num_page_updates :])
         buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
+        inputs = self._full.inputs(chunks, slots, program.bucket) if program.mode is SamplingMode.FULL else None
         packed = time.perf_counter()
         full: FullResults | None = None
-        if program.mode is SamplingMode.FULL:
-            inputs = self._full.inputs(chunks, slots, program.bucket)
-            packed = time.perf_counter()
+        if inputs is not None:
             self._state, self._full.state, full = executable(
                 self._leaves, self._state, self._full.state, buffer, inputs
             )

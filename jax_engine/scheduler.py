@@ -75,7 +75,7 @@ class Scheduler:
         self.running: list[Request] = []  # the most urgent first
         self._urgency_of = POLICIES[limits.policy]
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
-        self._num_added = 0
+        self._num_added = self._num_full = 0
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -85,6 +85,7 @@ class Scheduler:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
         request = Request(asked, order=self._num_added, digest=self._digest, constraint=constraint)
         self._num_added += 1
+        self._num_full += asked.needs_full
         request.urgency = self._urgency_of(request)
         self.requests[asked.request_id] = request
         self.groups.add(request)
@@ -187,7 +188,7 @@ class Scheduler:
     @property
     def needs_full(self) -> bool:
         """Whether the next step may have rows of the FULL sampling mode."""
-        return any(request.asked.needs_full for request in self.requests.values())
+        return self._num_full > 0
 
     def _step_budget(self, num_decodes: int) -> int:
         """Tokens that this step may compute.
@@ -247,7 +248,7 @@ class Scheduler:
         """
         num_uncomputed = request.num_uncomputed
         is_decode = num_uncomputed == 1
-        drafts = step.drafts.get(request.asked.request_id, ())
+        drafts = step.drafts.get(request.asked.request_id, ()) if step.drafts else ()
         length = 1 + len(drafts) if is_decode else self._chunk_length(num_uncomputed, step.tokens)
         if not length or (request.constraint is not None and not request.constraint.is_ready):
             return
@@ -380,6 +381,7 @@ class Scheduler:
         assert request.finish_reason is not None
         self.finished[request.finish_reason] = self.finished.get(request.finish_reason, 0) + 1
         del self.requests[request.asked.request_id]
+        self._num_full -= request.asked.needs_full
         if self.drafts is not None:
             self.drafts.forget(request)
         if request.slot >= 0:
