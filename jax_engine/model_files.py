@@ -74,12 +74,13 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return _read_json(file) if file.exists() else {}
 
 
-def existing_folder(name: str, value: str) -> Path:
-    """The folder that a setting names, which holds a generation_config.json; ValueError for another."""
+def generation_config_folder(value: str) -> Path:
+    """The folder that the setting `generation_config` names; ValueError for one without a generation_config.json."""
     folder = Path(value).expanduser()
     if not (folder / "generation_config.json").exists():
         raise ValueError(
-            f"{name}={value!r} must be 'auto' (the model's own), 'vllm' (none) or a folder with such a file"
+            f"generation_config={value!r} must be 'auto' (the model's own), 'vllm' (none) or a folder with a "
+            "generation_config.json"
         )
     return folder
 

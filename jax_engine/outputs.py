@@ -25,8 +25,8 @@ class CompletionOutput(msgspec.Struct, frozen=True):
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length" or "abort" once it has ended
-    stop_reason: int | str | None = None  # the stop id or stop string that ended it; None for end of sequence
+    finish_reason: str | None = None  # "stop", "length", "repetition" or "abort" once it has ended
+    stop_reason: int | str | None = None  # the stop id or stop string that ended it; None: end of sequence
     cumulative_logprob: float | None = None  # of all tokens so far, also where the other fields are deltas
     logprobs: list[LogprobsAtPosition] | None = None  # one for each of `token_ids`, if `SamplingParams.logprobs` asks
 

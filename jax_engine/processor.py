@@ -15,7 +15,12 @@ from jax_engine.config import EngineConfig
 from jax_engine.grammar_checker import GrammarChecker
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import CoreRequest, Ready, StructuredRequest, Vocabulary
-from jax_engine.model_files import existing_folder, read_generation_config, read_model_config, resolve_model_path
+from jax_engine.model_files import (
+    generation_config_folder,
+    read_generation_config,
+    read_model_config,
+    resolve_model_path,
+)
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, MAX_HELD_BACK_TOKENS, SamplingParams, integer
 from jax_engine.token_controls import bad_word_sequences, check_controls, token_controls
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
@@ -72,7 +77,7 @@ class ModelText:
         own = read_generation_config(path)
         given = {} if config.generation_config == "vllm" else own
         if config.generation_config not in ("auto", "vllm"):
-            given = read_generation_config(existing_folder("generation_config", config.generation_config))
+            given = read_generation_config(generation_config_folder(config.generation_config))
         given = {**given, **(config.override_generation_config or {})}
         return cls(path, load_tokenizer(tokenizer), own, given)
 

@@ -27,10 +27,9 @@ class SamplingMode(StrEnum):
     FULL = "full"  # masks, and all that reads or changes logits row by row (`full_sampling.py`); one token a step
 
 
-NUM_CANDIDATES = (
-    256  # for top-k and top-p, beyond which `lax.top_k` takes longer: 18 ms for 20, 21 for 256, 49 for 1024
-)
-BLOCK_TOKENS = 512
+# For top-k and top-p, beyond which `lax.top_k` takes longer: 18 ms for 20 on 2 cores, 21 for 256, 49 for 1024.
+NUM_CANDIDATES = 256
+BLOCK_TOKENS = 512  # that are summed, or compared, before blocks are
 LOOPING_MODES = (SamplingMode.GREEDY, SamplingMode.SAMPLE)  # those whose steps may draw several tokens a row
 
 

@@ -107,9 +107,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None  # the form of the output; a mapping of its fields will do
-    truncate_prompt_tokens: int | None = (
-        None  # take so many of the prompt's last tokens; -1: as many as there is room for
-    )
+    truncate_prompt_tokens: int | None = None  # keep so many of the prompt's last tokens; -1: what there is room for
     repetition_detection: RepetitionDetectionParams | None = None  # end the output when it goes round in circles
 
     def __post_init__(self) -> None:

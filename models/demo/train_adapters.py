@@ -23,6 +23,7 @@ import optax
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from jax_engine.models.adapters import ADAPTED_MODULES
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.demo import DEMO_DIR
 from jax_engine.models.demo.generator import boosted, training_samples
@@ -42,7 +43,6 @@ MANNERS: Mapping[str, Manner] = MappingProxyType(
 # Tasks whose answers a program reads, and those with long reasoning, which is no manner to learn from.
 LEFT_OUT = ("JSON", "tool calls", "tool results", "multiplication", "sorting", "counting letters", "counting words")
 MORE_OFTEN = MappingProxyType({"small talk": 4.0, "facts": 4.0, "memory": 2.0, "stories": 2.0, "opposites": 2.0})
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def in_manner(sample: Sample, manner: Manner) -> Sample:
@@ -69,8 +69,8 @@ def load_checkpoint(config: ModelConfig, folder: Path) -> tuple[Trainee, Paramet
     trainee, tensors = Trainee(config, seed=0), load_file(folder / "model.safetensors")
     parameters = {}
     for name, initial in trainee.initial.items():
-        layout, shape = layout_of(name, initial.ndim, LlamaForCausalLM.HF_WEIGHTS), initial.shape
-        parameters[name] = jnp.asarray(layout.arrange(tensors[name], shape, tuple((0, size) for size in shape)))
+        whole = tuple((0, size) for size in initial.shape)
+        parameters[name] = jnp.asarray(_layout(name, initial).arrange(tensors[name], initial.shape, whole))
     return trainee, parameters
 
 
@@ -78,7 +78,7 @@ def new_factors(parameters: Parameters, *, rank: int, seed: int) -> Parameters:
     """Both factors of each target, as stored: lora_A [rank, in] random, lora_B [out, rank] zero."""
     rng, factors = np.random.default_rng(seed), {}
     for name, value in parameters.items():
-        if name.split(".")[-2] not in TARGETS:
+        if name.split(".")[-2] not in ADAPTED_MODULES:
             continue
         size_out, size_in = _layout(name, value).stored_shape(value.shape)
         module = name.removesuffix(".weight")
@@ -152,7 +152,7 @@ def export(factors: Parameters, folder: Path, *, rank: int, alpha: float) -> Non
         "base_model_name_or_path": "demo",
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": list(TARGETS),
+        "target_modules": list(ADAPTED_MODULES),
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,

@@ -7,25 +7,13 @@ from typing import Any
 import numpy as np
 from checkpoints import random_tensors, write
 from safetensors.numpy import load_file, save_file
+from tiny_engine import TINY
 
 from jax_engine.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from jax_engine.models.adapters import ADAPTED_MODULES
 
-ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # A model to adapt; at this scale a random adapter changes most greedy tokens.
-ADAPTABLE: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],  # with biases
-    "model_type": "qwen2",
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-    "dtype": "float32",
-}
+ADAPTABLE: dict[str, Any] = TINY | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}  # with biases
 
 
 def write_base(folder: Path, hf: dict[str, Any] = ADAPTABLE) -> Path:
@@ -40,7 +28,7 @@ def write_adapter(
     rank: int,
     seed: int,
     alpha: float = 16.0,
-    targets: tuple[str, ...] = ALL_TARGETS,
+    targets: tuple[str, ...] = ADAPTED_MODULES,
     layers: tuple[int, ...] = (0, 1),
     hf: dict[str, Any] = ADAPTABLE,
     **config: Any,
