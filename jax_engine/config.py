@@ -89,7 +89,7 @@ class EngineConfig:
         self._check_adapters()
         choice("dtype", self.dtype, DTYPES)
         choice("load_format", self.load_format, LOAD_FORMATS)
-        self._check_generation_config()
+        self._check_sampling()
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")
         if self.max_model_len is not None:
             integer(
@@ -141,7 +141,15 @@ class EngineConfig:
             )
         self._check_scheduling()
 
-    def _check_generation_config(self) -> None:
+    def _check_sampling(self) -> None:
+        integer(
+            "max_logprobs",
+            self.max_logprobs,
+            low=0,
+            high=MAX_LOGPROBS,
+            remedy="20 is the default; every step that is asked for any finds that many, and the whole vocabulary "
+            "(-1) is not supported",
+        )
         if not isinstance(self.generation_config, str) or not self.generation_config:
             raise ValueError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")
         given = self.override_generation_config
@@ -156,14 +164,6 @@ class EngineConfig:
             raise ValueError(f"override_generation_config: {error}") from error
 
     def _check_scheduling(self) -> None:
-        integer(
-            "max_logprobs",
-            self.max_logprobs,
-            low=0,
-            high=MAX_LOGPROBS,
-            remedy="20 is the default; every step that is asked for any finds that many, and the whole vocabulary "
-            "(-1) is not supported",
-        )
         choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
         integer(
             "num_scheduler_steps",

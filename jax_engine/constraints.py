@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.full_slots import pack_bits
+from jax_engine.bitmasks import pack_bits
 from jax_engine.grammars import error_of, make_mask, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
@@ -44,6 +44,7 @@ class GrammarConstraint:
         self.error: str | None = None  # why it cannot be followed any further
         self.matcher = matcher
         self._min_tokens = asked.structured.min_tokens
+        self._vocab_size = vocabulary.size
         ends = {*asked.eos_token_ids, *asked.stop_token_ids}
         self._goes_on = ~pack_bits(tuple(ends), vocabulary.size)
         self._num_tokens = 0
@@ -84,7 +85,7 @@ class GrammarConstraint:
         new, self._new_tokens = self._new_tokens, []
         if not self.matcher.consume_tokens(new):
             self.error = error_of(self.matcher) or "the grammar does not allow the token that was drawn"
-        mask = make_mask(self.matcher, len(self._goes_on))
+        mask = make_mask(self.matcher, self._vocab_size)
         self.error = self.error or error_of(self.matcher) or None
         if self._num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
             mask = held

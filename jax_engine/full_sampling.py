@@ -16,13 +16,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jax_engine.bitmasks import ALL_TOKENS, WORD_BITS, num_words
 from jax_engine.logits_processors import LogitsProcessor, ProcessorState, argument_names
 from jax_engine.logprobs import RowLogprobs, row_logprobs
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 
-ALL_TOKENS = np.uint32(0xFFFFFFFF)
-WORD_BITS = 32
 ANY_TOKEN = -1  # in a bad word: in front of its first token
 NO_OUTPUT = -2  # in place of an output token that there is not yet
 
@@ -216,11 +215,6 @@ def _of_slots(column: Array, rows: FullRows, neutral: object) -> Array:
     """What lies in the rows' slots, or what asks for nothing where a slot is not in force."""
     controlled = rows.controlled.reshape(-1, *[1] * (column.ndim - 1))
     return jnp.where(controlled, column.at[rows.slots].get(mode="clip"), jnp.asarray(neutral, column.dtype))
-
-
-def num_words(vocab_size: int) -> int:
-    """Words of a bitmask over the vocabulary."""
-    return -(-vocab_size // WORD_BITS)
 
 
 def unpack_bits(words: UInt[Array, "B W"], vocab_size: int) -> Bool[Array, "B V"]:

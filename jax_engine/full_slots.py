@@ -1,6 +1,6 @@
 """The host's side of the FULL sampling mode: writes the slots' state, and makes each step's inputs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import jax
@@ -8,16 +8,8 @@ import numpy as np
 from jaxtyping import Array, Int
 from numpy.typing import NDArray
 
-from jax_engine.full_sampling import (
-    ALL_TOKENS,
-    ANY_TOKEN,
-    NO_OUTPUT,
-    WORD_BITS,
-    Ask,
-    FullInputs,
-    FullState,
-    num_words,
-)
+from jax_engine.bitmasks import all_tokens, pack_bits
+from jax_engine.full_sampling import ANY_TOKEN, NO_OUTPUT, Ask, FullInputs, FullState
 from jax_engine.logits_processors import LogitsProcessor, argument_defaults
 from jax_engine.logprob_results import asks_logprobs, prompt_targets
 from jax_engine.messages import NO_CONTROLS, TokenControls
@@ -149,15 +141,3 @@ def slot_row(
         "arguments": np.asarray(arguments, np.float32),
     }
     return FullState(**cast(dict[str, Array], row))
-
-
-def all_tokens(num_rows: int, vocab_size: int) -> NDArray[np.uint32]:
-    """Bitmasks with every bit set."""
-    return np.full((num_rows, num_words(vocab_size)), ALL_TOKENS)
-
-
-def pack_bits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.uint32]:
-    """The bitmask with the bits of these tokens set."""
-    bits = np.zeros(num_words(vocab_size) * WORD_BITS, np.uint8)
-    bits[list(tokens)] = 1
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)

@@ -17,7 +17,8 @@ from collections import OrderedDict
 import msgspec
 import numpy as np
 
-from jax_engine.grammars import WORD_BITS, error_of, grammar_text, ids_of, make_mask, new_matcher
+from jax_engine.bitmasks import ids_of
+from jax_engine.grammars import error_of, grammar_text, make_mask, new_matcher
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
 
@@ -128,10 +129,9 @@ def check(form: bytes, vocabulary: Vocabulary, special_tokens: frozenset[str]) -
         matcher = new_matcher(grammar, vocabulary)
     except (ValueError, RecursionError) as error:
         return Checked(error=str(error) or type(error).__name__)
-    num_words = -(-vocabulary.size // WORD_BITS)
     for count in range(NUM_TRIED_TOKENS):
         start = time.thread_time()
-        mask = make_mask(matcher, num_words)
+        mask = make_mask(matcher, vocabulary.size)
         seconds = time.thread_time() - start
         if reason := error_of(matcher):
             return Checked(error=reason if count else f"no output meets it, or it is too complex ({reason})")

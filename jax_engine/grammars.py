@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jax_engine.bitmasks import num_words
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-WORD_BITS = 32
 # Between the parts of JSON unless a request says otherwise: indentation has room. Without a bound, small models go on
 # with blanks until their tokens are spent.
 WHITESPACE = r"[ \t\r\n]{1,20}"
@@ -69,9 +69,9 @@ def new_matcher(grammar: str, vocabulary: Vocabulary) -> "LLMatcher":
     return matcher
 
 
-def make_mask(matcher: "LLMatcher", num_words: int) -> NDArray[np.uint32]:
-    """The bitmask of the tokens that may come next, of the vocabulary's length: bit v % 32 of word v // 32."""
-    mask = np.zeros(num_words, np.uint32)
+def make_mask(matcher: "LLMatcher", vocab_size: int) -> NDArray[np.uint32]:
+    """The bitmask of the tokens that may come next: [words]."""
+    mask = np.zeros(num_words(vocab_size), np.uint32)
     matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
     return mask
 
@@ -87,11 +87,6 @@ def llguidance_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
 def error_of(matcher: "LLMatcher") -> str:
     """Why a matcher cannot go on, in one line; empty when it can."""
     return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARACTERS]
-
-
-def ids_of(mask: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The tokens whose bits are set, in ascending order."""
-    return np.flatnonzero(np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little"))
 
 
 def _lark(grammar: str) -> str:

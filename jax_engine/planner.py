@@ -22,10 +22,11 @@ from jax_engine.step_program import Program
 logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
-MAX_PROGRAMS = 26  # step programs of all sizes and sampling modes: what a start compiles
-MAX_FULL_PROGRAMS = 8  # in the FULL mode, which few requests need
+# Step programs of all sizes: at most 40 in all, since loops and drafts exclude each other.
+MAX_PROGRAMS = 26  # in the modes that most requests need
+MAX_FULL_PROGRAMS = 6  # in the FULL mode, which few do
 FULL_SIZE_STEP = 4  # its step sizes grow by this factor
-MAX_LOOP_PROGRAMS = 14  # beside them, where decodes loop on the device
+MAX_LOOP_PROGRAMS = 8  # beside them, where decodes loop on the device
 MAX_DRAFT_PROGRAMS = 8  # beside them, for steps with drafted tokens
 SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
@@ -180,18 +181,15 @@ def step_programs(
 
 def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
     """Step programs for ranges with up to `num_drafts` drafted tokens: those of one sequence, and from there on powers
-    of two times as many rows, as far as `MAX_DRAFT_PROGRAMS` allow, up to the token budget; in the FULL mode the first
+    of two times as many rows up to the token budget, as far as `MAX_DRAFT_PROGRAMS` allow; in the FULL mode the first
     and the last of them.
     """
-    most, factor = max_num_seqs * (1 + num_drafts), 2
-    while (1 + num_drafts) * factor ** (MAX_DRAFT_PROGRAMS - 2) < min(most, token_budget):
-        factor *= 2
-    sizes, size = {token_budget}, 1 + num_drafts
-    while size < token_budget:
-        sizes.add(size)
-        size *= factor
-    kinds = [(size, LOOPING_MODES[-1]) for size in sorted(sizes)]
-    kinds += [(size, SamplingMode.FULL) for size in sorted({min(sizes), max(sizes)})]
+    most, smallest = max_num_seqs * (1 + num_drafts), min(1 + num_drafts, token_budget)
+    ends = tuple(sorted({smallest, token_budget}))
+    ladder = sorted({*(smallest * 2**power for power in range((token_budget // smallest).bit_length())), token_budget})
+    while len(ladder) > MAX_DRAFT_PROGRAMS - len(ends):
+        _thin(ladder, ends)
+    kinds = [*((size, LOOPING_MODES[-1]) for size in ladder), *((size, SamplingMode.FULL) for size in ends)]
     return tuple(
         Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds
     )

@@ -20,9 +20,10 @@ from jax_engine import (
     constraints,
     grammar_checker,
 )
+from jax_engine.bitmasks import ids_of
 from jax_engine.constraints import GrammarConstraint
 from jax_engine.grammar_checker import GrammarChecker
-from jax_engine.grammars import ids_of, new_matcher
+from jax_engine.grammars import new_matcher
 from jax_engine.messages import StructuredRequest, Vocabulary
 from jax_engine.model_files import resolve_model_path
 from jax_engine.request import Request

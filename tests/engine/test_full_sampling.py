@@ -11,9 +11,9 @@ import pytest
 from sampling_reference import controlled_logits, distribution, drawn_tokens, uniform
 from tiny_engine import TINY, VOCAB_SIZE, core_request, placed_model, run_requests
 
+from jax_engine.bitmasks import pack_bits
 from jax_engine.core_client import InProcessCore
 from jax_engine.full_sampling import unpack_bits
-from jax_engine.full_slots import pack_bits
 from jax_engine.loader import load_leaves
 from jax_engine.messages import NO_CONTROLS, CoreRequest, TokenControls
 from jax_engine.models.kv_pages import SequenceTable

@@ -14,6 +14,7 @@ from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.qwen3 import Qwen3ForCausalLM
 from jax_engine.planner import (
     CacheGeometry,
+    draft_programs,
     largest_padding,
     memory_for_pages,
     plan_memory,
@@ -40,7 +41,7 @@ MIB = 2**20
 def test_every_step_the_scheduler_may_plan_fits_one_of_few_programs(max_num_seqs, extra):
     budget = max_num_seqs + extra
     programs = step_programs(max_num_seqs, budget)
-    assert len(programs) == len(set(programs)) <= 26 + 8
+    assert len(programs) == len(set(programs)) <= 26 + 6
     assert max(programs).bucket.holds(budget, max_num_seqs)
     for num_tokens in {1, max_num_seqs, budget, (1 + budget) // 2}:
         num_sequences = min(num_tokens, max_num_seqs)
@@ -93,6 +94,17 @@ def test_a_prompt_alone_is_not_cut_to_a_step_program():
     scheduler = Scheduler(limits(step_sizes=(1, 8, 16)))
     scheduler.add(asked("prompt", 9, 30))
     assert ranges(scheduler.schedule()) == [("prompt", 0, 9)]
+
+
+@given(max_num_seqs=st.integers(1, 4096), extra=st.integers(0, 2**20), num_drafts=st.integers(1, 32))
+def test_every_step_with_drafts_fits_one_of_few_programs(max_num_seqs, extra, num_drafts):
+    budget = max_num_seqs + extra
+    programs = draft_programs(max_num_seqs, budget, num_drafts)
+    assert len(programs) == len(set(programs)) <= 8
+    for mode in (SamplingMode.SAMPLE, SamplingMode.FULL):
+        rows = max(program.draft_rows for program in programs if program.mode is mode)
+        assert rows >= min(budget, max_num_seqs * (1 + num_drafts))
+        assert any(program.bucket.holds(budget, max_num_seqs) for program in programs if program.mode is mode)
 
 
 def test_steps_in_blocks_of_rows_have_one_program():
