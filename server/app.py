@@ -48,10 +48,11 @@ def routing_error(app: FastAPI) -> Callable[[Request, Any], Awaitable[Response]]
         method, path = request.method, request.url.path
         if error.status_code == 405:
             message = f"{path} does not take {method}; it takes {(error.headers or {}).get('Allow', 'another method')}"
-            return ApiError(405, message, code="method_not_allowed", headers=error.headers).response()
+            return ApiError(405, message, code="method_not_allowed", headers=error.headers).response(path)
         near = difflib.get_close_matches(path, app.openapi()["paths"], n=1)
         hint = f"; did you mean {near[0]}?" if near else "; /docs lists what there is"
-        return ApiError(error.status_code, f"no such route: {method} {path}{hint}", code="route_not_found").response()
+        message = f"no such route: {method} {path}{hint}"
+        return ApiError(error.status_code, message, code="route_not_found").response(path)
 
     return respond
 

@@ -1,4 +1,4 @@
-"""OpenAI's error object, the only shape in which this server reports an error."""
+"""OpenAI's error object, in which this server reports an error, and Anthropic's, in which its own routes do."""
 
 import re
 from collections.abc import Mapping
@@ -9,6 +9,17 @@ from starlette.responses import Response
 
 # How a ValueError's message begins when it speaks of one field: "temperature=-1 must be", "messages[0].content has".
 _LEADING_FIELD = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*)(?:=| has | holds | is empty)")
+
+# Where Anthropic's clients call, and what their errors are called by status.
+ANTHROPIC_PATH = "/v1/messages"
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(Exception):
@@ -38,9 +49,20 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        content = msgspec.json.encode(self.body())
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same as Anthropic's clients expect it."""
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> Response:
+        """The whole response, in the shape that belongs to the request's path."""
+        content = msgspec.json.encode(self.anthropic_body() if is_anthropic(path) else self.body())
         return Response(content, self.status, headers=self.headers, media_type="application/json")
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether it is Anthropic's clients who call that path."""
+    return path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
 
 
 def bad_request(error: ValueError, *, prefix: str = "") -> ApiError:

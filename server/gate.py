@@ -7,7 +7,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jax_engine.server.errors import ApiError
+from jax_engine.server.errors import ApiError, is_anthropic
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
 from jax_engine.server.tracking import RequestRecord
 
@@ -35,6 +35,8 @@ class Gate:
         request_id = request_id_of(headers.get(b"x-request-id"))
         record = RequestRecord(request_id)
         scope.setdefault("state", {})["record"] = record
+        # Anthropic's clients read it under a name of their own.
+        id_headers = (b"x-request-id", b"request-id") if is_anthropic(scope["path"]) else (b"x-request-id",)
         status: int | None = None
         complete = False
 
@@ -42,7 +44,7 @@ class Gate:
             nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in id_headers)]
             else:
                 complete = not message.get("more_body", False)
             await send(message)
@@ -52,7 +54,7 @@ class Gate:
             await self._app(scope, receive, send_with_id)
         except ApiError as error:
             record.note = error.code
-            await error.response()(scope, receive, send_with_id)
+            await error.response(scope["path"])(scope, receive, send_with_id)
         except ClientGoneError:
             record.note = "the client left"
         except ShuttingDownError:
@@ -76,10 +78,12 @@ class Gate:
         if not self._api_keys or path in OPEN_PATHS:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        bearer = given.strip() if scheme.lower() == b"bearer" else b""
         # Every key is compared, each in constant time, so that the time taken tells nothing about any of them.
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._api_keys]
-        if scheme.lower() != b"bearer" or not any(matches):
-            message = "no valid API key; send it in the header 'Authorization: Bearer KEY'"
+        sent = (bearer, headers.get(b"x-api-key", b""))
+        matches = [hmac.compare_digest(given, key) for key in self._api_keys for given in sent]
+        if not any(matches):
+            message = "no valid API key; send it in the header 'Authorization: Bearer KEY', or in 'x-api-key: KEY'"
             headers_out = {"www-authenticate": "Bearer"}
             raise ApiError(401, message, code="invalid_api_key", headers=headers_out)
 
@@ -89,7 +93,7 @@ class Gate:
         """Answer with `error`; once a response has begun, leave it incomplete, which closes the connection."""
         record.note = record.note or error.code
         if status is None:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
 
 
 def request_id_of(given: bytes | None) -> str:

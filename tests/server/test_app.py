@@ -70,8 +70,26 @@ async def test_api_key_guards_all_but_probes_and_metrics():
         assert (await http.post("/reset_prefix_cache")).status_code == 401
         for key in ("first-key", "second-key"):
             assert (await http.get("/openapi.json", headers={"authorization": f"Bearer {key}"})).status_code == 200
+            assert (await http.get("/openapi.json", headers={"x-api-key": key})).status_code == 200
+        for key in ("wrong", "", "Bearer first-key"):
+            assert (await http.get("/v1/models", headers={"x-api-key": key})).status_code == 401
         for header in ("Bearer wrong", "Bearer ", "Basic first-key", "first-key", "Bearer first-key second-key"):
             assert (await http.get("/v1/models", headers={"authorization": header})).status_code == 401
+
+
+async def test_anthropics_clients_get_errors_in_their_own_shape():
+    async with client(service(api_keys=("key",))) as http:
+        refused = await http.post("/v1/messages/count_tokens", headers={"x-request-id": "mine"})
+        absent = await http.get("/v1/messages/batches", headers={"x-api-key": "key"})
+        other = await http.get("/v1/messages-of-ours", headers={"x-api-key": "key"})
+    assert refused.status_code == 401
+    assert refused.json()["type"] == "error"
+    assert refused.json()["error"].keys() == {"type", "message"}
+    assert refused.json()["error"]["type"] == "authentication_error"
+    assert refused.headers["request-id"] == refused.headers["x-request-id"] == "mine"
+    assert (absent.status_code, absent.json()["error"]["type"]) == (404, "not_found_error")
+    assert "request-id" not in other.headers
+    assert error_of(other)["code"] == "route_not_found"
 
 
 async def test_a_key_never_appears_in_the_log(caplog):
