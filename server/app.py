@@ -21,6 +21,7 @@ from jax_engine.server.plain_routes import plain_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
 from jax_engine.server.schemas import add_components
 from jax_engine.server.service import Service
+from jax_engine.server.tokenizer_routes import DetokenizeRequest, TokenizeRequest, tokenizer_router
 
 
 def build_app(service: Service) -> FastAPI:
@@ -35,6 +36,7 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
     for router in (openai_router(service), lora_router(service), plain_router(service), operations_router(service)):
         app.include_router(router)
+    app.include_router(tokenizer_router(service))
     app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)
     app.add_exception_handler(HTTPException, routing_error(app))
     app.openapi = openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
@@ -65,6 +67,7 @@ def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             kinds = (CompletionRequest, ChatCompletionRequest, PlainRequest)
             add_components(app.openapi_schema, (*kinds, LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest))
+            add_components(app.openapi_schema, (TokenizeRequest, DetokenizeRequest))
         return app.openapi_schema
 
     return document

@@ -77,6 +77,7 @@ HTTP_FLAGS = (
         "let clients load LoRA adapters from this machine's folders, and unload them; by default not",
         type=bool,
     ),
+    Flag("enable_tokenizer_info_endpoint", "answer GET /tokenizer_info; by default it does not", type=bool),
 )
 SAMPLING_FLAGS = (
     Flag("n", "answers for each prompt", type=int, metavar="N"),

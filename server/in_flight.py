@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
+from jax_engine.server.cells import Cells
+
 
 class ClientGoneError(Exception):
     """The client closed its connection; nobody is there to answer."""
@@ -18,9 +20,16 @@ class ShuttingDownError(Exception):
 class InFlight:
     """The tasks that wait for the engine. Mutable; owned by the `Service`."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Cells) -> None:
+        """How many there are is counted in `load`, which has room for one number."""
+        self._load = load
         self._tasks: set[asyncio.Task[object]] = set()
         self._stopped = False
+
+    @property
+    def num_in_all(self) -> int:
+        """How many all front ends are answering."""
+        return int(self._load.total(0))
 
     def stop(self) -> None:
         """End all of them now, and each that comes later at once."""
@@ -51,6 +60,7 @@ class InFlight:
 
         watcher = asyncio.create_task(watch())
         self._tasks.add(task)
+        self._load.own[0] += 1
         try:
             yield
         except asyncio.CancelledError:
@@ -60,4 +70,5 @@ class InFlight:
             raise (ClientGoneError if gone else ShuttingDownError) from None
         finally:
             self._tasks.discard(task)
+            self._load.own[0] -= 1
             watcher.cancel()

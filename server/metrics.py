@@ -52,6 +52,7 @@ class Metrics(Collector):
         self.request_params_max_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
         self.request_params_n = Histogram(COMPLETIONS_BOUNDS, memory)
         self.stats = EngineStats()  # replaced by the latest snapshot before each rendering
+        self.server_load = memory.take(1)  # requests that are being answered
         self._finished = memory.take(len(FINISH_REASONS))
         self._processes = ProcessFigures(memory)
         self._labels = (model_name, "0")

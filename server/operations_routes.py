@@ -1,4 +1,4 @@
-"""GET /health, /ping, /version and /metrics, for probes, routers and scrapers; POST /reset_prefix_cache."""
+"""GET /health, /ping, /version, /load and /metrics, for probes, routers and scrapers; POST /reset_prefix_cache."""
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -33,6 +33,11 @@ def operations_router(service: Service) -> APIRouter:
     async def version() -> Response:
         """This server's version."""
         return json_response({"version": jax_engine.__version__})
+
+    @router.get("/load")
+    async def load() -> Response:
+        """How many requests are being answered, by all front ends: `{"server_load": 0}`."""
+        return json_response({"server_load": service.in_flight.num_in_all})
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -27,6 +27,7 @@ class ServerSettings:
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT  # seconds that requests in flight have after SIGTERM
     log_requests: bool = True
     allow_runtime_lora_updating: bool = False  # clients may load adapters from folders of this machine, and unload them
+    enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info shows the tokenizer's configuration
     api_server_count: int = 1  # processes that answer HTTP, all before one engine core
 
     def __post_init__(self) -> None:
