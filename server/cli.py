@@ -1,4 +1,4 @@
-"""The `jax-engine` command: serve, generate, chat. Parsing needs neither JAX nor transformers nor FastAPI."""
+"""The `jax-engine` command: serve, generate, chat, run-batch. Parsing needs no JAX, transformers or FastAPI."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from jax_engine.config import EngineConfig
 from jax_engine.server.cli_flags import (
@@ -29,6 +30,7 @@ examples:
   jax-engine serve Qwen/Qwen3-0.6B --max-model-len 8K   a model of the Hugging Face hub
   jax-engine generate --chat "What is 17 + 25?"         one answer, no server
   jax-engine chat                                       talk to it in the terminal
+  jax-engine run-batch -i in.jsonl -o out.jsonl         a file of requests in OpenAI's batch format
 
 jax-engine COMMAND --help explains a command's options.
 """
@@ -66,6 +68,18 @@ in the chat:
   /help    show this                    Ctrl-C            stop an answer
 """
 
+RUN_BATCH_EPILOG = """\
+examples:
+  jax-engine run-batch -i in.jsonl -o out.jsonl --model ./my-model --summary summary.json
+
+a line of the input, and of the output, which has them in the order in which they were answered:
+  {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...]}}
+  {"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200, ...}, "error": null}
+
+A line that cannot be answered has its error there, and the others go on. Run again, whatever ended it, it keeps the
+results that are in the output and answers the rest. Exit code 0: every line has a result.
+"""
+
 HTTP_FLAGS = (
     Flag("host", "address to listen on; 127.0.0.1 for this machine alone", metavar="ADDRESS"),
     Flag("port", "port to listen on; 0 takes a free one", type=int, metavar="PORT"),
@@ -98,7 +112,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"jax-engine {metadata.version('jax-engine')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    adders = {"serve": add_serve, "generate": add_generate, "chat": add_chat}
+    adders = {"serve": add_serve, "generate": add_generate, "chat": add_chat, "run-batch": add_run_batch}
     return parser, {name: add(commands) for name, add in adders.items()}
 
 
@@ -119,15 +133,44 @@ def add_serve(commands: "argparse._SubParsersAction[Parser]") -> Parser:
     http.add_argument(
         "--api-key", action="append", metavar="KEY", help="ask clients for this key; repeat it for several keys"
     )
-    http.add_argument(
+    add_answer_options(http)
+    http.add_argument("--log-level", choices=LEVELS, default="info", help="how much to log (default: info)")
+    http.add_argument("--disable-log-requests", action="store_true", help="no line in the log for each request")
+    add_engine_flags(parser)
+    return parser
+
+
+def add_answer_options(group: argparse._ArgumentGroup) -> None:
+    """What decides how requests are answered, wherever they come from."""
+    group.add_argument(
         "--served-model-name",
         nargs="+",
         metavar="NAME",
         help="names that clients may use for the model; its own name if left out. Write MODEL before this option",
     )
-    http.add_argument("--chat-template", metavar="FILE", help="Jinja chat template instead of the tokenizer's own")
-    http.add_argument("--log-level", choices=LEVELS, default="info", help="how much to log (default: info)")
-    http.add_argument("--disable-log-requests", action="store_true", help="no line in the log for each request")
+    group.add_argument("--chat-template", metavar="FILE", help="Jinja chat template instead of the tokenizer's own")
+
+
+def add_run_batch(commands: "argparse._SubParsersAction[Parser]") -> Parser:
+    text = "Answer a file of requests in OpenAI's batch format, without a server."
+    parser = commands.add_parser(
+        "run-batch",
+        usage="jax-engine run-batch -i FILE -o FILE [options]",
+        help="answer a file of requests",
+        description=text,
+        epilog=RUN_BATCH_EPILOG,
+    )
+    parser.add_argument("-i", "--input-file", required=True, type=Path, metavar="FILE", help="requests, one a line")
+    parser.add_argument("-o", "--output-file", required=True, type=Path, metavar="FILE", help="results, one a line")
+    parser.add_argument("--model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the printed figures there too, as JSON")
+    parser.add_argument(
+        "--max-concurrency",
+        type=count,
+        metavar="N",
+        help="requests in hand at once; twice --max-num-seqs if left out",
+    )
+    add_answer_options(parser.add_argument_group("answers"))
     add_engine_flags(parser)
     return parser
 
@@ -186,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return {"serve": run_serve, "generate": run_generate, "chat": run_chat}[options.command](options)
+        run = {"serve": run_serve, "generate": run_generate, "chat": run_chat, "run-batch": run_run_batch}
+        return run[options.command](options)
     except ValueError as error:
         fields = [*EngineConfig.__dataclass_fields__, *ServerSettings.__dataclass_fields__]
         chosen.error(as_flags(str(error), fields))
@@ -200,9 +244,8 @@ def run_serve(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in names}
     settings = ServerSettings(
         **given,
+        **answer_settings(options, config),
         api_keys=tuple(options.api_key or ()),
-        served_model_names=tuple(options.served_model_name or (config.model or BUILT_IN_MODEL_NAME,)),
-        chat_template=read_template(options.chat_template),
         log_requests=not options.disable_log_requests,
     )
     set_up_logging(options.log_level)
@@ -217,6 +260,30 @@ def run_serve(options: argparse.Namespace) -> int:
     from jax_engine.server.serve import serve
 
     return serve(config, settings, listening[0])
+
+
+def answer_settings(options: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    """The fields of `ServerSettings` that decide how requests are answered."""
+    return {
+        "served_model_names": tuple(options.served_model_name or (config.model or BUILT_IN_MODEL_NAME,)),
+        "chat_template": read_template(options.chat_template),
+    }
+
+
+def run_run_batch(options: argparse.Namespace) -> int:
+    config = engine_config(options)
+    settings = ServerSettings(**answer_settings(options, config), log_requests=False)
+    set_up_logging("warning")
+    from jax_engine.server.cli_run_batch import run_batch
+
+    return run_batch(
+        config,
+        settings,
+        options.input_file,
+        options.output_file,
+        summary_file=options.summary,
+        max_concurrency=options.max_concurrency,
+    )
 
 
 def read_template(path: str | None) -> str | None:
