@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_engine.full_sampling import Ask, FullRows, FullState, num_words, sample_full
+from jax_engine.bitmasks import num_words
+from jax_engine.full_sampling import Ask, FullRows, FullState, sample_full
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 
 SETTINGS: dict[str, dict[str, Any]] = {
