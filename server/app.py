@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import jax_engine
+from jax_engine.server.chat_routes import chat_router
 from jax_engine.server.errors import ApiError
 from jax_engine.server.gate import Gate
 from jax_engine.server.lora_routes import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest, lora_router
@@ -34,9 +35,9 @@ def build_app(service: Service) -> FastAPI:
         await service.end()
 
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
-    for router in (openai_router(service), lora_router(service), plain_router(service), operations_router(service)):
-        app.include_router(router)
-    app.include_router(tokenizer_router(service))
+    routers = (openai_router, chat_router, lora_router, plain_router, operations_router, tokenizer_router)
+    for router in routers:
+        app.include_router(router(service))
     app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)
     app.add_exception_handler(HTTPException, routing_error(app))
     app.openapi = openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it

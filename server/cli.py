@@ -20,6 +20,7 @@ from jax_engine.server.cli_flags import (
     engine_config,
 )
 from jax_engine.server.logs import LEVELS, set_up_logging
+from jax_engine.server.parsers.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 from jax_engine.server.settings import BUILT_IN_MODEL_NAME, ServerSettings
 
 MODEL_HELP = "a folder, a Hugging Face name, or nothing for the small built-in demo model"
@@ -86,6 +87,17 @@ HTTP_FLAGS = (
     Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
     Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
+    Flag(
+        "tool_call_parser",
+        "how the model writes tool calls; auto: as its chat template shows; none: calls stay text",
+        choices=(AUTO, NONE, *TOOL_PARSERS),
+    ),
+    Flag("enable_auto_tool_choice", "let the model choose whether to call a tool; by default it may", type=bool),
+    Flag(
+        "reasoning_parser",
+        "how the model writes what it thinks before it answers; auto: as its chat template shows; none: it stays text",
+        choices=(AUTO, NONE, *REASONING_PARSERS),
+    ),
     Flag(
         "allow_runtime_lora_updating",
         "let clients load LoRA adapters from this machine's folders, and unload them; by default not",

@@ -6,7 +6,7 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,11 +17,16 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import RequestFailedError
 from jax_engine.outputs import RequestOutput
+from jax_engine.processor import TextPrompt
 from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.server.chat_format import chat_format
+from jax_engine.server.message_parts import ContentDelta, ReasoningDelta
+from jax_engine.server.settings import ServerSettings
 
 Messages = list[dict[str, str]]
-Answer = Generator[str, None, None]
+Piece = ReasoningDelta | ContentDelta
+Answer = Generator[Piece, None, None]
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops an answer"
 CONNECT_SECONDS = 600.0
 
@@ -45,16 +50,20 @@ class LocalPartner:
         defaults = self._engine.get_default_sampling_params()
         settings: dict[str, Any] = {"max_tokens": None, **given, "output_kind": RequestOutputKind.DELTA}
         self._params: SamplingParams = replace(defaults, **settings)
+        self._format = chat_format(ServerSettings(), self._engine.tokenizer)
 
     def answer(self, messages: Messages) -> Answer:
         try:
-            stream = self._runner.run(self._begin(messages))
+            prompt = self._engine.render_chat(messages)
+            parser = self._format.message_format(prompt["prompt"]).parser()
+            stream = self._runner.run(self._begin(prompt))
             try:
                 finished = False
                 while not finished:
                     output = self._runner.run(_next_output(stream))
-                    yield output.outputs[0].text
-                    finished = output.finished
+                    finished, text = output.finished, output.outputs[0].text
+                    parts = parser.finish(text) if finished else parser.feed(text)
+                    yield from (part for part in parts if isinstance(part, Piece))
             finally:
                 stream.abort()
         except (EngineDeadError, RequestFailedError) as error:
@@ -64,8 +73,8 @@ class LocalPartner:
         self._runner.run(self._engine.shutdown())
         self._runner.close()
 
-    async def _begin(self, messages: Messages) -> RequestStream:
-        return await self._engine.add_request(uuid.uuid4().hex, self._engine.render_chat(messages), self._params)
+    async def _begin(self, prompt: TextPrompt) -> RequestStream:
+        return await self._engine.add_request(uuid.uuid4().hex, prompt, self._params)
 
 
 async def _next_output(stream: RequestStream) -> RequestOutput:
@@ -90,7 +99,7 @@ class RemotePartner:
             with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as response:
                 for line in response:
                     if line.startswith(b"data: {"):
-                        yield _piece(msgspec.json.decode(line[len(b"data: ") :]))
+                        yield from _pieces(msgspec.json.decode(line[len(b"data: ") :]))
         except urllib.error.HTTPError as error:
             raise ValueError(f"{self._url} answered {error.code}: {_error_message(error.read())}") from error
         except (OSError, http.client.HTTPException) as error:
@@ -100,10 +109,15 @@ class RemotePartner:
         """Nothing is kept open between answers."""
 
 
-def _piece(chunk: dict[str, Any]) -> str:
+def _pieces(chunk: dict[str, Any]) -> Iterator[Piece]:
     if "error" in chunk:
         raise ValueError(chunk["error"]["message"])
-    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    for choice in chunk["choices"]:
+        delta = choice["delta"]
+        if reasoning := delta.get("reasoning") or delta.get("reasoning_content"):
+            yield ReasoningDelta(reasoning)
+        if content := delta.get("content"):
+            yield ContentDelta(content)
 
 
 def _error_message(body: bytes) -> str:
@@ -158,13 +172,21 @@ def converse(partner: Partner, opening: Messages) -> None:
 
 
 def exchange(partner: Partner, messages: Messages) -> Messages:
-    """Print the answer to the last message; returns the conversation with it, or without that message if it failed."""
+    """Print the answer to the last message; returns the conversation with it, or without that message if it failed.
+
+    What was thought before it is printed, and does not stay in the conversation.
+    """
     pieces: list[str] = []
     answer = partner.answer(messages)
+    thinks = False
     try:
         for piece in answer:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+            if thinks != isinstance(piece, ReasoningDelta):
+                print("\n</think>" if thinks else "<think>")
+                thinks = not thinks
+            if isinstance(piece, ContentDelta):
+                pieces.append(piece.text)
+            print(piece.text, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except ValueError as error:

@@ -101,36 +101,6 @@ class CompletionFrames(OpenAIFrames):
         )
 
 
-class ChatFrames(OpenAIFrames):
-    """Chunks of POST /v1/chat/completions: the role, then content, then the reason why it ended."""
-
-    def __init__(self, *, response_id: str, model: str, include_usage: bool) -> None:
-        super().__init__("chat.completion.chunk", response_id=response_id, model=model, include_usage=include_usage)
-        self._after_content = b'},"logprobs":null,"finish_reason":null}' + self._after_choices
-
-    def start(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        if logprobs is not None:
-            choice = {"index": index, "delta": {"content": text}, "logprobs": logprobs}
-            return self._choice({**choice, "finish_reason": None})
-        return b'%b{"index":%d,"delta":{"content":%b%b' % (
-            self._before_choices,
-            index,
-            encode_json(text),
-            self._after_content,
-        )
-
-    def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
-    ) -> bytes:
-        last = self.delta(index, text, logprobs) if text or logprobs is not None else b""
-        choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason}
-        return last + self._choice({**choice, "stop_reason": stop_reason})
-
-
 class LineFrames(Frames):
     """One JSON object a line, for POST /generate_stream."""
 

@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions, GET /v1/models."""
+"""POST /v1/completions, GET /v1/models."""
 
 import time
 from typing import Any
@@ -8,10 +8,9 @@ from starlette.responses import Response
 
 from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestOutput
-from jax_engine.server.answers import ChatAnswers, CompletionAnswers
+from jax_engine.server.answers import CompletionAnswers
 from jax_engine.server.body import read_body
-from jax_engine.server.errors import bad_request
-from jax_engine.server.frames import ChatFrames, CompletionFrames, encode_json
+from jax_engine.server.frames import CompletionFrames, encode_json
 from jax_engine.server.generation import GenerationStream, generation
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest
 from jax_engine.server.schemas import body_schema
@@ -25,7 +24,7 @@ def json_response(content: Any) -> Response:
 
 
 def openai_router(service: Service) -> APIRouter:
-    """The routes that OpenAI's clients call."""
+    """The routes that OpenAI's clients call, but for chats."""
     router = APIRouter(tags=["OpenAI"])
     limit = service.settings.max_request_body_bytes
 
@@ -34,12 +33,6 @@ def openai_router(service: Service) -> APIRouter:
         """Continue one prompt or several."""
         asked = CompletionRequest.from_body(await read_body(request, limit=limit))
         return await answer_completion(service, request, asked)
-
-    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
-    async def chat_completions(request: Request) -> Response:
-        """Answer a conversation."""
-        asked = ChatCompletionRequest.from_body(await read_body(request, limit=limit))
-        return await answer_chat(service, request, asked)
 
     @router.get("/v1/models")
     async def models() -> Response:
@@ -95,53 +88,6 @@ async def answer_completion(service: Service, request: Request, asked: Completio
             "model": model,
             "choices": choices,
             "usage": record.usage(),
-        }
-    )
-
-
-async def answer_chat(service: Service, request: Request, asked: ChatCompletionRequest) -> Response:
-    """The response to a checked body of /v1/chat/completions."""
-    record: RequestRecord = request.state.record
-    record.adapter = service.adapter_of(asked.model)
-    engine = service.engine()
-    params = asked.sampling_params(engine.get_default_sampling_params())
-    answers, beams = ChatAnswers(engine.token_texts, params), asked.beam_search_params(params)
-    template = service.settings.chat_template
-    try:
-        prompt = engine.render_chat(asked.conversation(), chat_template=template, **asked.template_arguments())
-    except ValueError as error:
-        raise bad_request(error) from None
-    if asked.add_special_tokens is not None:
-        prompt["add_special_tokens"] = asked.add_special_tokens
-    if asked.cache_salt is not None:
-        prompt["cache_salt"] = asked.cache_salt
-    priority = asked.priority or 0
-    response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
-    if asked.stream:
-        frames = ChatFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(service, record, [prompt], params, frames, answers, priority=priority)
-    async with generation(
-        service, record, [prompt], params, request.receive, priority=priority, beams=beams
-    ) as running:
-        (output,) = await running.results()
-    choices = [
-        {
-            "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": answers.logprobs(completion.index, output, completion),
-            **ending(completion),
-        }
-        for completion in output.outputs
-    ]
-    return json_response(
-        {
-            "id": response_id,
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": choices,
-            "usage": record.usage(),
-            **of_prompt(asked, output),
         }
     )
 

@@ -26,7 +26,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "parallel_tool_calls": (True,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
@@ -279,6 +278,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None  # false: one call at most
+    include_reasoning: bool | None = None  # false: what the model thinks is not shown
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -286,7 +287,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     logprobs: bool | None = None  # a switch here, the number being top_logprobs
     top_logprobs: int | None = None
     echo: Any = None
-    parallel_tool_calls: Any = None
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
@@ -320,11 +320,15 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         given = {"max_tokens": self.max_completion_tokens, **self.given(), "logprobs": number}
         return sampling_params(base, given, stream=bool(self.stream))
 
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that may be called; ApiError 400 for one that is none."""
+        return checked_tools(self.tools) if self.tools and self.tool_choice != "none" else None
+
     def template_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `AsyncLLM.render_chat`, besides the messages."""
         generation_prompt = self.add_generation_prompt
         return {
-            "tools": checked_tools(self.tools) if self.tools and self.tool_choice != "none" else None,
+            "tools": self.offered_tools(),
             "add_generation_prompt": not self.continue_final_message
             if generation_prompt is None
             else generation_prompt,

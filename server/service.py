@@ -13,6 +13,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
 from jax_engine.lora_request import LoRARequest
 from jax_engine.server.cells import CellMemory
+from jax_engine.server.chat_format import ChatFormat, chat_format
 from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.in_flight import InFlight
 from jax_engine.server.metrics import Metrics
@@ -62,6 +63,7 @@ class Service:
         self.reason = "the engine is starting: the model loads and its step programs compile"
         self._on_failure = on_failure
         self._start_engine = start_engine or partial(AsyncLLM.start, engine_config)
+        self.chat_format = ChatFormat()  # the model's, once the engine is up
         self._engine: AsyncLLM | None = None
         self._starting: asyncio.Task[None] | None = None
 
@@ -128,6 +130,7 @@ class Service:
             # Neither the libraries nor the tokenizer are garbage to look for, for a tenth of a second, between tokens.
             gc.collect()
             gc.freeze()
+            self.chat_format = chat_format(self.settings, engine.tokenizer)
             self._engine, self.state = engine, State.READY
             info = engine.info
             logger.info(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jax_engine.sampling_params import integer, number
+from jax_engine.server.parsers.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 
 DEFAULT_PORT = 8000
 DEFAULT_MAX_REQUEST_BODY_BYTES = 16 * 2**20
@@ -23,6 +24,9 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()  # (): no key is asked for
     served_model_names: tuple[str, ...] = (BUILT_IN_MODEL_NAME,)  # the first one stands in responses and metrics
     chat_template: str | None = None  # Jinja source; None: the tokenizer's own
+    tool_call_parser: str = AUTO  # of TOOL_PARSERS; AUTO: as the chat template shows, NONE: calls stay text
+    enable_auto_tool_choice: bool = True  # the model may choose to call a tool
+    reasoning_parser: str = AUTO  # of REASONING_PARSERS, likewise
     max_request_body_bytes: int = DEFAULT_MAX_REQUEST_BODY_BYTES
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT  # seconds that requests in flight have after SIGTERM
     log_requests: bool = True
@@ -41,6 +45,9 @@ class ServerSettings:
         )
         number("shutdown_timeout", self.shutdown_timeout, low=0, high=86400, remedy="seconds; 0 ends at once")
         integer("api_server_count", self.api_server_count, low=1, high=64, remedy="1 is the default; each takes a core")
+        for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
+            if (value := getattr(self, name)) not in (AUTO, NONE, *known):
+                raise ValueError(f"{name}={value!r} is not known; it must be one of {', '.join((AUTO, NONE, *known))}")
         if not all(self.api_keys):
             raise ValueError("api_key has an empty entry; give a key or leave the option out")
         if not self.served_model_names or not all(self.served_model_names):

@@ -16,7 +16,7 @@ def test_a_chat_has_them_token_by_token(server):
     content = choice.logprobs.content
     assert len(content) == answer.usage.completion_tokens
     shown = bytes(byte for entry in content for byte in entry.bytes).decode()
-    assert shown.startswith(choice.message.content)
+    assert shown.startswith("<think>\n" + choice.message.reasoning_content), "also what is no part of the message"
     for entry in content:
         assert len(entry.top_logprobs) == 3
         assert entry.logprob == entry.top_logprobs[0].logprob, "greedy takes the likeliest"

@@ -35,7 +35,11 @@ def test_streamed_chat_is_the_same_answer_in_pieces(server):
     first, *middle, last = [chunk.choices[0] for chunk in chunks]
     assert first.delta.role == "assistant"
     assert all(choice.delta.role is None and choice.finish_reason is None for choice in middle)
-    assert "".join(choice.delta.content for choice in middle) == whole.choices[0].message.content
+    for name in ("content", "reasoning_content", "reasoning"):
+        streamed = "".join(getattr(choice.delta, name, None) or "" for choice in middle)
+        assert streamed == getattr(whole.choices[0].message, name), name
+    assert whole.choices[0].message.content == "17 + 25 = 42"
+    assert "<think>" not in whole.choices[0].message.reasoning_content
     assert (last.finish_reason, last.delta.content) == ("stop", None)
     assert usage_chunk.choices == []
     assert token_counts(usage_chunk) == token_counts(whole)
@@ -48,7 +52,8 @@ def test_what_changes_logits_acts_on_every_route(server):
 
     def answer(**controls):
         settings = {"model": "demo", "messages": QUESTION, "temperature": 0, "max_tokens": 6}
-        return server.client.chat.completions.create(**settings, **controls).choices[0].message.content
+        message = server.client.chat.completions.create(**settings, **controls).choices[0].message
+        return message.reasoning_content or message.content
 
     free = answer()
     first = free.split()[0]

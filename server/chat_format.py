@@ -1,0 +1,71 @@
+"""How the served model writes reasoning and tool calls: as the operator says, or as its chat template shows."""
+
+import logging
+from dataclasses import dataclass
+
+from jax_engine.server.message_parts import MessageFormat
+from jax_engine.server.parsers.names import (
+    AUTO,
+    NONE,
+    REASONING_PARSERS,
+    TOOL_PARSERS,
+    reasoning_parser_of,
+    tool_parser_of,
+)
+from jax_engine.server.parsers.reasoning import ReasoningFormat
+from jax_engine.server.parsers.tool_parser import ToolParser
+from jax_engine.server.protocol import ChatCompletionRequest
+from jax_engine.server.settings import ServerSettings
+from jax_engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """The served model's own forms; None for one that it has not, or that nobody knows of."""
+
+    reasoning: ReasoningFormat | None = None
+    tool_parser: type[ToolParser] | None = None
+    special_tokens: frozenset[str] = frozenset()  # what is left out of a text with skip_special_tokens
+
+    def message_format(self, prompt: str, asked: ChatCompletionRequest | None = None) -> MessageFormat:
+        """How answers to a rendered chat are read; `asked` is the request for it, if tools may be offered."""
+        reasoning, tools = self.reasoning, asked.offered_tools() if asked else None
+        if reasoning is not None and reasoning.is_over(prompt):
+            reasoning = None
+        return MessageFormat(
+            reasoning=reasoning,
+            begins_inside=reasoning is not None and reasoning.is_open(prompt),
+            tool_parser=self.tool_parser if tools else None,
+            tools=tools or (),
+            parallel_tool_calls=asked is None or asked.parallel_tool_calls is not False,
+            include_reasoning=asked is None or asked.include_reasoning is not False,
+        )
+
+    def needs_special_tokens(self, message_format: MessageFormat) -> bool:
+        """Whether a tag that is looked for is a special token, which a text must then show."""
+        tags = message_format.reasoning.tags if message_format.reasoning else ()
+        tags += message_format.tool_parser.tags if message_format.tool_parser else ()
+        return not self.special_tokens.isdisjoint(tags)
+
+
+def chat_format(settings: ServerSettings, tokenizer: Tokenizer) -> ChatFormat:
+    """The forms that `settings` name, or where they are to be found, those that the chat template tells of."""
+    template = settings.chat_template or template_text(tokenizer)
+    names = {"tool calls": settings.tool_call_parser, "reasoning": settings.reasoning_parser}
+    seen = {"tool calls": tool_parser_of(template), "reasoning": reasoning_parser_of(template)}
+    chosen = {what: seen[what] if name == AUTO else name for what, name in names.items()}
+    for what, name in chosen.items():
+        origin = "from the chat template" if names[what] == AUTO else "as set"
+        logger.info("parser of %s: %s (%s)", what, name, origin)
+    special = frozenset(tokenizer.token(token) for token in tokenizer.special_ids)
+    reasoning = REASONING_PARSERS[chosen["reasoning"]] if chosen["reasoning"] != NONE else None
+    tool_parser = TOOL_PARSERS[chosen["tool calls"]] if chosen["tool calls"] != NONE else None
+    return ChatFormat(reasoning, tool_parser, special)
+
+
+def template_text(tokenizer: Tokenizer) -> str:
+    """The tokenizer's chat template; of several, all of them."""
+    template = tokenizer.hugging_face.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""

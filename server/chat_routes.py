@@ -1,0 +1,120 @@
+"""POST /v1/chat/completions."""
+
+import time
+from dataclasses import dataclass, replace
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from jax_engine.beam_search import BeamSearchParams
+from jax_engine.processor import TextPrompt
+from jax_engine.sampling_params import SamplingParams
+from jax_engine.server.answers import ChatAnswers
+from jax_engine.server.body import read_body
+from jax_engine.server.chat_frames import ChatFrames, called, chat_message
+from jax_engine.server.errors import ApiError, bad_request
+from jax_engine.server.generation import GenerationStream, generation
+from jax_engine.server.message_parts import MessageFormat
+from jax_engine.server.openai_routes import json_response, of_prompt
+from jax_engine.server.protocol import ChatCompletionRequest
+from jax_engine.server.schemas import body_schema
+from jax_engine.server.service import Service
+from jax_engine.server.tracking import RequestRecord
+
+
+def chat_router(service: Service) -> APIRouter:
+    """The route for chats."""
+    router = APIRouter(tags=["OpenAI"])
+    limit = service.settings.max_request_body_bytes
+
+    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        asked = ChatCompletionRequest.from_body(await read_body(request, limit=limit))
+        return await answer_chat(service, request, asked)
+
+    return router
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """What a checked request asks of the engine, and how its answers are to be read."""
+
+    prompt: TextPrompt
+    params: SamplingParams
+    beams: BeamSearchParams | None
+    message_format: MessageFormat
+
+
+def prepared_chat(service: Service, asked: ChatCompletionRequest) -> PreparedChat:
+    """Render a chat and turn what it asks for into the engine's terms.
+
+    Raises:
+        ApiError: 400 for what cannot be rendered or sampled so; 503 before the engine is ready.
+    """
+    engine, settings = service.engine(), service.settings
+    if not settings.enable_auto_tool_choice and asked.tools and asked.tool_choice in (None, "auto"):
+        message = "tool_choice='auto' is turned off on this server; send 'none', or start it with "
+        raise ApiError(400, message + "--enable-auto-tool-choice", param="tool_choice", code="unsupported_parameter")
+    try:
+        prompt = engine.render_chat(
+            asked.conversation(), chat_template=settings.chat_template, **asked.template_arguments()
+        )
+    except ValueError as error:
+        raise bad_request(error) from None
+    message_format = service.chat_format.message_format(prompt["prompt"], asked)
+    params = asked.sampling_params(engine.get_default_sampling_params())
+    beams = asked.beam_search_params(params)
+    if service.chat_format.needs_special_tokens(message_format) and asked.skip_special_tokens is None:
+        params = replace(params, skip_special_tokens=False)
+    if asked.add_special_tokens is not None:
+        prompt["add_special_tokens"] = asked.add_special_tokens
+    if asked.cache_salt is not None:
+        prompt["cache_salt"] = asked.cache_salt
+    return PreparedChat(prompt, params, beams, message_format)
+
+
+async def answer_chat(service: Service, request: Request, asked: ChatCompletionRequest) -> Response:
+    """The response to a checked body of /v1/chat/completions."""
+    record: RequestRecord = request.state.record
+    record.adapter = service.adapter_of(asked.model)
+    chat = prepared_chat(service, asked)
+    answers = ChatAnswers(service.engine().token_texts, chat.params)
+    priority = asked.priority or 0
+    response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
+    if asked.stream:
+        frames = ChatFrames(
+            response_id=response_id,
+            model=model,
+            include_usage=asked.include_usage,
+            message_format=chat.message_format,
+        )
+        return GenerationStream(service, record, [chat.prompt], chat.params, frames, answers, priority=priority)
+    async with generation(
+        service, record, [chat.prompt], chat.params, request.receive, priority=priority, beams=chat.beams
+    ) as running:
+        (output,) = await running.results()
+    choices = []
+    for completion in output.outputs:
+        parser = chat.message_format.parser()
+        message = chat_message(parser, completion.text)
+        choices.append(
+            {
+                "index": completion.index,
+                "message": message,
+                "logprobs": answers.logprobs(completion.index, output, completion),
+                "finish_reason": called(completion.finish_reason, parser),
+                "stop_reason": completion.stop_reason,
+            }
+        )
+    return json_response(
+        {
+            "id": response_id,
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": model,
+            "choices": choices,
+            "usage": record.usage(),
+            **of_prompt(asked, output),
+        }
+    )

@@ -1,0 +1,1 @@
+"""How models write reasoning and tool calls, a file for each form; `names.py` has the table."""
