@@ -13,6 +13,8 @@ from jax_engine.server.message_parts import (
     whole_message,
 )
 
+CONTENT_ALONE = MessageFormat()
+
 
 def called(finish_reason: str | None, parser: MessageParser) -> str | None:
     """OpenAI's finish reason: that of an answer which has called tools and ended by itself is `tool_calls`."""
@@ -63,7 +65,9 @@ class ChatFrames(OpenAIFrames):
     Log-probabilities go with the first part that their text gives, or by themselves where that is held back.
     """
 
-    def __init__(self, *, response_id: str, model: str, include_usage: bool, message_format: MessageFormat) -> None:
+    def __init__(
+        self, *, response_id: str, model: str, include_usage: bool, message_format: MessageFormat = CONTENT_ALONE
+    ) -> None:
         super().__init__("chat.completion.chunk", response_id=response_id, model=model, include_usage=include_usage)
         self._after_content = b'},"logprobs":null,"finish_reason":null}' + self._after_choices
         self._format = message_format
