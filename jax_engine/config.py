@@ -19,9 +19,22 @@ MAX_ADAPTER_SLOTS = 1024
 MAX_ADAPTER_RANK = 512
 
 
+ENVIRONMENT_PREFIX = "JAX_ENGINE_"
+CACHE_VARIABLE = "JAX_ENGINE_CACHE_DIR"
+
+
+def environment_settings() -> dict[str, str]:
+    """The `JAX_ENGINE_...` variables that stand for flags of the command, each under its whole name."""
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith(ENVIRONMENT_PREFIX) and name != CACHE_VARIABLE
+    }
+
+
 def default_compilation_cache_dir() -> str:
     """`JAX_ENGINE_CACHE_DIR`, else `jax_engine` in the user's cache folder."""
-    base = os.environ.get("JAX_ENGINE_CACHE_DIR")
+    base = os.environ.get(CACHE_VARIABLE)
     if base:
         return base
     return str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_engine")

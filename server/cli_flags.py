@@ -1,13 +1,11 @@
 """Flags of the commands: vLLM's names, each for one field of `EngineConfig` or `ServerSettings`."""
 
-import argparse
 import dataclasses
-import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from jax_engine.config import (
     DTYPES,
@@ -26,12 +24,12 @@ def count(text: str) -> int:
     """A whole number, or one with a unit: k, m, g, t are powers of 1000, and K, M, G, T (also KiB, ...) of 1024."""
     match = _COUNT.fullmatch(text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4096, 32K, 512M or 2G")
+        raise ValueError(f"{text!r} is not a number such as 4096, 32K, 512M or 2G")
     digits, unit, suffix = match.groups()
     binary = unit.isupper() and (suffix or "").lower() != "b"
     value = float(digits) * (1024 if binary else 1000) ** _POWERS[unit.lower()]
     if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise ValueError(f"{text!r} is not a whole number")
     return int(value)
 
 
@@ -40,28 +38,81 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        raise ValueError(f"{text!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+        raise ValueError(f"{text!r} is not a JSON object")
     return value
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One option of the command line; its name is that of the field, with dashes. Of type bool, it has a `--no-` form
-    and takes no value.
+    """One setting of a command: an option of the command line with the name of its field, in dashes; a key of a
+    configuration file; an environment variable. Of type bool, it has a `--no-` form and takes no value.
     """
 
     field: str
     help: str
-    type: Callable[[str], Any] = str
+    type: Callable[[str], Any] = str  # ValueError for a text that is no such value
     metavar: str | None = None
     choices: tuple[str, ...] | None = None
-    nargs: str | None = None
+    nargs: str | None = None  # "+": one or more values follow the option, or "*" for an argument; the value is a list
+    repeated: bool = False  # the option may be given several times; the value is a list
+    short: str | None = None  # such as -i
+    required: bool = False
+    default: object = None  # what is shown as what its absence means
 
     @property
     def option(self) -> str:
         return "--" + self.field.replace("_", "-")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As it may stand on the command line."""
+        off = ("--no-" + self.option.removeprefix("--"),) if self.type is bool else ()
+        return (*((self.short,) if self.short else ()), self.option, *off)
+
+    @property
+    def is_list(self) -> bool:
+        return self.repeated or self.nargs is not None
+
+    @property
+    def takes_json(self) -> bool:
+        return self.metavar == "JSON"
+
+    def value(self, texts: Iterable[str]) -> Any:
+        """What the texts given for it mean: one value, or a list of them.
+
+        Raises:
+            ValueError: a text that is no such value; the message begins with the text.
+        """
+        values = [self._one(text) for text in texts]
+        return values if self.is_list else values[-1]
+
+    def _one(self, text: str) -> Any:
+        if self.choices is not None and text not in self.choices:
+            raise ValueError(f"{text!r} must be one of {', '.join(self.choices)}")
+        if self.type is bool:
+            return boolean(text)
+        if self.type in (int, float):
+            return plain_number(self.type, text)
+        return self.type(text)
+
+
+def plain_number(kind: Callable[[str], Any], text: str) -> Any:
+    """An int or a float."""
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{text!r} is not {what}") from None
+
+
+def boolean(text: str) -> bool:
+    """A switch as a configuration file or a variable has it."""
+    values = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if text.lower() not in values:
+        raise ValueError(f"{text!r} must be true or false")
+    return values[text.lower()]
 
 
 MODEL_FLAGS = (
@@ -178,76 +229,48 @@ ENGINE_GROUPS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with exact names only, underscores as good as dashes, and a suggestion for a misspelled one."""
+@dataclass(frozen=True)
+class Options:
+    """What a command was given, by the names of the flags' fields; nothing stands there for what was left out."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]  # where a value comes from, if not from the command line
 
-    def suggest(self, unknown: str) -> NoReturn:
-        """End with an error that names the nearest option."""
-        name = unknown.partition("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists all"
-        what = "option" if unknown.startswith("-") else "argument"
-        self.error(f"unknown {what} {name}{hint}")
+    def __getitem__(self, field: str) -> Any:
+        """The value; None when it was left out."""
+        return self.values.get(field)
 
-    def error(self, message: str) -> NoReturn:
-        """One line on standard error, exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    def of(self, fields: Iterable[str]) -> dict[str, Any]:
+        """Those of `fields` that were given."""
+        return {field: self.values[field] for field in fields if field in self.values}
 
 
-def dashed(arguments: Iterable[str]) -> list[str]:
-    """`--max_model_len=8` as `--max-model-len=8`; what follows `--` is left alone."""
-    result: list[str] = []
-    options = True
-    for argument in arguments:
-        options = options and argument != "--"
-        if options and argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            argument = name.replace("_", "-") + equals + value
-        result.append(argument)
-    return result
+def with_defaults(flags: Iterable[Flag], settings: type) -> tuple[Flag, ...]:
+    """The flags with the defaults of the dataclass whose fields they set, for their help."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return tuple(dataclasses.replace(flag, default=defaults[flag.field]) for flag in flags)
 
 
-def add_flag(group: argparse._ArgumentGroup, flag: Flag, default: object) -> None:
-    """Add an option whose absence leaves the field's own default in force, which the help names."""
-    if flag.type is bool:
-        switch = argparse.BooleanOptionalAction
-        group.add_argument(flag.option, dest=flag.field, action=switch, default=argparse.SUPPRESS, help=flag.help)
-        return
-    shown = "" if default in (None, "", ()) else f" (default: {default})"
-    group.add_argument(
-        flag.option,
-        dest=flag.field,
-        type=flag.type,
-        metavar=flag.metavar,
-        choices=flag.choices,
-        nargs=flag.nargs,
-        default=argparse.SUPPRESS,
-        help=(flag.help + shown).replace("%", "%%"),
-    )
-
-
-def add_engine_flags(parser: Parser) -> None:
+def engine_groups() -> dict[str, tuple[Flag, ...]]:
     """All settings of the engine, besides the model's name."""
-    defaults = {field.name: field.default for field in dataclasses.fields(EngineConfig)}
-    for title, flags in ENGINE_GROUPS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            add_flag(group, flag, defaults[flag.field])
-    add_flag(group, COMPILE_FIRST, defaults[COMPILE_FIRST.field])
+    groups = {title: with_defaults(flags, EngineConfig) for title, flags in ENGINE_GROUPS.items()}
+    *_, last = groups
+    return groups | {last: (*groups[last], *with_defaults([COMPILE_FIRST], EngineConfig))}
 
 
-def engine_config(options: argparse.Namespace) -> EngineConfig:
-    """The engine's settings from parsed options; ValueError for a value out of range."""
-    names = {field.name for field in dataclasses.fields(EngineConfig)}
-    return EngineConfig(**{name: value for name, value in vars(options).items() if name in names})
+def engine_config(options: Options) -> EngineConfig:
+    """The engine's settings from a command's options; ValueError for a value out of range."""
+    return EngineConfig(**options.of(field.name for field in dataclasses.fields(EngineConfig)))
 
 
-def as_flags(message: str, fields: Sequence[str]) -> str:
-    """A message about fields, in the words of the command line: `max_num_seqs=0` becomes `--max-num-seqs 0`."""
+def as_flags(message: str, fields: Iterable[str], sources: Mapping[str, str] | None = None) -> str:
+    """A message about fields, in the words of the command line: `max_num_seqs=0` becomes `--max-num-seqs 0`.
+
+    What was not given on the command line is said to be from where `sources` has it.
+    """
+    told = []
     for name in fields:
-        message = re.sub(rf"\b{name}=", f"--{name.replace('_', '-')} ", message)
-    return message
+        message, count = re.subn(rf"\b{name}=", f"--{name.replace('_', '-')} ", message)
+        if count and sources and name in sources:
+            told.append(f"{name.replace('_', '-')} is from {sources[name]}")
+    return f"{message} ({'; '.join(told)})" if told else message

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from jax_engine.config import EngineConfig
-from jax_engine.server.cli import build_parser, main
-from jax_engine.server.cli_flags import COMPILE_FIRST, ENGINE_GROUPS, as_flags, count, dashed, engine_config
+from jax_engine.server.cli import command_line, main
+from jax_engine.server.cli_flags import COMPILE_FIRST, ENGINE_GROUPS, as_flags, count, engine_config
+from jax_engine.server.cli_parser import run_command_line
 from jax_engine.server.settings import ServerSettings
 
 
@@ -18,8 +19,16 @@ def run(*arguments, stdin=""):
     return subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
 
 
-def parse(*arguments):
-    return build_parser()[0].parse_args(dashed(arguments))
+def parse(*arguments, **environment):
+    """What the command that the arguments name would be given."""
+    taken = []
+
+    def take(command, options):
+        taken.append(options)
+        return 0
+
+    assert run_command_line(command_line(), arguments, version="0", environment=environment, run=take) == 0
+    return taken[0]
 
 
 def refusal(capsys, *arguments):
@@ -116,7 +125,12 @@ def test_other_numbers_are_refused(capsys, text):
         (("serve", "--max-model", "8"), "did you mean --max-model-len?"),  # no abbreviations
         (("chat", "--temprature", "1"), "did you mean --temperature?"),
         (("serve", "a", "b"), "unknown argument b"),
-        (("srve",), "serve"),
+        (("srve",), "unknown command srve; did you mean serve?"),
+        (("--verison",), "did you mean --version?"),
+        (("serve", "--no-enable-prefix-cashing"), "did you mean --no-enable-prefix-caching?"),
+        (("serve", "--enable-prefix-caching=yes"), "--enable-prefix-caching takes no value"),
+        (("serve", "--port"), "--port needs a value"),
+        (("run-batch", "-i", "a"), "--output-file is missing"),
         (("serve", "--dtype", "float63"), "float32"),
     ],
 )
@@ -140,6 +154,18 @@ def test_a_misspelling_is_answered_with_the_nearest_name(capsys, arguments, word
 )
 def test_a_bad_setting_is_one_line_in_the_words_of_the_command_line(capsys, arguments, words):
     assert words in refusal(capsys, "serve", *arguments)
+
+
+def test_several_values_may_follow_one_option():
+    options = parse(
+        "serve", "my-model", "--served-model-name", "a", "b", "--lora-modules", "x=1", "y=2", "--enable-lora"
+    )
+    assert options["model"] == "my-model"
+    assert options["served_model_name"] == ["a", "b"]
+    assert options["lora_modules"] == ["x=1", "y=2"]
+    options = parse("serve", "--api-key=k", "--served-model-name=a", "my-model", "--api_key", "l")
+    assert (options["model"], options["served_model_name"], options["api_key"]) == ("my-model", ["a"], ["k", "l"])
+    assert parse("generate", "--chat", "--", "--not-an-option")["prompts"] == ["--not-an-option"]
 
 
 def test_fields_are_translated_whole():
@@ -170,6 +196,15 @@ def test_help_teaches_without_importing_anything_heavy():
 def test_version_and_bare_command():
     assert run("--version").stdout.startswith("jax-engine 0.")
     assert "COMMAND" in run().stdout
+
+
+def test_every_command_has_its_help(capsys):
+    for command in command_line().commands:
+        assert main([*command.name.split(), "--help"]) == 0
+        printed = capsys.readouterr().out
+        assert command.summary in printed
+        for flag in command.options:
+            assert flag.option.removeprefix("--") in printed
 
 
 def test_generate_answers_from_arguments_and_a_file(tmp_path):
