@@ -18,6 +18,7 @@ from jax_engine.server.gate import Gate
 from jax_engine.server.lora_routes import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest, lora_router
 from jax_engine.server.openai_routes import openai_router
 from jax_engine.server.operations_routes import operations_router
+from jax_engine.server.page_routes import page_router
 from jax_engine.server.plain_routes import plain_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
 from jax_engine.server.schemas import add_components
@@ -35,7 +36,7 @@ def build_app(service: Service) -> FastAPI:
         await service.end()
 
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
-    routers = (openai_router, chat_router, lora_router, plain_router, operations_router, tokenizer_router)
+    routers = (openai_router, chat_router, lora_router, plain_router, operations_router, tokenizer_router, page_router)
     for router in routers:
         app.include_router(router(service))
     app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)

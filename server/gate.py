@@ -9,12 +9,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jax_engine.server.errors import ApiError, is_anthropic
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
+from jax_engine.server.page_files import page_files
 from jax_engine.server.tracking import RequestRecord
 
 logger = logging.getLogger(__name__)
 
 # Served without a key, as in vLLM: probes and scrapers have none.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", *page_files()})
 # What a client may choose as its request id: it is written into logs and headers.
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 

@@ -1,0 +1,88 @@
+// Ties the parts of the page together: keys, panels, models, the chat and the view of the engine.
+
+import { ServerError, getJson } from "./api.js";
+import { Announcer, Chat, Follower } from "./chat.js";
+import { Conversation } from "./conversation.js";
+import { h } from "./dom.js";
+import { isSend } from "./message_view.js";
+import { Panels } from "./panels.js";
+import { Settings } from "./settings.js";
+
+const SUGGESTIONS = ["What is 17 + 25?", "Tell me a short story.", "What is the capital of France?", "Who are you?"];
+const KEY_MODEL = "jax-engine-model";
+const find = (id) => document.getElementById(id);
+
+const settings = new Settings(find("settings-form"));
+const conversation = new Conversation();
+const announcer = new Announcer(find("announcer"));
+const prompt = find("prompt");
+const chat = new Chat({
+  elements: { list: find("messages"), empty: find("empty") },
+  conversation,
+  settings,
+  announcer,
+  follower: new Follower(find("scroller"), find("column"), find("to-end")),
+  model: () => find("model").value || undefined,
+  onRunning: showRunning,
+});
+const panels = new Panels(find("chat"));
+
+function showRunning(isRunning) {
+  const [gone, shown] = isRunning ? [find("send"), find("stop")] : [find("stop"), find("send")];
+  const hadFocus = document.activeElement === gone;
+  gone.hidden = true;
+  shown.hidden = false;
+  if (hadFocus) prompt.focus();
+}
+
+function send() {
+  const text = prompt.value.trim();
+  if (!text || chat.isRunning) return;
+  prompt.value = "";
+  chat.send(text);
+}
+
+find("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+prompt.addEventListener("keydown", (event) => {
+  if (!isSend(event)) return;
+  event.preventDefault();
+  send();
+});
+find("stop").addEventListener("click", () => chat.stop());
+find("clear").addEventListener("click", () => {
+  chat.clear();
+  announcer.say("The conversation is cleared.");
+  prompt.focus();
+});
+find("theme").addEventListener("click", () => announcer.say(`${window.toggleTheme()} colours`));
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.defaultPrevented) return;
+  if (chat.isRunning) chat.stop();
+  else panels.closeOverlay();
+});
+addEventListener("pagehide", () => conversation.flush());
+find("suggestions").append(
+  ...SUGGESTIONS.map((text) => h("button", { type: "button", on: { click: () => chat.send(text) && prompt.focus() } }, text)),
+);
+
+/** Fill in the models that the server has; adapters say so. */
+async function loadModels() {
+  const select = find("model");
+  const { data } = await getJson("v1/models");
+  const wanted = select.value || localStorage.getItem(KEY_MODEL);
+  select.replaceChildren(
+    ...data.map(({ id, parent }) => h("option", { value: id }, parent ? `${id} (adapter of ${parent})` : id)),
+  );
+  if (data.some(({ id }) => id === wanted)) select.value = wanted;
+}
+find("model").addEventListener("change", () => localStorage.setItem(KEY_MODEL, find("model").value));
+
+try {
+  await loadModels();
+} catch (error) {
+  if (!(error instanceof ServerError)) throw error;
+}
+prompt.focus();

@@ -1,0 +1,389 @@
+"""The page in a real browser: a conversation streams, stops, fails and goes on; all of it by keyboard, at any width."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SHORT_WAIT = 20_000  # milliseconds; the machine may be busy
+LONG = {"ignore_eos": True, "max_completion_tokens": 1800}  # an answer that is still under way when one acts on it
+# Notes how long the latest answer is, each time that it changes.
+WATCH_GROWTH = """() => {
+  window.lengths = [];
+  const latest = () => [...document.querySelectorAll('.assistant')].at(-1)?.querySelector('.prose:not(details *)');
+  new MutationObserver(() => window.lengths.push(latest()?.textContent.length ?? 0))
+    .observe(document.getElementById('messages'), {childList: true, subtree: true, characterData: true});
+}"""
+# The texts whose contrast with what they stand on is below WCAG's 4.5, and that contrast.
+CONTRAST = """() => {
+  const UNSEEN = '.visually-hidden, .skip, option, noscript, script';
+  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+  const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
+  const over = (layers) => {
+    canvas.clearRect(0, 0, 1, 1);
+    for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
+    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = (color) => {
+    const [r, g, b] = color.map((c) => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const bad = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest(UNSEEN)) continue;
+    const layers = [];
+    for (let at = element; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
+    const below = over(layers), text = over([...layers, getComputedStyle(element).color]);
+    const [a, b] = [light(below), light(text)].sort((x, y) => y - x);
+    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push([walker.currentNode.data.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]);
+  }
+  return bad;
+}"""
+# Marks what gets the focus as reached, and notes what then does not show that it has it.
+WATCH_FOCUS = """() => {
+  window.withoutRing = [];
+  const shows = (element) => getComputedStyle(element).outlineStyle !== 'none';
+  document.addEventListener('focusin', ({target}) => {
+    target.dataset.reached = 1;
+    if (!shows(target) && !shows(target.closest('.composer') ?? target)) window.withoutRing.push(target.outerHTML);
+  });
+}"""
+RENDER = """async (text) => {
+  const box = document.getElementById('rendered') ?? document.createElement('div');
+  box.id = 'rendered';
+  document.body.append(box);
+  (await import('/page/markdown.js')).renderMarkdown(box, text);
+}"""
+TIME_RENDERING = """async (texts) => {
+  const { renderMarkdown } = await import('/page/markdown.js');
+  const began = performance.now();
+  for (const text of texts) renderMarkdown(document.createElement('div'), text);
+  return (performance.now() - began) / 1000;
+}"""
+# A line of an accessibility tree: a role that needs a name, without one.
+NAMELESS = re.compile(
+    r"- (?:button|textbox|combobox|checkbox|spinbutton|link|toolbar|tooltip|main|navigation)(?=:|$| \[).*"
+)
+HOSTILE_PIECES = (
+    *("[", "![", "`", "*a", "**", "_a ", "> ", "- ", "|", "|-", "<http", "~~", "- " * 9 + "a\n", "  - a\n"),
+    *("\n```x\n", "a|b\n-|-\n", "[a](", "<https://a", "***a** ", "1. a\n\n"),
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
+    # A browser's sandbox does not work for root, as who tests often run in containers.
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=found, args=flags)
+        yield running
+        running.close()
+
+
+class Visit:
+    """A tab with the page, and what must not happen in it."""
+
+    def __init__(self, browser: Browser, url: str, **options) -> None:
+        self.context = browser.new_context(**options)
+        self.page: Page = self.context.new_page()
+        self.page.set_default_timeout(SHORT_WAIT)
+        self.complaints: list[str] = []
+        self.origins: set[str] = set()
+        self.page.on("console", self._console)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on(
+            "request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url)))
+        )
+        self.page.goto(url)
+        expect(self.page.locator("#model option")).not_to_have_count(0)
+
+    def _console(self, message) -> None:
+        # The browser itself reports an answer of status 400 and above as an error.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.complaints.append(message.text)
+
+    def ask(self, text: str) -> None:
+        self.page.get_by_label("Message", exact=True).fill(text)
+        self.page.keyboard.press("Enter")
+
+    def wait_for_answer(self) -> str:
+        """The latest answer, once it has ended."""
+        latest = self.page.locator(".assistant").last
+        expect(latest.get_by_role("button", name="Regenerate answer")).to_be_visible(timeout=SHORT_WAIT)
+        return latest.locator(".prose").last.text_content() or ""
+
+    def setting(self, label: str, value: str) -> None:
+        if not self.page.locator("#settings").is_visible():
+            self.page.get_by_role("button", name="Settings", exact=True).click()
+        self.page.get_by_label(label, exact=True).fill(value)
+
+    def change_requests(self, **fields) -> None:
+        """Have every question of the page carry these fields too."""
+
+        def change(route: Route) -> None:
+            route.continue_(post_data=json.dumps({**route.request.post_data_json, **fields}))
+
+        self.page.route("**/v1/chat/completions", change)
+
+
+@pytest.fixture
+def visit(browser, server):
+    """Open the page; what every visit must not do is checked at its end."""
+    visits = []
+
+    def open_page(**options) -> Visit:
+        visits.append(Visit(browser, server.url, **options))
+        return visits[-1]
+
+    yield open_page
+    for one in visits:
+        one.context.close()
+        assert one.complaints == []
+        assert one.origins == {server.url}
+
+
+def test_a_conversation_streams_and_survives_a_reload(visit):
+    tab = visit()
+    tab.page.evaluate(WATCH_GROWTH)
+    tab.setting("Temperature", "0")
+    tab.ask("Tell me a short story.")
+    story = tab.wait_for_answer()
+    lengths = tab.page.evaluate("window.lengths")
+    assert len(set(lengths)) > 3 and lengths == sorted(lengths), lengths
+    assert 0 < lengths[len(lengths) // 2] < len(story)
+    tab.ask("What is 17 + 25?")
+    assert "42" in tab.wait_for_answer()
+    tab.page.reload()
+    assert tab.page.locator(".bubble").all_inner_texts() == ["Tell me a short story.", "What is 17 + 25?"]
+    assert tab.page.locator(".assistant").first.locator(".prose").last.inner_text() == story
+    tab.page.get_by_role("button", name="Clear conversation").click()
+    tab.page.reload()
+    expect(tab.page.locator(".message")).to_have_count(0)
+
+
+def test_reasoning_is_folded_and_opens(visit):
+    tab = visit()
+    tab.setting("Temperature", "0")
+    tab.ask("What is 17 + 25?")
+    assert "think" not in tab.wait_for_answer()
+    reasoning = tab.page.locator("details.reasoning")
+    expect(reasoning.locator(".prose")).to_be_hidden()
+    reasoning.locator("summary").click()
+    expect(reasoning.locator(".prose")).to_be_visible()
+    assert reasoning.locator(".prose").inner_text().strip()
+
+
+def test_a_tool_call_is_a_card_that_takes_its_result(visit):
+    tab = visit()
+    tab.setting("Temperature", "0")
+    tools = tab.page.get_by_label("Functions, as JSON")
+    tools.fill("[{")
+    expect(tab.page.locator("#tools-error")).to_contain_text("not valid JSON")
+    tab.page.get_by_role("button", name="Example").click()
+    expect(tab.page.locator("#tools-error")).to_be_empty()
+    tab.ask("What is the weather in Paris?")
+    call = tab.page.get_by_role("region", name="Call of the tool get_weather")
+    tab.wait_for_answer()
+    assert json.loads(call.get_by_role("group", name="Arguments").inner_text()) == {"city": "Paris"}
+    tab.page.get_by_label("Result of get_weather").fill('{"weather": "sunny", "degrees": 21}')
+    tab.page.get_by_role("button", name="Send result").click()
+    expect(tab.page.locator(".assistant")).to_have_count(2)
+    assert "sunny" in tab.wait_for_answer()
+    expect(call.get_by_role("group", name="Result")).to_contain_text("21")
+
+
+@pytest.mark.parametrize("how", ["button", "Escape"])
+def test_stop_ends_the_request_on_the_server(visit, server, how):
+    tab = visit()
+    tab.change_requests(**LONG)
+    aborted = server.metric("vllm:request_success_total", finished_reason="abort")
+    tab.ask("Tell me a short story.")
+    expect(tab.page.locator(".assistant .prose").last).not_to_be_empty()
+    if how == "button":
+        tab.page.get_by_role("button", name="Stop").click()
+    else:
+        tab.page.keyboard.press("Escape")
+    expect(tab.page.locator(".figures")).to_contain_text("stopped")
+    server.wait_for(server.all_pages_are_free, what="the end of the request", seconds=20)
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == aborted + 1
+
+
+def test_an_error_shows_in_place_and_can_be_retried(visit):
+    tab = visit()
+    tab.setting("Temperature", "-1")
+    tab.ask("What is 17 + 25?")
+    expect(tab.page.get_by_role("alert")).to_contain_text("temperature")
+    tab.setting("Temperature", "0")
+    tab.page.get_by_role("button", name="Retry").click()
+    assert "42" in tab.wait_for_answer()
+    tab.page.route("**/v1/chat/completions", lambda route: route.abort())
+    tab.ask("And now?")
+    expect(tab.page.get_by_role("alert").last).to_contain_text("cannot be reached")
+    tab.page.unroute_all()
+    tab.page.get_by_role("button", name="Retry").click()
+    tab.wait_for_answer()
+    expect(tab.page.locator(".problem:visible")).to_have_count(0)
+
+
+def test_an_edited_message_and_a_regenerated_answer_replace_what_was_there(visit):
+    tab = visit()
+    tab.setting("Temperature", "0")
+    tab.ask("What is 17 + 25?")
+    tab.wait_for_answer()
+    tab.page.get_by_role("button", name="Edit message").click()
+    tab.page.get_by_label("Edit message").fill("What is 10 + 25?")
+    tab.page.keyboard.press("Enter")
+    assert "35" in tab.wait_for_answer()
+    tab.page.get_by_role("button", name="Regenerate answer").click()
+    assert "35" in tab.wait_for_answer()
+    assert tab.page.locator(".message").count() == 2
+
+
+def test_token_probabilities_show_on_hover_and_by_arrow_keys(visit):
+    tab = visit()
+    tab.setting("Temperature", "0")
+    tab.page.get_by_label(re.compile("Token probabilities")).check()
+    tab.ask("What is the capital of France?")
+    tab.wait_for_answer()
+    tokens = tab.page.locator(".token")
+    assert tokens.all_inner_texts()[:3] != []
+    detail = tab.page.get_by_role("tooltip")
+    tokens.nth(2).hover()
+    expect(detail.get_by_role("row")).to_have_count(5)
+    expect(detail.locator(".chosen .figure")).to_contain_text("%")
+    tab.page.mouse.move(5, 5)
+    expect(detail).to_be_hidden()
+    tokens.first.focus()
+    tab.page.keyboard.press("ArrowRight")
+    expect(tokens.nth(1)).to_be_focused()
+    expect(detail).to_be_visible()
+    tab.page.get_by_role("button", name="Show token probabilities").click()
+    expect(tokens.first).to_be_hidden()
+    assert "Paris" in tab.page.locator(".assistant .prose").last.inner_text()
+
+
+def test_light_and_dark_follow_the_system_and_the_button_and_are_legible(visit):
+    for scheme in ("light", "dark"):
+        tab = visit(color_scheme=scheme)
+        tab.setting("Temperature", "-1")
+        tab.ask("Hello")
+        expect(tab.page.get_by_role("alert")).to_be_visible()
+        assert tab.page.evaluate(CONTRAST) == []
+        background = "getComputedStyle(document.documentElement).backgroundColor"
+        first = tab.page.evaluate(background)
+        tab.page.get_by_role("button", name="Switch between light and dark").click()
+        second = tab.page.evaluate(background)
+        assert first != second
+        tab.page.reload()
+        assert tab.page.evaluate(background) == second
+        assert tab.page.evaluate(CONTRAST) == []
+
+
+def test_a_phone_needs_no_horizontal_scrolling(visit):
+    tab = visit(viewport={"width": 375, "height": 667}, has_touch=True)
+    wide = (
+        "| "
+        + " | ".join(f"column {n}" for n in range(12))
+        + " |\n|"
+        + "---|" * 12
+        + "\n| cell |\n```\n"
+        + "x" * 300
+        + "\n```"
+    )
+    said = [{"role": "user", "content": "y" * 300}, {"role": "assistant", "content": wide, "model": "demo"}]
+    tab.page.evaluate("(said) => localStorage.setItem('jax-engine-conversation', JSON.stringify(said))", said)
+    tab.page.reload()
+    expect(tab.page.locator(".assistant td, .assistant th").first).to_be_visible()
+    for panel in (None, "Settings", "Engine"):
+        if panel:
+            tab.page.get_by_role("button", name=panel, exact=True).click()
+        widths = tab.page.evaluate(
+            "[document.documentElement, ...document.querySelectorAll('.scroller, .panel, .bar')]"
+            ".filter((element) => element.checkVisibility())"
+            ".map((element) => [element.id, element.scrollWidth, element.clientWidth])"
+        )
+        assert [name for name, content, room in widths if content > room] == [], widths
+        if panel:
+            tab.page.keyboard.press("Escape")
+            expect(tab.page.get_by_role("button", name=panel, exact=True)).to_be_focused()
+
+
+def test_every_control_has_a_name_and_the_keyboard_reaches_it_visibly(visit):
+    tab = visit()
+    tab.page.get_by_role("button", name="Settings", exact=True).click()
+    tab.page.get_by_label(re.compile("Token probabilities")).check()
+    tab.ask("What is 17 + 25?")
+    tab.wait_for_answer()
+    tab.page.evaluate(WATCH_FOCUS)
+    for _ in range(45):
+        tab.page.keyboard.press("Tab")
+    assert tab.page.evaluate("window.withoutRing") == []
+    controls = tab.page.locator(":is(button, input, select, textarea, summary, a):visible")
+    unreached = controls.evaluate_all("(all) => all.filter((one) => !one.dataset.reached).map((one) => one.outerHTML)")
+    assert unreached == []
+    tree = tab.page.locator("body").aria_snapshot()
+    assert NAMELESS.findall(tree) == [], tree
+    for landmark in ("banner", "navigation", "main", "complementary"):
+        assert f"- {landmark}" in tree, tree
+
+
+def test_markdown_is_shown_and_html_in_it_stays_text(visit):
+    tab = visit()
+    text = (
+        "# Title\n\nSome **bold**, *slanted*, `code`, ~~gone~~ and snake_case_name.\n\n1. one\n   - inner\n2. two\n\n"
+        "| a | b |\n|:--|--:|\n| 1 | `x|y` |\n\n> quoted\n\n```python\nprint('<b>')\n```\n\n"
+        "<img src=x onerror=alert(1)> [bad](javascript:alert(1)) [good](https://example.com) ![image](https://example.com/i.png)"
+        "\n\n```\nstill open"
+    )
+    tab.page.evaluate(RENDER, text)
+    html = tab.page.locator("#rendered").inner_html()
+    for expected in (
+        "<h3>Title</h3>",
+        "<strong>bold</strong>",
+        "<em>slanted</em>",
+        "<del>gone</del>",
+        "snake_case_name",
+        "<ol><li>one<ul><li>inner</li></ul></li><li>two</li></ol>",
+        '<td class="align-right"><code>x|y</code></td>',
+        "<blockquote><p>quoted</p></blockquote>",
+        "<code>print('&lt;b&gt;')</code>",
+        "&lt;img src=x onerror=alert(1)&gt;",
+        "<code>still open</code>",
+    ):
+        assert expected in html, html
+    assert "<img" not in html and "javascript:" not in re.sub(r">[^<]*<", "><", html)
+    assert re.findall(r'href="([^"]*)"', html) == ["https://example.com", "https://example.com/i.png"]
+
+
+def test_hostile_markdown_takes_no_time(visit):
+    tab = visit()
+    texts = [piece * (20_000 // len(piece)) for piece in HOSTILE_PIECES]
+    seconds = tab.page.evaluate(TIME_RENDERING, texts)
+    assert seconds < 5
+
+
+def test_the_page_is_its_own_files_and_its_policy_allows_nothing_from_elsewhere(server):
+    with httpx.Client(base_url=server.url) as client:
+        start = client.get("/")
+        assert start.headers["content-type"] == "text/html; charset=utf-8"
+        policy = start.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        for path in re.findall(r'(?:src|href)="(page/[^"]+)"', start.text):
+            file = client.get(path)
+            assert file.status_code == 200 and file.headers["x-content-type-options"] == "nosniff"
+            again = client.get(path, headers={"if-none-match": file.headers["etag"]})
+            assert again.status_code == 304 and not again.content
+        assert client.get("/page/nothing.js").status_code == 404
+        assert client.get("/page/..%2Fgate.py").status_code == 404
