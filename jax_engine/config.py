@@ -93,11 +93,10 @@ class EngineConfig:
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
     compile_threads: int | None = None  # step programs compiled at once; None: half of the cores, 4 at most
+    trust_remote_code: bool = False  # nothing but False: there is no remote code that this engine could run
 
     def __post_init__(self) -> None:
-        switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
-        switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
-        switch("deterministic", self.deterministic, default=False)
+        self._check_switches()
         self._check_offloading()
         self._check_adapters()
         choice("dtype", self.dtype, DTYPES)
@@ -153,6 +152,16 @@ class EngineConfig:
                 remedy="leave it out for a default",
             )
         self._check_scheduling()
+
+    def _check_switches(self) -> None:
+        switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
+        switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
+        switch("deterministic", self.deterministic, default=False)
+        if self.trust_remote_code:
+            raise ValueError(
+                f"trust_remote_code={self.trust_remote_code!r} is refused: a checkpoint's code is for PyTorch, and "
+                "models here are this engine's own, in JAX; leave it out: a model that is supported needs none"
+            )
 
     def _check_sampling(self) -> None:
         integer(

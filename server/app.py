@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,6 +24,7 @@ from jax_engine.server.plain_routes import plain_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
 from jax_engine.server.schemas import add_components
 from jax_engine.server.service import Service
+from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tokenizer_routes import DetokenizeRequest, TokenizeRequest, tokenizer_router
 
 
@@ -39,10 +41,27 @@ def build_app(service: Service) -> FastAPI:
     routers = (openai_router, chat_router, lora_router, plain_router, operations_router, tokenizer_router, page_router)
     for router in routers:
         app.include_router(router(service))
-    app.add_middleware(Gate, api_keys=service.settings.api_keys, log_requests=service.settings.log_requests)
+    app.root_path = service.settings.root_path
+    app.add_middleware(Gate, settings=service.settings)
+    allow_origins(app, service.settings)
     app.add_exception_handler(HTTPException, routing_error(app))
     app.openapi = openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
+
+
+def allow_origins(app: FastAPI, settings: ServerSettings) -> None:
+    """Let web pages of other origins call the server, as far as its settings do (CORS). Outside the `Gate`: browsers
+    ask beforehand, without a key, and must be able to read errors.
+    """
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=settings.allowed_methods,
+            allow_headers=settings.allowed_headers,
+            allow_credentials=settings.allow_credentials,
+            expose_headers=["x-request-id", "retry-after"],
+        )
 
 
 def routing_error(app: FastAPI) -> Callable[[Request, Any], Awaitable[Response]]:

@@ -15,6 +15,7 @@ from jax_engine.server.cli_flags import (
     count,
     engine_config,
     engine_groups,
+    string_list,
     with_defaults,
 )
 from jax_engine.server.cli_parser import Command, CommandLine, fail, run_command_line
@@ -50,6 +51,47 @@ The server answers at once and says on /health when it is ready. SIGTERM ends it
 HTTP_FLAGS = (
     Flag("host", "address to listen on; 127.0.0.1 for this machine alone", metavar="ADDRESS"),
     Flag("port", "port to listen on; 0 takes a free one", type=int, metavar="PORT"),
+    Flag("uds", "path of a Unix socket to listen on instead", metavar="PATH"),
+    Flag("root_path", "what a proxy in front puts before every path: /llm", metavar="PATH"),
+    Flag("ssl_certfile", "certificate chain (PEM): the server speaks HTTPS", metavar="FILE"),
+    Flag("ssl_keyfile", "its key (PEM), if that is another file", metavar="FILE"),
+    Flag("ssl_ca_certs", "who may have signed the certificates of clients (PEM)", metavar="FILE"),
+    Flag(
+        "ssl_cert_reqs",
+        "certificates of clients: 0 not asked for, 1 checked if given, 2 demanded",
+        type=int,
+        metavar="0|1|2",
+    ),
+    Flag(
+        "allowed_origins",
+        'web pages of other origins whose scripts may call the server, as a JSON list; "[]" for none',
+        type=string_list,
+        metavar="JSON",
+    ),
+    Flag("allowed_methods", "methods that they may use, as a JSON list", type=string_list, metavar="JSON"),
+    Flag("allowed_headers", "headers that they may send, as a JSON list", type=string_list, metavar="JSON"),
+    Flag("allow_credentials", "let browsers send cookies with such calls; by default not", type=bool),
+    Flag("limit_concurrency", "connections at once, one more is a 503; by default any number", type=count, metavar="N"),
+    Flag("h11_max_incomplete_event_size", "largest request head: 64K", type=count, metavar="BYTES"),
+    Flag("h11_max_header_count", "headers that a request may have", type=count, metavar="N"),
+    Flag(
+        "receive_timeout",
+        "seconds that a client has to send its headers, and again for the body",
+        type=float,
+        metavar="SECONDS",
+    ),
+    Flag(
+        "request_timeout",
+        "seconds after which a request is ended, with a 504; by default it may take any time",
+        type=float,
+        metavar="SECONDS",
+    ),
+    Flag(
+        "timeout_keep_alive",
+        "seconds that a connection may wait for its next request",
+        type=float,
+        metavar="SECONDS",
+    ),
     Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
     Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
@@ -137,17 +179,17 @@ def run_serve(options: Options) -> int:
     )
     log_level = options["log_level"] or "info"
     set_up_logging(log_level)
-    from jax_engine.server.listening import listening_sockets
+    from jax_engine.server.listening import listening_sockets, tls_context
 
-    # Before anything slow: the port may be in use.
-    listening = listening_sockets(settings.host, settings.port, settings.api_server_count)
-    if settings.api_server_count > 1:
-        from jax_engine.server.supervisor import supervise
+    tls_context(settings)  # before anything slow: a file may be missing, and the port in use
+    with listening_sockets(settings) as listening:
+        if settings.api_server_count > 1:
+            from jax_engine.server.supervisor import supervise
 
-        return supervise(config, settings, listening, log_level=log_level)
-    from jax_engine.server.serve import serve
+            return supervise(config, settings, listening, log_level=log_level)
+        from jax_engine.server.serve import serve
 
-    return serve(config, settings, listening[0])
+        return serve(config, settings, listening[0])
 
 
 def answer_settings(options: Options, config: EngineConfig) -> dict[str, Any]:

@@ -44,6 +44,17 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def string_list(text: str) -> tuple[str, ...]:
+    """A JSON list of strings."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"{text!r} is not a JSON list of strings such as '[\"*\"]'")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Flag:
     """One setting of a command: an option of the command line with the name of its field, in dashes; a key of a
@@ -118,6 +129,7 @@ def boolean(text: str) -> bool:
 MODEL_FLAGS = (
     Flag("tokenizer", "folder or Hugging Face name of the tokenizer; the model's own if left out", metavar="PATH"),
     Flag("revision", "branch, tag or commit of a Hugging Face model", metavar="REV"),
+    Flag("trust_remote_code", "refused: models are this engine's own, and no code comes with a checkpoint", type=bool),
     Flag("dtype", "type of weights and activations; auto: float32 on CPU, else the checkpoint's", choices=DTYPES),
     Flag("load_format", "where weights come from; dummy: random ones, for measuring", choices=LOAD_FORMATS),
     Flag(

@@ -1,15 +1,22 @@
-"""What every HTTP request passes: a request id, the API key, the last resort for errors, one line in the log."""
+"""What every HTTP request passes: a request id, the API key, limits on connections and on slow bodies, the last resort
+for errors, one line in the log.
+"""
 
+import asyncio
 import hmac
 import logging
 import re
 import uuid
+from hashlib import sha256
 
+from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jax_engine.server.errors import ApiError, is_anthropic
+from jax_engine.server.connection import too_slow
+from jax_engine.server.errors import ApiError, is_anthropic, unavailable
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
 from jax_engine.server.page_files import page_files
+from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tracking import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -23,21 +30,24 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: tuple[str, ...], log_requests: bool) -> None:
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
         self._app = app
-        self._api_keys = tuple(key.encode() for key in api_keys)
-        self._log_requests = log_requests
+        # Hashes are compared: they are all of one length, and are no use to who reads them in a memory dump.
+        self._key_hashes = tuple(sha256(key.encode()).digest() for key in settings.api_keys)
+        self._log_requests = settings.log_requests
+        self._max_connections = settings.limit_concurrency
+        self._receive_timeout = settings.receive_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        path, headers = get_route_path(scope), dict(scope["headers"])
         request_id = request_id_of(headers.get(b"x-request-id"))
         record = RequestRecord(request_id)
         scope.setdefault("state", {})["record"] = record
         # Anthropic's clients read it under a name of their own.
-        id_headers = (b"x-request-id", b"request-id") if is_anthropic(scope["path"]) else (b"x-request-id",)
+        id_headers = (b"x-request-id", b"request-id") if is_anthropic(path) else (b"x-request-id",)
         status: int | None = None
         complete = False
 
@@ -51,11 +61,11 @@ class Gate:
             await send(message)
 
         try:
-            self._check_key(scope["path"], headers)
-            await self._app(scope, receive, send_with_id)
+            self._check_key(path, headers)
+            self._check_connections(path, scope)
+            await self._app(scope, timed(receive, self._receive_timeout), send_with_id)
         except ApiError as error:
-            record.note = error.code
-            await error.response(scope["path"])(scope, receive, send_with_id)
+            await self._refuse(record, error, status, scope, receive, send_with_id)
         except ClientGoneError:
             record.note = "the client left"
         except ShuttingDownError:
@@ -67,22 +77,32 @@ class Gate:
             refusal = ApiError(500, message, code="internal_error")
             await self._refuse(record, refusal, status, scope, receive, send_with_id)
         finally:
-            quiet = scope["path"] in OPEN_PATHS or not self._log_requests
+            quiet = path in OPEN_PATHS or not self._log_requests
             level = logging.DEBUG if quiet else logging.INFO
             if not complete and record.note is None:
                 record.note = "not answered in full"
             # The path as it was sent: decoded, it could hold a line end and forge lines of the log.
-            path = scope["raw_path"].decode("ascii", "replace")
-            logger.log(level, "%s", record.line(scope["method"], path, status))
+            sent_path = scope["raw_path"].decode("ascii", "replace")
+            logger.log(level, "%s", record.line(scope["method"], sent_path, status))
+
+    def _check_connections(self, path: str, scope: Scope) -> None:
+        """Refuse what comes by a connection too many; probes and scrapers are told how the server is all the same."""
+        if self._max_connections is None or path in OPEN_PATHS:
+            return
+        if scope["state"].get("connections", 0) > self._max_connections:
+            message = f"all {self._max_connections} connections that --limit-concurrency allows are taken; try again"
+            error = unavailable(message, code="too_many_connections", retry_after=1)
+            error.headers["connection"] = "close"
+            raise error
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if not self._api_keys or path in OPEN_PATHS:
+        if not self._key_hashes or path in OPEN_PATHS:
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         bearer = given.strip() if scheme.lower() == b"bearer" else b""
         # Every key is compared, each in constant time, so that the time taken tells nothing about any of them.
-        sent = (bearer, headers.get(b"x-api-key", b""))
-        matches = [hmac.compare_digest(given, key) for key in self._api_keys for given in sent]
+        sent = [sha256(given).digest() for given in (bearer, headers.get(b"x-api-key", b""))]
+        matches = [hmac.compare_digest(given, key) for key in self._key_hashes for given in sent]
         if not any(matches):
             message = "no valid API key; send it in the header 'Authorization: Bearer KEY', or in 'x-api-key: KEY'"
             headers_out = {"www-authenticate": "Bearer"}
@@ -94,7 +114,27 @@ class Gate:
         """Answer with `error`; once a response has begun, leave it incomplete, which closes the connection."""
         record.note = record.note or error.code
         if status is None:
-            await error.response(scope["path"])(scope, receive, send)
+            await error.response(get_route_path(scope))(scope, receive, send)
+
+
+def timed(receive: Receive, seconds: float) -> Receive:
+    """`receive`, which raises ApiError 408 when the request's body is not there within `seconds` from now."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    body_is_there = False
+
+    async def receive_in_time() -> Message:
+        nonlocal body_is_there
+        if body_is_there:  # now whoever waits waits for the client to leave
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            raise too_slow(seconds) from None
+        body_is_there = not message.get("more_body", False)
+        return message
+
+    return receive_in_time
 
 
 def request_id_of(given: bytes | None) -> str:

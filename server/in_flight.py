@@ -1,4 +1,6 @@
-"""Requests being answered, each of which ends early when its client leaves or when the server stops waiting for it."""
+"""Requests being answered, each of which ends early when its client leaves, when it takes too long, or when the server
+stops waiting for it.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,6 +9,7 @@ from contextlib import asynccontextmanager
 from starlette.types import Receive
 
 from jax_engine.server.cells import Cells
+from jax_engine.server.errors import ApiError
 
 
 class ClientGoneError(Exception):
@@ -20,9 +23,12 @@ class ShuttingDownError(Exception):
 class InFlight:
     """The tasks that wait for the engine. Mutable; owned by the `Service`."""
 
-    def __init__(self, load: Cells) -> None:
-        """How many there are is counted in `load`, which has room for one number."""
+    def __init__(self, load: Cells, request_timeout: float | None = None) -> None:
+        """How many there are is counted in `load`, which has room for one number. `request_timeout`: seconds that each
+        may take; None for any number.
+        """
         self._load = load
+        self._request_timeout = request_timeout
         self._tasks: set[asyncio.Task[object]] = set()
         self._stopped = False
 
@@ -42,6 +48,7 @@ class InFlight:
         """Run a block that may be ended from outside. The request's body must have been read.
 
         Raises, inside the block's await and out of this:
+            ApiError: 504, the request has taken `request_timeout` seconds.
             ClientGoneError: the client closed its connection.
             ShuttingDownError: `stop` was called.
         """
@@ -49,7 +56,12 @@ class InFlight:
             raise ShuttingDownError
         task = asyncio.current_task()
         assert task is not None
-        gone = False
+        gone = late = False
+
+        def expire() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
 
         async def watch() -> None:
             nonlocal gone
@@ -58,17 +70,29 @@ class InFlight:
             gone = True
             task.cancel()
 
+        timeout = self._request_timeout
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, expire)
         watcher = asyncio.create_task(watch())
         self._tasks.add(task)
         self._load.own[0] += 1
         try:
             yield
         except asyncio.CancelledError:
-            if not gone and not self._stopped:
+            if not gone and not late and not self._stopped:
                 raise
             task.uncancel()
+            if late and not gone:
+                raise timed_out(timeout) from None
             raise (ClientGoneError if gone else ShuttingDownError) from None
         finally:
             self._tasks.discard(task)
             self._load.own[0] -= 1
             watcher.cancel()
+            if timer is not None:
+                timer.cancel()
+
+
+def timed_out(seconds: float | None) -> ApiError:
+    """The answer to a request that takes too long: 504 and not 408, because the client has done its part."""
+    message = f"the request was not answered within the {seconds:g} seconds that the server's --request-timeout allows"
+    return ApiError(504, message, code="request_timeout")

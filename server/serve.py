@@ -6,12 +6,16 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Literal, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from jax_engine.config import EngineConfig
 from jax_engine.server.app import build_app
-from jax_engine.server.listening import BACKLOG, log_address
+from jax_engine.server.connection import Connection
+from jax_engine.server.listening import BACKLOG, log_address, tls_context
 from jax_engine.server.service import BACKSTOP_SECONDS, EXIT_ENGINE_DEAD, EXIT_OK, Service
 from jax_engine.server.settings import ServerSettings
 
@@ -30,19 +34,7 @@ class EngineServer(uvicorn.Server):
         """`make_service` is given what the service is to call when it fails."""
         self.service = make_service(self._end_soon)
         settings = self.service.settings
-        config = uvicorn.Config(
-            build_app(self.service),
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=int(settings.shutdown_timeout) + BACKSTOP_SECONDS,
-        )
-        super().__init__(config)
+        super().__init__(http_config(build_app(self.service), settings))
         # uvicorn raises the signal again after its orderly shutdown; that must not kill the process any more.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _ignore)
@@ -62,6 +54,25 @@ class EngineServer(uvicorn.Server):
 
     def _end_now(self) -> None:
         self.should_exit = True
+
+
+def http_config(app: ASGIApp, settings: ServerSettings, *, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+    """How uvicorn serves an app; ValueError when a file that TLS needs cannot be used."""
+    tls = tls_context(settings)
+    return uvicorn.Config(
+        app,
+        http=cast("type[asyncio.Protocol]", partial(Connection, settings=settings)),
+        ws="none",
+        lifespan=lifespan,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+        timeout_keep_alive=cast("int", settings.timeout_keep_alive),  # it takes any number
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=BACKLOG,
+        timeout_graceful_shutdown=int(settings.shutdown_timeout) + BACKSTOP_SECONDS,
+    )
 
 
 def serve(engine_config: EngineConfig, settings: ServerSettings, listening: socket.socket) -> int:

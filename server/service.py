@@ -56,7 +56,7 @@ class Service:
         self.engine_config = engine_config
         self.settings = settings
         self.metrics = Metrics(settings.model_name, memory)
-        self.in_flight = InFlight(self.metrics.server_load)
+        self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
         self.created = int(time.time()) if created is None else created
         self.state = State.STARTING
         self.exit_code = EXIT_OK

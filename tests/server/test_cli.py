@@ -150,6 +150,12 @@ def test_a_misspelling_is_answered_with_the_nearest_name(capsys, arguments, word
         (("--shutdown-timeout", "-1"), "--shutdown-timeout -1"),
         (("--chat-template", "/nowhere/at.all"), "--chat-template /nowhere/at.all cannot be read"),
         (("--host", "192.0.2.1"), "cannot be listened on"),
+        (("--trust-remote-code",), "is refused: a checkpoint's code is for PyTorch"),
+        (("--ssl-certfile", "/nowhere/at.all"), "No such file"),
+        (("--uds", "/nowhere/at/all.sock"), "--uds '/nowhere/at/all.sock' cannot be listened on"),
+        (("--root-path", "llm/"), "must begin with a slash"),
+        (("--allowed-origins", "https://a.example"), "is not a JSON list of strings"),
+        (("--receive-timeout", "0"), "--receive-timeout 0"),
     ],
 )
 def test_a_bad_setting_is_one_line_in_the_words_of_the_command_line(capsys, arguments, words):
