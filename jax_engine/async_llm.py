@@ -13,7 +13,7 @@ from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError
+from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError, OnProgress
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import Abort, AdapterReply, Add, PrefixCacheReset, ResetPrefixCache, ServedAdapters
 from jax_engine.model_files import resolve_model_path
@@ -68,8 +68,9 @@ class AsyncLLM:
         self._receiving.add_done_callback(self._receiving_ended)
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> "AsyncLLM":
-        """Start the engine core and load the tokenizer meanwhile; returns when requests can be served.
+    async def start(cls, config: EngineConfig, *, on_progress: OnProgress | None = None) -> "AsyncLLM":
+        """Start the engine core and load the tokenizer meanwhile; returns when requests can be served. `on_progress` is
+        told now and then how far the core is.
 
         Raises:
             ValueError: the model or the settings cannot be served.
@@ -77,7 +78,7 @@ class AsyncLLM:
         """
         # First of all, so that a model of the hub is fetched once and not by both processes.
         await asyncio.to_thread(resolve_model_path, config.model, revision=config.revision)
-        starting = asyncio.create_task(CoreProcess.start(config))
+        starting = asyncio.create_task(CoreProcess.start(config, on_progress))
         try:
             text = await asyncio.to_thread(ModelText.load, config)
             core = await starting
@@ -90,14 +91,23 @@ class AsyncLLM:
         return cls(config, core, text)
 
     @classmethod
-    async def attach(cls, config: EngineConfig, core: CoreConnection, *, number: int, count: int) -> "AsyncLLM":
+    async def attach(
+        cls,
+        config: EngineConfig,
+        core: CoreConnection,
+        *,
+        number: int,
+        count: int,
+        on_progress: OnProgress | None = None,
+    ) -> "AsyncLLM":
         """Front end `number` (from 0) of `count` to a core that someone else starts and ends; returns when it serves.
+        `on_progress` is told now and then how far the core is.
 
         Raises:
             ValueError: the model or the settings cannot be served.
             EngineDeadError: the core failed for another reason.
         """
-        text, _ = await asyncio.gather(asyncio.to_thread(ModelText.load, config), core.wait_until_ready())
+        text, _ = await asyncio.gather(asyncio.to_thread(ModelText.load, config), core.wait_until_ready(on_progress))
         return cls(config, core, text, number=number, count=count)
 
     @property

@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -28,10 +29,12 @@ from jax_engine.messages import (
     ResetPrefixCache,
     ServedAdapters,
     Shutdown,
+    Starting,
     StepOutputs,
 )
 from jax_engine.stats import EngineStats
 
+OnProgress = Callable[[Starting], object]
 COMMANDS, EVENTS = "commands", "events"  # names of the two sockets of a channel, in a folder that both processes share
 
 
@@ -104,14 +107,16 @@ class CoreConnection:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
 
-    async def wait_until_ready(self) -> None:
-        """Return once the core serves, and take its `info`.
+    async def wait_until_ready(self, on_progress: OnProgress | None = None) -> None:
+        """Return once the core serves, and take its `info`; `on_progress` is told meanwhile how far it is.
 
         Raises:
             ValueError: the model or the settings cannot be served.
             EngineDeadError: the core failed for another reason.
         """
-        event = await self._next_event()
+        while isinstance(event := await self._next_event(), Starting):
+            if on_progress is not None:
+                on_progress(event)
         assert isinstance(event, Ready)
         self.info = event
 
@@ -126,7 +131,7 @@ class CoreConnection:
     async def receive(self) -> StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
         """The outputs of the next step, or the answer to a command; EngineDeadError once the core has died."""
         event = await self._next_event()
-        assert not isinstance(event, Ready)
+        assert not isinstance(event, Ready | Starting)
         return event
 
     async def shutdown(self) -> None:
@@ -135,7 +140,7 @@ class CoreConnection:
         self._commands.close(linger=0)
         self._context.destroy(linger=0)
 
-    async def _next_event(self) -> Ready | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
+    async def _next_event(self) -> Starting | Ready | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
         received = asyncio.ensure_future(self._events.recv())
         try:
             either: set[asyncio.Future[Any]] = {received, self._ended}
@@ -176,11 +181,11 @@ class CoreProcess(CoreConnection):
         return core
 
     @classmethod
-    async def start(cls, config: EngineConfig) -> "CoreProcess":
+    async def start(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> "CoreProcess":
         """Start a core for one front end and wait until it serves, with the errors of `wait_until_ready`."""
         core = await cls.spawn(config)
         try:
-            await core.wait_until_ready()
+            await core.wait_until_ready(on_progress)
         except BaseException:  # cancelled, or dead already: nothing of it may stay behind
             await core.shutdown(timeout=0)
             raise

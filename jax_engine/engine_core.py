@@ -1,11 +1,12 @@
 """The engine: requests in, tokens out, one step ahead of what the host has seen."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax_engine.adapter_files import read_adapter
 from jax_engine.adapter_slots import AdapterSlots
+from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, split_module
 from jax_engine.constraints import Constraints
 from jax_engine.logits_processors import argument_defaults
@@ -40,10 +41,11 @@ WASTE_PERIOD = 4  # steps between samples of the page waste
 class EngineCore:
     """Scheduler and runner in one loop. Mutable; owned by whoever calls `step`, in one thread."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, *, watch: Callable[[CompiledSteps], object] | None = None) -> None:
+        """`watch` is given the step programs before the first one is compiled."""
         for module in config.lora_modules:  # a mistake there shows before anything compiles
             read_adapter(split_module(module)[1], max_rank=config.max_lora_rank)
-        self.runner = Runner(config)
+        self.runner = Runner(config, watch=watch)
         limits = self.runner.limits(config)
         slots = AdapterSlots(config.max_loras if config.enable_lora else 0, self.runner.adapters.fetch)
         self.scheduler = Scheduler(limits, config.speculation, adapters=slots)

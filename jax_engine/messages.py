@@ -167,6 +167,14 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     adapters: tuple[LoRARequest, ...] = ()  # that clients may name
 
 
+class Starting(msgspec.Struct, array_like=True, frozen=True, tag="starting"):
+    """How far the core is that does not serve yet, now and then before its `Ready`."""
+
+    programs_compiled: int = 0
+    programs_planned: int = 0  # 0: not known yet
+    compile_eta_seconds: float = 0.0  # until the last one is ready; 0: not known
+
+
 class Failed(msgspec.Struct, array_like=True, frozen=True, tag="failed"):
     """The core's last message: why it cannot start or cannot go on. `user_error`: the configuration is at fault, not
     the program.
@@ -194,4 +202,4 @@ class ServedAdapters(msgspec.Struct, array_like=True, frozen=True, tag="served_a
     adapters: tuple[LoRARequest, ...]
 
 
-Event = Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters
+Event = Starting | Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters

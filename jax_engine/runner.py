@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,8 +78,9 @@ class LaunchCounters:
 class Runner:
     """Runs step plans on the device. Mutable; owned by the engine core."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Plan memory, compile the largest step while weights load, and start compiling the rest.
+    def __init__(self, config: EngineConfig, *, watch: Callable[[CompiledSteps], object] | None = None) -> None:
+        """Plan memory, compile the largest step while weights load, and start compiling the rest. `watch` is given the
+        step programs beforehand.
 
         Raises:
             ValueError: the model or the settings cannot be served; the message says what would be.
@@ -119,6 +120,8 @@ class Runner:
         self.compiled = CompiledSteps(
             self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
         )
+        if watch is not None:
+            watch(self.compiled)
         self._state: DeviceState
         self._leaves: tuple[jax.Array, ...]
         self._load_while_compiling(folder, config)

@@ -18,7 +18,7 @@ import msgspec
 
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreConnection
+from jax_engine.core_client import CoreConnection, OnProgress
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToFrontEnd, line
 from jax_engine.server.logs import set_up_logging
@@ -38,7 +38,7 @@ class FrontEnd:
         self._memory = CellMemory.shared(setup.cells, number=setup.number, count=setup.count)
         self.server = EngineServer(self._service)
 
-    async def start_engine(self) -> AsyncLLM:
+    async def start_engine(self, *, on_progress: OnProgress) -> AsyncLLM:
         """Connect to the core, and wait until the other front ends have done so too."""
         loop = asyncio.get_running_loop()
         self._folder: asyncio.Future[str] = loop.create_future()
@@ -49,7 +49,9 @@ class FrontEnd:
         core = CoreConnection(await self._folder, self._setup.number + 1, self._ended)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(core.shutdown)
-            engine = await AsyncLLM.attach(self._config, core, number=self._setup.number, count=self._setup.count)
+            engine = await AsyncLLM.attach(
+                self._config, core, number=self._setup.number, count=self._setup.count, on_progress=on_progress
+            )
             undo.pop_all()
             undo.push_async_callback(engine.shutdown)
             self.tell(Connected())

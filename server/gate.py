@@ -22,7 +22,7 @@ from jax_engine.server.tracking import RequestRecord
 logger = logging.getLogger(__name__)
 
 # Served without a key, as in vLLM: probes and scrapers have none.
-OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", *page_files()})
+OPEN_PATHS = frozenset({"/health", "/ping", "/live", "/version", "/metrics", *page_files()})
 # What a client may choose as its request id: it is written into logs and headers.
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 

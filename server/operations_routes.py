@@ -1,5 +1,8 @@
-"""GET /health, /ping, /version, /load and /metrics, for probes, routers and scrapers; POST /reset_prefix_cache."""
+"""GET /health, /ping, /live, /version, /load, /metrics: for probes, routers and scrapers. POST /reset_prefix_cache."""
 
+from typing import Any
+
+import msgspec
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
@@ -8,7 +11,18 @@ import jax_engine
 from jax_engine.core_client import EngineDeadError
 from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.openai_routes import json_response
-from jax_engine.server.service import Service
+from jax_engine.server.service import Service, State
+
+
+def condition(service: Service) -> dict[str, Any]:
+    """Where a server is in its life, and how far with compiling; `compile_eta_seconds` is null where nobody knows."""
+    stats = service.stats()
+    return {
+        "status": "shutting_down" if service.is_draining else service.state.value,
+        "programs_compiled": stats.programs_compiled,
+        "programs_planned": stats.programs_planned,
+        "compile_eta_seconds": round(stats.compile_eta_seconds, 1) or None,
+    }
 
 
 def operations_router(service: Service) -> APIRouter:
@@ -18,16 +32,26 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/health")
     @router.get("/ping")
     async def health() -> Response:
-        """200 when requests are served; else 503 with the reason: starting, or dead."""
-        service.engine()
-        stats = service.stats()
-        return json_response(
-            {
-                "status": service.state.value,
-                "programs_compiled": stats.programs_compiled,
-                "programs_planned": stats.programs_planned,
-            }
-        )
+        """Readiness: 200 when requests are served; else 503 with the reason: starting, shutting down, or dead."""
+        try:
+            service.check_ready()
+        except ApiError as error:
+            return Response(
+                msgspec.json.encode({**condition(service), **error.body()}),
+                error.status,
+                headers=error.headers,
+                media_type="application/json",
+            )
+        return json_response(condition(service))
+
+    @router.get("/live")
+    async def live() -> Response:
+        """Liveness: 200 as long as the process is best left alone, also while it starts or shuts down; 503 once the
+        engine has died.
+        """
+        if service.state is State.DEAD:
+            raise unavailable(service.reason, code="engine_dead")
+        return json_response({"status": condition(service)["status"]})
 
     @router.get("/version")
     async def version() -> Response:

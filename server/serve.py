@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Literal, cast
 
 import uvicorn
@@ -38,6 +39,10 @@ class EngineServer(uvicorn.Server):
         # uvicorn raises the signal again after its orderly shutdown; that must not kill the process any more.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _ignore)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.service.is_draining = True  # at once, not when uvicorn next looks
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         grace = self.service.settings.shutdown_timeout

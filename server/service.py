@@ -7,11 +7,13 @@ import time
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
+from typing import Protocol
 
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core_client import EngineDeadError, OnProgress
 from jax_engine.lora_request import LoRARequest
+from jax_engine.messages import Starting
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.chat_format import ChatFormat, chat_format
 from jax_engine.server.errors import ApiError, unavailable
@@ -25,6 +27,12 @@ logger = logging.getLogger(__name__)
 # uvicorn's own limit on the grace period is only there for what our end of it does not reach, such as a slow upload.
 BACKSTOP_SECONDS = 5
 EXIT_OK, EXIT_ENGINE_DEAD, EXIT_USER_ERROR = 0, 1, 2
+
+
+class StartEngine(Protocol):
+    """How a front end gets its engine, with the errors of `AsyncLLM.start`."""
+
+    def __call__(self, *, on_progress: OnProgress) -> Awaitable[AsyncLLM]: ...
 
 
 class State(Enum):
@@ -44,7 +52,7 @@ class Service:
         settings: ServerSettings,
         *,
         on_failure: Callable[[], None],
-        start_engine: Callable[[], Awaitable[AsyncLLM]] | None = None,
+        start_engine: StartEngine | None = None,
         memory: CellMemory | None = None,
         created: int | None = None,
     ) -> None:
@@ -59,10 +67,12 @@ class Service:
         self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
         self.created = int(time.time()) if created is None else created
         self.state = State.STARTING
+        self.is_draining = False  # a signal has come: what runs is finished, and nobody should send anything new
         self.exit_code = EXIT_OK
         self.reason = "the engine is starting: the model loads and its step programs compile"
         self._on_failure = on_failure
-        self._start_engine = start_engine or partial(AsyncLLM.start, engine_config)
+        self._start_engine: StartEngine = start_engine or partial(AsyncLLM.start, engine_config)
+        self._progress = Starting()  # of an engine that is not up yet
         self.chat_format = ChatFormat()  # the model's, once the engine is up
         self._engine: AsyncLLM | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -87,8 +97,21 @@ class Service:
         return self._engine
 
     def stats(self) -> EngineStats:
-        """The engine's latest counters; zeros before it is up."""
-        return self._engine.stats() if self._engine is not None else EngineStats()
+        """The engine's latest counters; before it is up, those of its compiling alone."""
+        if self._engine is not None:
+            return self._engine.stats()
+        done = self._progress
+        return EngineStats(
+            programs_compiled=done.programs_compiled,
+            programs_planned=done.programs_planned,
+            compile_eta_seconds=done.compile_eta_seconds,
+        )
+
+    def check_ready(self) -> None:
+        """ApiError 503 unless new requests should be sent here: not while starting or shutting down."""
+        self.engine()
+        if self.is_draining:
+            raise unavailable("the server is shutting down", code="shutting_down")
 
     def adapters(self) -> tuple[LoRARequest, ...]:
         """The adapters that clients may name as a model; none before the engine is up."""
@@ -116,9 +139,16 @@ class Service:
         self.state, self.reason, self.exit_code = State.DEAD, reason, exit_code
         self._on_failure()
 
+    def _note_progress(self, progress: Starting) -> None:
+        self._progress = progress
+        if self.state is State.STARTING and progress.programs_planned:
+            done, planned = progress.programs_compiled, progress.programs_planned
+            left = f", about {progress.compile_eta_seconds:.0f} s to go" if progress.compile_eta_seconds else ""
+            self.reason = f"the engine is starting: {done} of {planned} step programs are compiled{left}"
+
     async def _start(self) -> None:
         try:
-            engine = await self._start_engine()
+            engine = await self._start_engine(on_progress=self._note_progress)
         except ValueError as error:
             self.fail(str(error), EXIT_USER_ERROR)
         except EngineDeadError as error:

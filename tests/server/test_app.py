@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from jax_engine.config import EngineConfig
+from jax_engine.messages import Starting
 from jax_engine.server.app import build_app
 from jax_engine.server.service import EXIT_ENGINE_DEAD, EXIT_OK, Service
 from jax_engine.server.settings import ServerSettings
@@ -31,10 +32,28 @@ async def test_not_ready_is_a_503_that_says_why():
         for route in ("/health", "/ping", "/v1/models"):
             response = await http.get(route)
             assert response.status_code == 503
-            assert error_of(response)["code"] == "engine_starting"
+            assert response.json()["error"]["code"] == "engine_starting"
             assert response.headers["retry-after"] == "1"
         assert (await http.get("/metrics")).status_code == 200
         assert (await http.get("/version")).json()["version"]
+
+
+async def test_health_says_how_far_a_start_is():
+    starting = service(api_keys=("key",))
+    starting._note_progress(Starting(3, 40, 12.34))
+    async with client(starting) as http:
+        for _ in range(2):
+            response = await http.get("/health")
+            assert response.status_code == 503
+            how_far = {name: response.json()[name] for name in ("status", "programs_compiled", "programs_planned")}
+            assert how_far == {"status": "starting", "programs_compiled": 3, "programs_planned": 40}
+            assert response.json()["compile_eta_seconds"] == 12.3
+            assert "3 of 40 step programs are compiled, about 12 s to go" in response.json()["error"]["message"]
+        metrics = (await http.get("/metrics")).text
+        assert 'jax_engine:programs_compiled{engine="0",model_name="demo"} 3.0' in metrics
+        assert (await http.get("/live")).json() == {"status": "starting"}
+        starting.fail("the engine has died: out of memory", EXIT_ENGINE_DEAD)
+        assert (await http.get("/live")).status_code == 503
 
 
 async def test_a_dead_engine_is_a_503_with_its_reason():

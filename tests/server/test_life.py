@@ -39,12 +39,19 @@ def test_a_model_that_does_not_exist_is_one_line(tmp_path):
 
 
 def test_before_it_is_ready_the_server_says_so_and_can_be_ended(start_server):
-    server = start_server(ready=False)
+    server = start_server("--compile-before-ready", "--compilation-cache-dir", "", ready=False)
     health = httpx.get(f"{server.url}/health")
     assert health.status_code == 503
     assert health.json()["error"]["code"] == "engine_starting"
     assert httpx.post(f"{server.url}/v1/completions", json=LONG).status_code == 503
     assert httpx.get(f"{server.url}/metrics").status_code == 200
+    assert httpx.get(f"{server.url}/live").json() == {"status": "starting"}
+
+    def how_far():
+        return httpx.get(f"{server.url}/health").json()
+
+    server.wait_for(lambda: how_far()["programs_planned"] > 0, what="telling how many programs there will be")
+    assert how_far()["programs_compiled"] < how_far()["programs_planned"]
     assert server.stop() == 0
     assert "Traceback" not in server.log()
 
