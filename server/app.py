@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -13,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import jax_engine
+from jax_engine.server.anthropic_protocol import CountTokensRequest, MessagesRequest
+from jax_engine.server.anthropic_routes import anthropic_router
 from jax_engine.server.chat_routes import chat_router
 from jax_engine.server.errors import ApiError
 from jax_engine.server.gate import Gate
@@ -22,10 +25,37 @@ from jax_engine.server.operations_routes import operations_router
 from jax_engine.server.page_routes import page_router
 from jax_engine.server.plain_routes import plain_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
+from jax_engine.server.responses_protocol import ResponsesRequest
+from jax_engine.server.responses_routes import responses_router
 from jax_engine.server.schemas import add_components
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tokenizer_routes import DetokenizeRequest, TokenizeRequest, tokenizer_router
+
+ROUTERS = (
+    openai_router,
+    chat_router,
+    responses_router,
+    anthropic_router,
+    lora_router,
+    plain_router,
+    operations_router,
+    tokenizer_router,
+    page_router,
+)
+# What `body_schema` may point to.
+BODIES = (
+    CompletionRequest,
+    ChatCompletionRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    PlainRequest,
+    LoadLoRAAdapterRequest,
+    UnloadLoRAAdapterRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
 
 
 def build_app(service: Service) -> FastAPI:
@@ -38,13 +68,13 @@ def build_app(service: Service) -> FastAPI:
         await service.end()
 
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
-    routers = (openai_router, chat_router, lora_router, plain_router, operations_router, tokenizer_router, page_router)
-    for router in routers:
+    for router in ROUTERS:
         app.include_router(router(service))
     app.root_path = service.settings.root_path
     app.add_middleware(Gate, settings=service.settings)
     allow_origins(app, service.settings)
     app.add_exception_handler(HTTPException, routing_error(app))
+    app.add_exception_handler(RequestValidationError, invalid_query)
     app.openapi = openapi_document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
 
@@ -80,15 +110,21 @@ def routing_error(app: FastAPI) -> Callable[[Request, Any], Awaitable[Response]]
     return respond
 
 
+async def invalid_query(request: Request, error: Any) -> Response:
+    """FastAPI's complaint about a parameter of the query, as OpenAI's error object."""
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    message = f"{name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, param=name, code="invalid_value").response(request.url.path)
+
+
 def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """What makes `/openapi.json`: FastAPI's document with the schemas of the bodies that it does not decode itself."""
 
     def document() -> dict[str, Any]:
         if not app.openapi_schema:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            kinds = (CompletionRequest, ChatCompletionRequest, PlainRequest)
-            add_components(app.openapi_schema, (*kinds, LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest))
-            add_components(app.openapi_schema, (TokenizeRequest, DetokenizeRequest))
+            add_components(app.openapi_schema, BODIES)
         return app.openapi_schema
 
     return document

@@ -93,6 +93,12 @@ HTTP_FLAGS = (
         metavar="SECONDS",
     ),
     Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
+    Flag(
+        "response_store_bytes",
+        "room for answers of /v1/responses that clients come back to: 64M; 0 stores none",
+        type=count,
+        metavar="BYTES",
+    ),
     Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
     Flag(

@@ -7,10 +7,12 @@ import msgspec
 REF_TEMPLATE = "#/components/schemas/{name}"
 
 
-def body_schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """A route's `openapi_extra` for a JSON body of that kind."""
-    content = {"application/json": {"schema": {"$ref": REF_TEMPLATE.format(name=kind.__name__)}}}
-    return {"requestBody": {"required": True, "content": content}}
+def body_schema(kind: type[msgspec.Struct], *, example: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A route's `openapi_extra` for a JSON body of that kind, with an example that the built-in model can answer."""
+    media: dict[str, Any] = {"schema": {"$ref": REF_TEMPLATE.format(name=kind.__name__)}}
+    if example is not None:
+        media["example"] = example
+    return {"requestBody": {"required": True, "content": {"application/json": media}}}
 
 
 def add_components(document: dict[str, Any], kinds: tuple[type[msgspec.Struct], ...]) -> None:

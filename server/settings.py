@@ -10,6 +10,7 @@ from jax_engine.server.parsers.names import AUTO, NONE, REASONING_PARSERS, TOOL_
 
 DEFAULT_PORT = 8000
 DEFAULT_MAX_REQUEST_BODY_BYTES = 16 * 2**20
+DEFAULT_RESPONSE_STORE_BYTES = 64 * 2**20
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
 BUILT_IN_MODEL_NAME = "demo"
 # What a Unix socket's address has room for on every system that has such sockets.
@@ -51,6 +52,7 @@ class ServerSettings:
     receive_timeout: float = 60.0  # seconds that a client has to send a request's headers, and again for its body
     request_timeout: float | None = None  # seconds that a request may take once it has come; None: as long as it needs
     timeout_keep_alive: float = 5.0  # seconds that a connection may wait for its next request
+    response_store_bytes: int = DEFAULT_RESPONSE_STORE_BYTES  # room for responses that clients come back to; 0: none
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT  # seconds that requests in flight have after SIGTERM
     log_requests: bool = True
     allow_runtime_lora_updating: bool = False  # clients may load adapters from folders of this machine, and unload them
@@ -100,6 +102,8 @@ class ServerSettings:
             high=2**30,
             remedy="bytes of a request's headers; 64K is the default",
         )
+        remedy = f"{DEFAULT_RESPONSE_STORE_BYTES} is the default, 0 stores none"
+        integer("response_store_bytes", self.response_store_bytes, low=0, high=2**40, remedy=remedy)
         integer("h11_max_header_count", self.h11_max_header_count, low=8, high=2**16, remedy="256 is the default")
         if self.limit_concurrency is not None:
             integer("limit_concurrency", self.limit_concurrency, low=1, high=2**20, remedy="leave it out for no limit")

@@ -14,7 +14,8 @@ from jax_engine.server.errors import ApiError
 MAX_PROMPTS = 2048
 
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*?)`(?: - at `\$\.?(.*)`)?", re.DOTALL)
-_MISSING_FIELD = re.compile(r"Object missing required field `(.*)`")
+_MISSING_FIELD = re.compile(r"Object missing required field `(.*?)`(?: - at `\$\.?(.*)`)?", re.DOTALL)
+_UNKNOWN_KIND = re.compile(r"Invalid value '(.*)' - at `\$\.?(.*)`", re.DOTALL)
 _LOCATED = re.compile(r"(.*) - at `\$\.?(.*)`", re.DOTALL)
 
 Request = TypeVar("Request", bound=msgspec.Struct)
@@ -54,20 +55,46 @@ def _decode_with_nan(
         raise malformed from None
 
 
+def converted(kind: Any, given: object, where: str) -> Any:
+    """A part of a request as `kind`, a struct or a union of them; `where` is its place in the body.
+
+    Raises:
+        ApiError: 400, naming the place.
+    """
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        raise explained(error, kind, NOTHING_NESTED, where) from None
+
+
 def explained(
-    error: msgspec.ValidationError, kind: type[msgspec.Struct], nested: Mapping[str, type[msgspec.Struct]]
+    error: msgspec.ValidationError, kind: Any, nested: Mapping[str, type[msgspec.Struct]], where: str = ""
 ) -> ApiError:
-    """msgspec's complaint in the API's own words, with the parameter's name; for an unknown one, the nearest known."""
+    """msgspec's complaint in the API's own words, with the parameter's name; for an unknown one, the nearest known.
+    What was decoded stands at `where` in the body.
+    """
     text = str(error)
     if unknown := _UNKNOWN_FIELD.fullmatch(text):
         name, path = unknown[1], unknown[2]
-        return unknown_parameter(name, nested.get(path or "", kind).__struct_fields__, path=path)
-    if missing := _MISSING_FIELD.match(text):
-        return ApiError(400, f"{missing[1]} is required", param=missing[1], code="missing_required_parameter")
+        owner = nested.get(path or "", kind)
+        known = owner.__struct_fields__ if isinstance(owner, type) and issubclass(owner, msgspec.Struct) else ()
+        return unknown_parameter(name, known, path=_joined(where, path))
+    if missing := _MISSING_FIELD.fullmatch(text):
+        name = _joined(where, missing[2], missing[1])
+        return ApiError(400, f"{name} is required", param=name, code="missing_required_parameter")
+    if kind_of_part := _UNKNOWN_KIND.fullmatch(text):
+        name = _joined(where, kind_of_part[2])
+        return ApiError(400, f"{name}={kind_of_part[1]!r} is not supported", param=name, code="unsupported_parameter")
     if located := _LOCATED.fullmatch(text):
-        what = located[1][0].lower() + located[1][1:]
-        return ApiError(400, f"{located[2]}: {what}", param=located[2], code="invalid_type")
-    return ApiError(400, f"the body must be a JSON object: {text}", code="invalid_type")
+        what, name = located[1][0].lower() + located[1][1:], _joined(where, located[2])
+        return ApiError(400, f"{name}: {what}", param=name, code="invalid_type")
+    subject = where or "the body"
+    return ApiError(400, f"{subject} must be a JSON object: {text}", param=where or None, code="invalid_type")
+
+
+def _joined(*parts: str | None) -> str:
+    """A path in the body; an index follows without a dot."""
+    return ".".join(part for part in parts if part).replace(".[", "[")
 
 
 def unknown_parameter(name: str, known: tuple[str, ...], *, path: str | None = None) -> ApiError:
