@@ -32,6 +32,18 @@ def environment_settings() -> dict[str, str]:
     }
 
 
+SHOWN_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "HF_", "LD_LIBRARY_PATH", "OMP_")
+SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def reported_environment() -> dict[str, str]:
+    """The variables that change how this program, JAX and its devices behave; of those that may be secret, not what
+    they hold.
+    """
+    shown = {name: text for name, text in sorted(os.environ.items()) if name.startswith(SHOWN_PREFIXES)}
+    return {name: "(set)" if any(word in name for word in SECRET_WORDS) else text for name, text in shown.items()}
+
+
 def default_compilation_cache_dir() -> str:
     """`JAX_ENGINE_CACHE_DIR`, else `jax_engine` in the user's cache folder."""
     base = os.environ.get(CACHE_VARIABLE)

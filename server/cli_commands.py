@@ -25,12 +25,18 @@ examples:
 CHAT_EPILOG = """\
 examples:
   jax-engine chat
-  jax-engine chat ./my-model --system "Answer in one sentence."
+  jax-engine chat ./my-model --system-prompt "Answer in one sentence."
   jax-engine chat --url http://localhost:8000 --api-key SECRET
 
 in the chat:
   /reset   forget the conversation      /exit or Ctrl-D   leave
   /help    show this                    Ctrl-C            stop an answer
+"""
+
+COMPLETE_EPILOG = """\
+examples:
+  jax-engine complete --url http://localhost:8000 --max-tokens 40
+  jax-engine complete --quick "Once upon a time" --temperature 0
 """
 
 RUN_BATCH_EPILOG = """\
@@ -63,13 +69,15 @@ OWN_SAMPLING_FLAGS = (
     Flag("stop", "end the answer before this text", metavar="TEXT", repeated=True),
     Flag("sampling_seed", "the same answer every time", type=int, metavar="N"),
 )
-CHAT_FLAGS = (
+PARTNER_FLAGS = (
     Flag("url", "a running server instead, such as http://localhost:8000", metavar="URL"),
     Flag("api_key", "the server's API key", metavar="KEY"),
-    Flag("system", "system message before the conversation", metavar="TEXT"),
+    Flag("quick", "answer this alone, and end", metavar="TEXT", short="-q"),
     Flag("temperature", "0 always takes the likeliest token", type=float, metavar="T"),
     Flag("max_tokens", "longest answer, in tokens", type=count, metavar="TOKENS"),
 )
+SYSTEM_PROMPT = Flag("system_prompt", "system message before the conversation", metavar="TEXT")
+COLLECT_FLAGS = (Flag("json", "as JSON, for programs", type=bool),)
 BATCH_FLAGS = (
     Flag("input_file", "requests, one a line", metavar="FILE", short="-i", required=True, type=Path),
     Flag("output_file", "results, one a line", metavar="FILE", short="-o", required=True, type=Path),
@@ -99,11 +107,20 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
     chat = Command(
         "chat",
         "Talk to a model in the terminal.",
-        run_chat,
+        lambda options: run_talk(options, answer_settings, is_chat=True),
         usage="[MODEL] [options]",
         argument=MODEL,
-        groups={"conversation": CHAT_FLAGS, **engine_groups()},
+        groups={"conversation": (*PARTNER_FLAGS, SYSTEM_PROMPT), "answers": answer_flags, **engine_groups()},
         epilog=CHAT_EPILOG,
+    )
+    complete = Command(
+        "complete",
+        "Continue texts in the terminal.",
+        lambda options: run_talk(options, answer_settings, is_chat=False),
+        usage="[MODEL] [options]",
+        argument=MODEL,
+        groups={"completion": PARTNER_FLAGS, "answers": answer_flags, **engine_groups()},
+        epilog=COMPLETE_EPILOG,
     )
     batch = Command(
         "run-batch",
@@ -113,7 +130,14 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
         groups={"batch": BATCH_FLAGS, "answers": answer_flags, **engine_groups()},
         epilog=RUN_BATCH_EPILOG,
     )
-    return (chat, generate, batch)
+    collect = Command(
+        "collect-env",
+        "Describe this machine: versions, devices, settings. No secrets; for reports of problems.",
+        run_collect_env,
+        groups={"output": COLLECT_FLAGS},
+        configurable=False,
+    )
+    return (chat, complete, generate, batch, collect)
 
 
 def run_generate(options: Options) -> int:
@@ -133,17 +157,24 @@ def run_generate(options: Options) -> int:
     )
 
 
-def run_chat(options: Options) -> int:
+def run_talk(options: Options, answer_settings: AnswerSettings, *, is_chat: bool) -> int:
+    config = engine_config(options)
+    settings = ServerSettings(**answer_settings(options, config), log_requests=False)
     set_up_logging("warning")
-    from jax_engine.server.cli_chat import chat
+    from jax_engine.server.cli_chat import chat, complete
 
-    return chat(
-        engine_config(options),
-        url=options["url"],
-        api_key=options["api_key"],
-        system=options["system"],
-        given=options.of(["temperature", "max_tokens"]),
-    )
+    given = options.of(["temperature", "max_tokens"])
+    url, api_key, quick = options["url"], options["api_key"], options["quick"]
+    if not is_chat:
+        return complete(config, settings, url=url, api_key=api_key, quick=quick, given=given)
+    system_prompt = options["system_prompt"]
+    return chat(config, settings, url=url, api_key=api_key, system_prompt=system_prompt, quick=quick, given=given)
+
+
+def run_collect_env(options: Options) -> int:
+    from jax_engine.server.cli_collect_env import collect_env
+
+    return collect_env(as_json=bool(options["json"]))
 
 
 def run_run_batch(options: Options, answer_settings: AnswerSettings) -> int:

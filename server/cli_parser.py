@@ -88,7 +88,8 @@ def run_command_line(
     def start(command: Command, given: Mapping[str, Any]) -> int:
         texts = {name: _texts(value) for name, value in given.items() if value not in (None, [])}
         try:
-            options = merged(command.flags, texts, environment, line.variables() if command.configurable else ())
+            variables, known = (environment, line.variables()) if command.configurable else ({}, set[str]())
+            options = merged(command.flags, texts, variables, known)
         except ValueError as error:
             fail(command.program, str(error))
         return run(command, options)

@@ -1,8 +1,8 @@
 """The server's routes without a server: the same app and engine, called in this process."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Scope
@@ -40,28 +40,38 @@ class InProcessServer:
 
     async def post(self, path: str, body: bytes) -> Answer:
         """What the route answers to a JSON body, read to its end."""
-        started: Message = {"status": 500, "headers": []}
-        pieces: list[bytes] = []
+        async with aclosing(self.exchange(path, body)) as messages:
+            started, *pieces = [message async for message in messages]
+        headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in started["headers"]}
+        content = b"".join(piece.get("body", b"") for piece in pieces)
+        return Answer(started["status"], headers.get("x-request-id", ""), headers.get("content-type", ""), content)
+
+    async def exchange(self, path: str, body: bytes) -> AsyncGenerator[Message, None]:
+        """ASGI's messages of the answer as they come: its start, then pieces. To close it early is to leave."""
+        messages: asyncio.Queue[Message | None] = asyncio.Queue()
+        left = asyncio.Event()
         asked = False
 
         async def receive() -> Message:
             nonlocal asked
-            if asked:  # the client stays
-                await asyncio.get_running_loop().create_future()
+            if asked:
+                await left.wait()
+                return {"type": "http.disconnect"}
             asked = True
             return {"type": "http.request", "body": body, "more_body": False}
 
         async def send(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = message
-            else:
-                pieces.append(message.get("body", b""))
+            messages.put_nowait(message)
 
-        await self.app(post_scope(path, len(body)), receive, send)
-        headers = {name.lower().decode("latin-1"): value.decode("latin-1") for name, value in started["headers"]}
-        content_type = headers.get("content-type", "")
-        return Answer(started["status"], headers.get("x-request-id", ""), content_type, b"".join(pieces))
+        answering = asyncio.ensure_future(self.app(post_scope(path, len(body)), receive, send))
+        answering.add_done_callback(lambda _: messages.put_nowait(None))
+        try:
+            while (message := await messages.get()) is not None:
+                yield message
+            answering.result()
+        finally:
+            left.set()
+            await asyncio.wait({answering})
 
 
 def post_scope(path: str, length: int) -> Scope:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -250,4 +251,33 @@ def test_chat_with_a_server_remembers_resets_and_reports_errors(server):
 def test_chat_in_process_answers():
     result = run("chat", "--temperature", "0", "--max-tokens", "80", stdin="What is 17 + 25?\n")
     assert result.returncode == 0, result.stderr
-    assert "42" in result.stdout
+    assert result.stdout == "17 + 25 = 42\n", "the answer alone, without what the model thinks before it"
+
+
+def test_complete_continues_each_line_with_a_server(server):
+    result = run(
+        "complete", "--url", server.url, "--temperature", "0", "--max-tokens", "8", stdin="Once upon\n\nOnce upon\n"
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = result.stdout.splitlines()
+    assert first == second != ""
+    quick = run("complete", "--url", f"{server.url}/v1", "-q", "Once upon", "--temperature=0", "--max-tokens=8")
+    assert quick.stdout == f"{first}\n"
+    wrong = run("complete", "--url", server.url, "-q", "Once", "--temperature=-1")
+    assert wrong.returncode == 2
+    assert "answered 400: temperature=-1" in wrong.stderr
+    assert wrong.stdout == ""
+
+
+def test_collect_env_describes_the_machine_and_keeps_secrets(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("JAX_ENGINE_API_KEY", "also secret")
+    result = run("collect-env", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["packages"]["jax"] == metadata.version("jax")
+    assert report["devices"]["backend"] == "cpu"
+    assert report["environment"]["HF_TOKEN"] == "(set)"
+    assert "secret" not in result.stdout
+    printed = run("collect-env").stdout
+    assert metadata.version("flax") in printed and "secret" not in printed
