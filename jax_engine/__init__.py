@@ -4,6 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jax_engine.admin_client import EngineBusyError as EngineBusyError
     from jax_engine.async_llm import AsyncLLM as AsyncLLM
     from jax_engine.beam_search import BeamSearchOutput as BeamSearchOutput
     from jax_engine.beam_search import BeamSearchParams as BeamSearchParams
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from jax_engine.core_client import EngineDeadError as EngineDeadError
     from jax_engine.llm import LLM as LLM
     from jax_engine.lora_request import LoRARequest as LoRARequest
+    from jax_engine.output_processor import EngineAsleepError as EngineAsleepError
     from jax_engine.output_processor import QueueOverflowError as QueueOverflowError
     from jax_engine.output_processor import RequestFailedError as RequestFailedError
     from jax_engine.outputs import CompletionOutput as CompletionOutput
@@ -31,6 +33,8 @@ _HOMES = {
     "BeamSearchParams": "beam_search",
     "BeamSearchSequence": "beam_search",
     "CompletionOutput": "outputs",
+    "EngineAsleepError": "output_processor",
+    "EngineBusyError": "admin_client",
     "EngineConfig": "config",
     "EngineDeadError": "core_client",
     "Logprob": "outputs",

@@ -120,6 +120,12 @@ class AdapterSlots:
             self._last_used[slot] = 0
             del self._slot_of[lora]
 
+    def forget_all(self) -> None:
+        """No adapter is on the device any more. No request may hold one."""
+        assert not any(self._num_users)
+        self._adapters = [None] * len(self._adapters)
+        self._slot_of.clear()
+
     def take_loads(self) -> list[tuple[int, LoRARequest]]:
         """(slot, adapter) of all that must be on the device before the step that was planned."""
         loads, self._loads = dict(self._loads), []  # the last one of a slot

@@ -3,19 +3,19 @@
 import asyncio
 import itertools
 import logging
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jax_engine.adapter_client import AdapterClient
+from jax_engine.admin_client import AdminClient, is_named
 from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError, OnProgress
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Abort, AdapterReply, Add, PrefixCacheReset, ResetPrefixCache, ServedAdapters
+from jax_engine.messages import Abort, AbortNamed, AdapterReply, Add, AdminReply, PrefixCacheReset, ServedAdapters
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
@@ -60,7 +60,7 @@ class AsyncLLM:
         self.token_texts = self._outputs.texts
         self._core_knows_text = False  # whether it was sent the vocabulary
         self._streams: dict[str, RequestStream] = {}
-        self._resets: deque[asyncio.Future[bool]] = deque()  # answered in the order asked
+        self.admin = AdminClient(core.send)
         self.adapters = AdapterClient(core.info.adapters, core.send)
         self._dead_callbacks: list[Callable[[str], object]] = []
         self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
@@ -250,10 +250,7 @@ class AsyncLLM:
         Returns whether it was done: not while requests run. Raises EngineDeadError when the engine core has died.
         """
         self._check_alive()
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._resets.append(done)
-        self._core.send(ResetPrefixCache())
-        return await done
+        return await self.admin.reset_prefix_cache()
 
     async def add_lora(self, lora_request: LoRARequest) -> None:
         """Have an adapter in the core's host memory, as its first request would.
@@ -327,10 +324,12 @@ class AsyncLLM:
         """Pass the core's outputs on until it dies."""
         while True:
             step = await self._core.receive()
-            if isinstance(step, PrefixCacheReset):
-                done = self._resets.popleft()
-                if not done.cancelled():
-                    done.set_result(step.done)
+            if isinstance(step, PrefixCacheReset | AdminReply):
+                self.admin.take(step)
+                continue
+            if isinstance(step, AbortNamed):
+                for request_id in [name for name in self._streams if is_named(name, step.request_ids)]:
+                    self._abort(request_id)
                 continue
             if isinstance(step, AdapterReply | ServedAdapters):
                 self.adapters.take(step)
@@ -376,10 +375,7 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
         self._streams.clear()
-        for done in self._resets:
-            if not done.cancelled():
-                done.set_exception(EngineDeadError(reason))
-        self._resets.clear()
+        self.admin.fail(reason)
         self.adapters.fail(reason)
         self._outputs.abort(self._outputs.request_ids())
         callbacks, self._dead_callbacks = self._dead_callbacks, []

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from jax_engine.beam_run import BeamRun
+from jax_engine.output_processor import RequestFailedError
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import PreparedRequest
 
@@ -32,7 +33,10 @@ class BeamStream:
         while not (self._run.done or self._ended):
             self._streams = self._add(self._run.requests())
             try:
-                self._run.advance([await anext(stream) for stream in self._streams])
+                outputs = [await anext(stream) for stream in self._streams]
+                if any(output.outputs[0].finish_reason == "abort" for output in outputs) and not self._ended:
+                    raise RequestFailedError("the search was aborted")
+                self._run.advance(outputs)
             except BaseException:
                 self.abort()
                 raise

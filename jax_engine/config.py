@@ -104,6 +104,7 @@ class EngineConfig:
     deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
     compile_before_ready: bool = False  # every step program before serving, not only the largest
+    profile_dir: str | None = None  # folder that start_profile writes into; None: there are no profiles
     compile_threads: int | None = None  # step programs compiled at once; None: half of the cores, 4 at most
     trust_remote_code: bool = False  # nothing but False: there is no remote code that this engine could run
 

@@ -19,22 +19,30 @@ import zmq.asyncio
 from jax_engine.config import EngineConfig
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import (
+    AbortNamed,
     AdapterReply,
+    AdminReply,
     Command,
     Event,
     Failed,
+    IsSleeping,
     LoadAdapter,
     PrefixCacheReset,
+    Profile,
     Ready,
     ResetPrefixCache,
     ServedAdapters,
     Shutdown,
+    Sleep,
     Starting,
     StepOutputs,
+    WakeUp,
 )
 from jax_engine.stats import EngineStats
 
 OnProgress = Callable[[Starting], object]
+Answer = StepOutputs | PrefixCacheReset | AdapterReply | AdminReply | AbortNamed | ServedAdapters
+
 COMMANDS, EVENTS = "commands", "events"  # names of the two sockets of a channel, in a folder that both processes share
 
 
@@ -72,6 +80,12 @@ class InProcessCore:
         assert isinstance(reply, AdapterReply)
         if reply.error is not None:
             raise ValueError(reply.error)
+
+    def admin(self, order: Sleep | WakeUp | IsSleeping | Profile) -> AdminReply:
+        """Give an operator's order."""
+        reply = self._core.handle(order)
+        assert isinstance(reply, AdminReply)
+        return reply
 
     def has_work(self) -> bool:
         return self._core.has_work
@@ -128,7 +142,7 @@ class CoreConnection:
             if not self._ended.done():
                 raise
 
-    async def receive(self) -> StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
+    async def receive(self) -> Answer:
         """The outputs of the next step, or the answer to a command; EngineDeadError once the core has died."""
         event = await self._next_event()
         assert not isinstance(event, Ready | Starting)
@@ -140,7 +154,7 @@ class CoreConnection:
         self._commands.close(linger=0)
         self._context.destroy(linger=0)
 
-    async def _next_event(self) -> Starting | Ready | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters:
+    async def _next_event(self) -> Starting | Ready | Answer:
         received = asyncio.ensure_future(self._events.recv())
         try:
             either: set[asyncio.Future[Any]] = {received, self._ended}

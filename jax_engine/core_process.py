@@ -24,6 +24,7 @@ from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
 from jax_engine.messages import (
     Abort,
+    AbortNamed,
     AdapterReply,
     Add,
     Command,
@@ -132,6 +133,9 @@ class CoreServer:
         return True
 
     def _handle(self, core: EngineCore, command: Command, channel: int) -> None:
+        if isinstance(command, AbortNamed):  # the front ends know the names
+            self.send_to_all(command)
+            return
         reply = core.handle(command)
         if isinstance(reply, AdapterReply):  # whoever asked knows the new list before the answer
             self.send_to_all(ServedAdapters(core.served_adapters.all))

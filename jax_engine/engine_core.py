@@ -6,6 +6,7 @@ from typing import Any
 
 from jax_engine.adapter_files import read_adapter
 from jax_engine.adapter_slots import AdapterSlots
+from jax_engine.admin import ASLEEP, Admin
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, split_module
 from jax_engine.constraints import Constraints
@@ -14,16 +15,21 @@ from jax_engine.messages import (
     Abort,
     AdapterReply,
     Add,
+    AdminReply,
     Command,
     CoreOutput,
     CoreRequest,
+    IsSleeping,
     LoadAdapter,
     PrefixCacheReset,
+    Profile,
     Ready,
     ResetPrefixCache,
+    Sleep,
     StepOutputs,
     UnloadAdapter,
     Vocabulary,
+    WakeUp,
 )
 from jax_engine.request import Constraint
 from jax_engine.runner import PendingTokens, Runner
@@ -50,6 +56,7 @@ class EngineCore:
         slots = AdapterSlots(config.max_loras if config.enable_lora else 0, self.runner.adapters.fetch)
         self.scheduler = Scheduler(limits, config.speculation, adapters=slots)
         self.served_adapters = ServedList(config.lora_modules, self.runner.adapters.fetch)
+        self.admin = Admin(self.runner, self.scheduler, profile_dir=config.profile_dir)
         self._max_in_flight = config.max_num_queued_reqs
         self._num_refused = 0
         self.info = Ready(
@@ -71,7 +78,7 @@ class EngineCore:
         self._is_ahead = False  # the step that is pending was launched before the one before it was collected
         self._period_since = 0.0  # when the tokens of the step before came, or the engine began to be busy
 
-    def handle(self, command: Command) -> PrefixCacheReset | AdapterReply | StepOutputs | None:
+    def handle(self, command: Command) -> PrefixCacheReset | AdapterReply | AdminReply | StepOutputs | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
         on.
         """
@@ -89,7 +96,18 @@ class EngineCore:
             return self._load_adapter(command)
         elif isinstance(command, UnloadAdapter):
             return self._unload_adapter(command.lora_int_id)
+        elif isinstance(command, Sleep | WakeUp | IsSleeping | Profile):
+            return self.admin.handle(command, is_idle=self._is_idle())
         return None
+
+    def _is_idle(self) -> bool:
+        """Whether no request is in flight. A step that is, for requests that have ended, is waited for."""
+        if self.scheduler.has_work or self._num_held:
+            return False
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._collect(pending, is_ahead=False)
+        return True
 
     def _load_adapter(self, command: LoadAdapter) -> AdapterReply:
         try:
@@ -112,10 +130,12 @@ class EngineCore:
         return AdapterReply(None if found else f"lora_int_id={lora_int_id} is not the number of a loaded adapter")
 
     def _add(self, requests: Sequence[CoreRequest]) -> StepOutputs | None:
-        """Queue requests, or refuse all of them when too many sequences would be in flight.
+        """Queue requests, or refuse all of them when too many sequences would be in flight, or the engine is asleep.
 
         The core decides, since it alone knows all that is in flight, whoever sent it.
         """
+        if self.admin.is_sleeping:
+            return StepOutputs([CoreOutput(r.request_id, [], "asleep", error=ASLEEP) for r in requests], self.stats())
         limit, num_in_flight = self._max_in_flight, len(self.scheduler.requests) + self._num_held
         if limit is None or num_in_flight + len(requests) <= limit:
             for request in requests:
@@ -286,5 +306,6 @@ class EngineCore:
         }
 
     def shutdown(self) -> None:
+        self.admin.stop()
         self.constraints.shutdown()
         self.runner.shutdown()

@@ -46,6 +46,13 @@ class FullSlots:
     def state(self, state: FullState) -> None:
         self._state = state
 
+    def drop(self) -> None:
+        """Free the device memory; no slot may be taken."""
+        for leaf in jax.tree.leaves((self._state, self._unmasked)):
+            leaf.delete()
+        self._state = None
+        self._unmasked.clear()
+
     def take(self, chunk: Chunk) -> None:
         """Record what a request that has just taken a slot asks for, whose output so far the host knows."""
         request, slot = chunk.request, chunk.slot

@@ -1,25 +1,24 @@
 """Offline inference: prompts in, finished completions out, the engine core in the caller's own process."""
 
-import difflib
 import itertools
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
-from types import FrameType, MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
+from jax_engine.admin_client import checked_level, checked_tags, raise_for
 from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchOutput, BeamSearchParams
-from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
+from jax_engine.interrupts import interrupts_between_steps
+from jax_engine.llm_settings import engine_config
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Abort, Add, StepOutputs
-from jax_engine.output_processor import OutputProcessor
+from jax_engine.messages import Abort, Add, AdminReply, IsSleeping, Profile, Sleep, StepOutputs, WakeUp
+from jax_engine.output_processor import EngineAsleepError, OutputProcessor
 from jax_engine.outputs import RequestOutput
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
 from jax_engine.progress import Progress
@@ -31,35 +30,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 Adapters = LoRARequest | Sequence[LoRARequest | None] | None
-
-# vLLM's settings that this engine does not have, with the values that ask for what it does anyway.
-NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "allowed_local_media_path": ("", None),
-        "async_scheduling": (True, None),
-        "compilation_config": (None,),
-        "cpu_offload_gb": (0,),
-        "data_parallel_size": (1,),
-        "disable_custom_all_reduce": (False, True),
-        "disable_log_stats": (False, True),
-        "distributed_executor_backend": (None,),
-        "enable_expert_parallel": (False,),
-        "enable_sleep_mode": (False,),
-        "enforce_eager": (False, None),
-        "hf_overrides": (None,),
-        "kv_cache_dtype": ("auto",),
-        "limit_mm_per_prompt": (None,),
-        "num_gpu_blocks_override": (None,),
-        "pipeline_parallel_size": (1,),
-        "quantization": (None,),
-        "runner": ("auto", "generate"),
-        "skip_tokenizer_init": (False,),
-        "task": ("auto", "generate", None),
-        "tokenizer_mode": ("auto",),
-        "tokenizer_revision": (None,),
-        "trust_remote_code": (False,),
-    }
-)
 
 
 class LLM:
@@ -215,6 +185,33 @@ class LLM:
         with self._lock:
             return core.reset_prefix_cache()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give up the device memory until `wake_up`; waits for calls that run.
+
+        Level 1 moves the weights to host memory, 2 drops them. Keys and values of earlier prompts are forgotten.
+        """
+        self._order(Sleep(checked_level(level)))
+
+    def wake_up(self, tags: Collection[str] | None = None) -> None:
+        """Have the "weights", the "kv_cache" or, by default, both again; weights that were dropped are read anew."""
+        self._order(WakeUp(checked_tags(tags)))
+
+    def is_sleeping(self) -> bool:
+        """Whether weights or KV cache are given up, and `generate` raises an EngineAsleepError."""
+        return self._order(IsSleeping()).is_sleeping
+
+    def start_profile(self) -> None:
+        """Begin to record what the engine does, for XProf, into `profile_dir`."""
+        if self.config.profile_dir is None:
+            raise ValueError("profile_dir=None: there is no folder for a profile; make the LLM with one")
+        self._order(Profile(start=True))
+
+    def stop_profile(self) -> None:
+        """Write what was recorded since `start_profile`."""
+        if self.config.profile_dir is None:
+            raise ValueError("profile_dir=None: there is no profile; make the LLM with one")
+        self._order(Profile(start=False))
+
     def shutdown(self) -> None:
         """Release the device memory; the object cannot be used afterwards."""
         core, self._core = self._core, None
@@ -233,6 +230,13 @@ class LLM:
         if self._core is None:
             raise RuntimeError("this LLM was shut down; make a new one")
         return self._core
+
+    def _order(self, order: Sleep | WakeUp | IsSleeping | Profile) -> AdminReply:
+        core = self._running_core()
+        with self._lock:
+            reply = core.admin(order)
+        raise_for(reply)
+        return reply
 
     def _prepare(
         self,
@@ -298,6 +302,8 @@ class LLM:
             interrupts_between_steps() as deliver_interrupt,
             Progress(len(requests), show=use_tqdm) as progress,
         ):
+            if core.admin(IsSleeping()).is_sleeping:
+                raise EngineAsleepError("the engine is asleep; call wake_up first")
             states = [self._outputs.add(request) for request in requests]
             sequences = [sequence for request in requests for sequence in request.core_requests]
             if any(sequence.structured for sequence in sequences):
@@ -328,60 +334,6 @@ class LLM:
             if state.error is not None:
                 raise state.error
             progress.finish(state)
-
-
-def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
-    """`EngineConfig` of these settings, of which vLLM's other names may be given with the values that change nothing.
-
-    Raises:
-        ValueError: a name that is unknown, or vLLM's and not supported; a value outside its range.
-    """
-    known = [field.name for field in fields(EngineConfig)]
-    for name, value in settings.items():
-        if name in known:
-            continue
-        if name in NEUTRAL_SETTINGS:
-            if value in NEUTRAL_SETTINGS[name]:
-                continue
-            allowed = " or ".join(map(repr, NEUTRAL_SETTINGS[name]))
-            raise ValueError(
-                f"{name}={value!r} is not supported yet; leave it out (the only value that works is {allowed})"
-            )
-        near = difflib.get_close_matches(name, [*known, *NEUTRAL_SETTINGS], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"LLM has no setting {name!r}; {hint}")
-    return EngineConfig(**{name: value for name, value in settings.items() if name in known})
-
-
-@contextmanager
-def interrupts_between_steps() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the function that this yields is called: within a step it would break the engine.
-
-    A second Ctrl-C acts at once. Other threads than the main one are not sent any.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield lambda: None
-        return
-    held: list[tuple[int, FrameType | None]] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append((number, frame))
-        if len(held) > 1:
-            deliver()
-
-    def deliver() -> None:
-        if held:
-            latest = held[-1]
-            held.clear()
-            handler(*latest)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield deliver
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    deliver()
 
 
 def _prompt_list(prompts: Any) -> list[Prompt]:

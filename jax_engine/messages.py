@@ -86,7 +86,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """New tokens of one sequence. `finish_reason` is set in the last one: "stop" (with `stop_reason` the id, None for
-    end of sequence), "length", "repetition", "abort", "error", or "refused" when the queue is full."""
+    end of sequence), "length", "repetition", "abort", "error", "refused" when the queue is full, or "asleep"."""
 
     request_id: str
     new_token_ids: list[int]
@@ -95,7 +95,7 @@ class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     num_cached_tokens: int = 0  # prompt tokens whose keys and values were in the cache when it first ran
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
-    error: str | None = None  # what went wrong, with finish_reason "error" or "refused"
+    error: str | None = None  # what went wrong, with finish_reason "error", "refused" or "asleep"
     logprobs: list[TokenLogprobs] | None = None  # one for each new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on, with the first output
 
@@ -152,7 +152,50 @@ class UnloadAdapter(msgspec.Struct, array_like=True, frozen=True, tag="unload_ad
     lora_int_id: int
 
 
-Command = Add | Abort | ResetPrefixCache | LoadAdapter | UnloadAdapter | Shutdown | Vocabulary
+class AbortNamed(msgspec.Struct, array_like=True, frozen=True, tag="abort_named"):
+    """Drop the requests of these clients' ids, or all; the core passes it on to every front end."""
+
+    request_ids: list[str] | None
+
+
+class Sleep(msgspec.Struct, array_like=True, frozen=True, tag="sleep"):
+    """Give up the devices' memory: the weights go to host memory (level 1), or are dropped (2). Answered, as those that
+    follow, by an `AdminReply`.
+    """
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, array_like=True, frozen=True, tag="wake_up"):
+    """Have "weights", "kv_cache" or both again."""
+
+    tags: tuple[str, ...]
+
+
+class IsSleeping(msgspec.Struct, array_like=True, frozen=True, tag="is_sleeping"):
+    """Ask whether any of that is not there."""
+
+
+class Profile(msgspec.Struct, array_like=True, frozen=True, tag="profile"):
+    """Begin to record a profile, or write what was recorded."""
+
+    start: bool
+
+
+Command = (
+    Add
+    | Abort
+    | AbortNamed
+    | ResetPrefixCache
+    | LoadAdapter
+    | UnloadAdapter
+    | Sleep
+    | WakeUp
+    | IsSleeping
+    | Profile
+    | Shutdown
+    | Vocabulary
+)
 
 
 class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
@@ -202,4 +245,14 @@ class ServedAdapters(msgspec.Struct, array_like=True, frozen=True, tag="served_a
     adapters: tuple[LoRARequest, ...]
 
 
-Event = Starting | Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | ServedAdapters
+class AdminReply(msgspec.Struct, array_like=True, frozen=True, tag="admin_reply"):
+    """What came of an operator's order: why it was not done, or None. `is_busy`: it may be, later."""
+
+    is_sleeping: bool
+    error: str | None = None
+    is_busy: bool = False
+
+
+Event = (
+    Starting | Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | AdminReply | AbortNamed | ServedAdapters
+)

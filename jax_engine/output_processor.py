@@ -1,8 +1,9 @@
 """What the engine core sends, turned into what the user gets: text, stop strings, the completions of a prompt."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from jax_engine.detokenizer import IncrementalDetokenizer, StopMatcher, StopStrings
 from jax_engine.messages import CoreOutput, TokenLogprobs
@@ -21,6 +22,16 @@ class QueueOverflowError(RuntimeError):
     """As many sequences as `max_num_queued_reqs` allows are in flight: the request was refused before it entered. It
     may be sent again.
     """
+
+
+class EngineAsleepError(RuntimeError):
+    """The engine has given up its memory (`sleep`): the request was refused. It may be sent again once it is awake."""
+
+
+# By the finish reason of requests that the core did not take.
+REFUSALS: Mapping[str, type[RuntimeError]] = MappingProxyType(
+    {"refused": QueueOverflowError, "asleep": EngineAsleepError}
+)
 
 
 class LogprobRecord:
@@ -285,9 +296,9 @@ class OutputProcessor:
             if completion.extend(output):
                 stopped.append(output.request_id)
             if output.error is not None:
-                refused = output.finish_reason == "refused"
-                reason = output.error if refused else f"request {state.request.request_id} failed: {output.error}"
-                state.error = QueueOverflowError(reason) if refused else RequestFailedError(reason)
+                refusal = REFUSALS.get(output.finish_reason or "")
+                failure = f"request {state.request.request_id} failed: {output.error}"
+                state.error = refusal(output.error) if refusal else RequestFailedError(failure)
                 stopped += self.abort([state.request.request_id])
             elif completion.finish_reason is not None:
                 del self._sequences[output.request_id]

@@ -67,6 +67,12 @@ class PageCopier:
             cache = self._load(cache, self._host_pages[host_page], page)
         return cache
 
+    def forget(self) -> None:
+        """Let go of all pages in host memory, once none is on its way."""
+        jax.block_until_ready((self._sent_before, self._sending))
+        self._sent_before, self._sending = [], []
+        self._host_pages.clear()
+
     def seconds_per_load(self, cache: KVPages) -> tuple[float, KVPages]:
         """How long a page takes from host memory into the cache (donated), measured; and the cache, unchanged."""
         content = self._save(cache, 0)

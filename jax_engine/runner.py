@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,7 +31,6 @@ from jax_engine.planner import (
     MemoryPlan,
     draft_programs,
     host_pages,
-    largest_padding,
     longest_context,
     memory_for_pages,
     plan_memory,
@@ -39,6 +39,7 @@ from jax_engine.planner import (
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import tensor_mesh
+from jax_engine.start_log import log_adapters, log_cache, log_step_programs
 from jax_engine.step_batch import (
     NO_TOKEN,
     BatchLayout,
@@ -50,6 +51,7 @@ from jax_engine.step_batch import (
 )
 from jax_engine.step_plan import Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
 from jax_engine.step_program import DeviceState, Program
+from jax_engine.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +116,16 @@ class Runner:
         self._geometry = self.placed.geometry
         self._choose_programs(config)
         self.memory = self._plan_memory(config, model_config, device)
-        self._log_cache()
-        self._log_adapters(config)
-        self._log_step_programs()
+        log_cache(self.memory, self._geometry)
+        log_adapters(config, self.placed)
+        log_step_programs(self._programs, self.step_sizes, self.placed.row_block)
         self.compiled = CompiledSteps(
             self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
         )
         if watch is not None:
             watch(self.compiled)
         self._state: DeviceState
-        self._leaves: tuple[jax.Array, ...]
+        self.weights: Weights
         self._load_while_compiling(folder, config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         least = SamplingMode.FULL if self.placed.processors else SamplingMode.GREEDY
@@ -158,7 +160,7 @@ class Runner:
         if plan.copies:
             self._state = replace(self._state, cache=self._page_copier.run(self._state.cache, plan.copies))
         for slot, lora in plan.adapter_loads:
-            self._leaves = self.adapters.write(self._leaves, slot, lora)
+            self.weights.leaves = self.adapters.write(self.weights.leaves, slot, lora)
         self._take_parameters(chunks)
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
@@ -176,12 +178,12 @@ class Runner:
         full: FullResults | None = None
         if inputs is not None:
             self._state, self._full.state, full = executable(
-                self._leaves, self._state, self._full.state, buffer, inputs
+                self.weights.leaves, self._state, self._full.state, buffer, inputs
             )
             full = what_is_asked(full, chunks)
             tokens = full.tokens[None]
         else:
-            self._state, tokens = executable(self._leaves, self._state, buffer)
+            self._state, tokens = executable(self.weights.leaves, self._state, buffer)
         if self._is_remote:
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full))
         launched = time.perf_counter()
@@ -226,7 +228,7 @@ class Runner:
         if rows := self.counters.token_rows:
             share = 100 * self.counters.padding_tokens / rows
             logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
-        del self._state, self._leaves, self._full
+        del self._state, self.weights, self._full
 
     def _choose_programs(self, config: EngineConfig) -> None:
         """The step programs there will be, and the sizes and layouts of their steps."""
@@ -254,38 +256,6 @@ class Runner:
         num_adapters = config.max_loras if config.enable_lora else 0
         sizes = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups, num_adapters
         self._layouts = {bucket: BatchLayout(bucket, *sizes) for bucket in buckets}
-
-    def _log_cache(self) -> None:
-        memory, geometry = self.memory, self._geometry
-        logger.info(
-            "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
-            memory.num_pages,
-            geometry.page_size,
-            memory.num_pages * geometry.page_bytes / 2**20,
-            memory.reason,
-        )
-        if any(geometry.layout.windows):
-            logger.info("cache groups: %s", geometry.layout.describe())
-
-    def _log_adapters(self, config: EngineConfig) -> None:
-        if config.enable_lora:
-            logger.info(
-                "adapters: %d on the device at once, of rank %d at most, %.1f MiB",
-                config.max_loras,
-                config.max_lora_rank,
-                self.placed.structure.adapter_bytes / 2**20,
-            )
-
-    def _log_step_programs(self) -> None:
-        if self.placed.row_block is not None:
-            logger.info("step programs: one, of blocks of %d token rows", self.placed.row_block)
-            return
-        logger.info(
-            "step programs: %d, of %s token rows; padding is %.0f %% of a step at most",
-            len(self._programs),
-            ", ".join(map(str, self.step_sizes)),
-            100 * largest_padding(self.step_sizes),
-        )
 
     def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
         """Record the sampling parameters of requests that have just taken a slot."""
@@ -325,24 +295,38 @@ class Runner:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
         try:
-            self._leaves = load_leaves(
-                self.placed.structure,
-                folder,
-                load_format=config.load_format,
-                sharding_of=self.placed.sharding_of,
-                seed=config.seed,
+            self.weights = Weights(
+                partial(
+                    load_leaves,
+                    self.placed.structure,
+                    folder,
+                    load_format=config.load_format,
+                    sharding_of=self.placed.sharding_of,
+                    seed=config.seed,
+                )
             )
             if self._is_remote:
                 compiling.result()  # an accelerator's compiler may try kernels out, in memory that the state would fill
-            self._leaves = self.adapters.warm_up(self._leaves)
+            self.weights.leaves = self.adapters.warm_up(self.weights.leaves)
             self._make_state()
             compiling.result()
         finally:
             pool.shutdown(wait=False)
 
+    def drop_state(self) -> None:
+        """Free the device memory of everything but the weights, and the pages in host memory; for `renew_state`."""
+        self._page_copier.forget()
+        self._full.drop()
+        for leaf in jax.tree.leaves(self._state):
+            leaf.delete()
+
+    def renew_state(self) -> None:
+        """Make the device state as it is before the first step; nothing is compiled anew."""
+        self._state = self.placed.zero_state(self._state_size(self.memory))
+
     def _make_state(self) -> None:
         """The device state before the first step, and the programs that copy its pages and write its block tables."""
-        self._state = self.placed.zero_state(self._state_size(self.memory))
+        self.renew_state()
         self._page_copier = PageCopier(self._state.cache)
         tables = self._state.block_tables
         self._updates_shape = (tables.shape[1], 3)  # one whole block table

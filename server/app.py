@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import jax_engine
+from jax_engine.server.admin_routes import AbortRequests, admin_router
 from jax_engine.server.anthropic_protocol import CountTokensRequest, MessagesRequest
 from jax_engine.server.anthropic_routes import anthropic_router
 from jax_engine.server.chat_routes import chat_router
@@ -40,6 +41,7 @@ ROUTERS = (
     lora_router,
     plain_router,
     operations_router,
+    admin_router,
     tokenizer_router,
     page_router,
 )
@@ -53,6 +55,7 @@ BODIES = (
     PlainRequest,
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
+    AbortRequests,
     TokenizeRequest,
     DetokenizeRequest,
 )

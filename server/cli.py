@@ -106,6 +106,11 @@ HTTP_FLAGS = (
         "let clients load LoRA adapters from this machine's folders, and unload them; by default not",
         type=bool,
     ),
+    Flag(
+        "enable_admin_routes",
+        "let clients put the engine to sleep, wake it up and abort any request; by default not",
+        type=bool,
+    ),
     Flag("enable_tokenizer_info_endpoint", "answer GET /tokenizer_info; by default it does not", type=bool),
 )
 # What decides how requests are answered, wherever they come from.

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.core_client import EngineDeadError
-from jax_engine.output_processor import QueueOverflowError, RequestFailedError
+from jax_engine.output_processor import EngineAsleepError, QueueOverflowError, RequestFailedError
 from jax_engine.outputs import CompletionOutput, RequestOutput
 from jax_engine.processor import PreparedRequest, Prompt
 from jax_engine.request_stream import RequestStream
@@ -31,6 +31,7 @@ from jax_engine.server.tracking import PromptTracker, RequestRecord
 STREAM_HEADERS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 RETRY_AFTER = 1  # seconds; a queue that is full has a place free about as often as a sequence ends
+RETRY_WHEN_AWAKE = 10  # seconds; who put the engine to sleep decides
 
 
 class PromptStream:
@@ -123,8 +124,8 @@ async def generation(
     when the block is left, whatever the reason, what still runs is aborted.
 
     Raises:
-        ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there, or all of
-            its queue is taken.
+        ApiError: 400 for a bad prompt or parameter, before anything runs; 503 when the engine is not there or asleep,
+            or all of its queue is taken.
         ClientGoneError, ShuttingDownError: see `InFlight.track`.
     """
     engine, lora = service.engine(), record.adapter
@@ -156,16 +157,25 @@ async def generation(
             yield running
     except EngineDeadError as error:
         raise unavailable(f"the engine has died: {error}", code="engine_dead") from None
-    except QueueOverflowError as error:
+    except (QueueOverflowError, EngineAsleepError) as error:
         for tracker in running.trackers:
             tracker.refuse()
-        # 503 and not 429: the server is busy, whoever asks. Clients repeat both; to a load balancer a 503 is the
-        # reason to try another replica.
-        raise unavailable(str(error), code="queue_overflow", retry_after=RETRY_AFTER) from None
+        raise not_taken(error) from None
     except RequestFailedError as error:
         raise ApiError(500, str(error), code="request_failed") from None
     finally:
         running.close()
+
+
+def not_taken(error: QueueOverflowError | EngineAsleepError) -> ApiError:
+    """The answer to a request that did not enter the engine.
+
+    503 and not 429: the server is busy, whoever asks. Clients repeat both; to a load balancer a 503 is the reason to
+    try another replica.
+    """
+    if isinstance(error, EngineAsleepError):
+        return unavailable(str(error), code="engine_asleep", retry_after=RETRY_WHEN_AWAKE)
+    return unavailable(str(error), code="queue_overflow", retry_after=RETRY_AFTER)
 
 
 class GenerationStream(Response):

@@ -1,4 +1,4 @@
-"""JSON schemas of request bodies for `/openapi.json`, made from the very structs that decode them."""
+"""JSON schemas of what requests hold for `/openapi.json`, made from the very structs that decode them."""
 
 from typing import Any
 
@@ -19,3 +19,8 @@ def add_components(document: dict[str, Any], kinds: tuple[type[msgspec.Struct], 
     """Put the schemas that `body_schema` points to into an OpenAPI document."""
     _, components = msgspec.json.schema_components(kinds, ref_template=REF_TEMPLATE)
     document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+
+
+def query_schema(parameter: dict[str, Any]) -> dict[str, Any]:
+    """A route's `openapi_extra` for one parameter in its URL, which may be left out."""
+    return {"parameters": [{"in": "query", "required": False, **parameter}]}

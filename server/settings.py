@@ -57,6 +57,7 @@ class ServerSettings:
     log_requests: bool = True
     allow_runtime_lora_updating: bool = False  # clients may load adapters from folders of this machine, and unload them
     enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info shows the tokenizer's configuration
+    enable_admin_routes: bool = False  # clients may put the engine to sleep, wake it and abort any request
     api_server_count: int = 1  # processes that answer HTTP, all before one engine core
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ import pytest
 from tiny_engine import TINY
 
 from jax_engine import LLM, RequestOutput, SamplingParams
-from jax_engine.llm import engine_config, interrupts_between_steps
+from jax_engine.interrupts import interrupts_between_steps
+from jax_engine.llm_settings import engine_config
 from jax_engine.model_files import resolve_model_path
 
 MAX_MODEL_LEN = 96

@@ -128,10 +128,11 @@ def start_shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """The server that most tests share, with few enough KV pages that they matter; it must end well."""
+    folder = tmp_path_factory.mktemp("server")
     running = launch(
-        tmp_path_factory.mktemp("server"),
+        folder,
         *("--kv-cache-memory-bytes", "64M", "--max-num-seqs", "64", "--max-request-body-bytes", "1M"),
-        *("--served-model-name", "demo", "demo-alias"),
+        *("--served-model-name", "demo", "demo-alias", "--enable-admin-routes", "--profile-dir", str(folder)),
     )
     running.wait_for(running.is_ready, what="ready", seconds=START_SECONDS)
     yield running
