@@ -240,6 +240,10 @@ class AsyncLLM:
         run = await asyncio.to_thread(make, priority=priority, lora=lora_request)
         return BeamStream(run, self.add_prepared)
 
+    async def check_form(self, params: SamplingParams) -> None:
+        """Raise a ValueError unless the form of output that is asked for can be followed."""
+        await asyncio.to_thread(self._inputs.check_form, params)
+
     async def abort(self, request_id: str) -> None:
         """Drop a request; its stream ends with the finish reason "abort". An unknown or finished id is ignored."""
         self._abort(request_id)

@@ -5,6 +5,7 @@ that take it minutes. So each is compiled and tried here first, under a time lim
 engine core has for it.
 """
 
+import json
 import os
 import select
 import subprocess
@@ -13,14 +14,16 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
 
 from jax_engine.bitmasks import ids_of
-from jax_engine.grammars import error_of, grammar_text, make_mask, new_matcher
+from jax_engine.grammars import error_of, grammar_text, make_mask, new_matcher, special_token_ids
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.tag_formats import schemas_of
 
 START_SECONDS = 60.0  # loading a large vocabulary, on a busy machine
 CHECK_SECONDS = 10.0  # for one grammar
@@ -122,13 +125,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             pipe.close()
 
 
-def check(form: bytes, vocabulary: Vocabulary, special_tokens: frozenset[str]) -> Checked:
+def check(form: bytes, vocabulary: Vocabulary, special_ids: Mapping[str, int]) -> Checked:
     """Compile one form, given as JSON, and follow it for a few tokens."""
     try:
-        grammar = grammar_text(StructuredOutputsParams(**msgspec.json.decode(form)), special_tokens)
+        params = StructuredOutputsParams(**msgspec.json.decode(form))
+        grammar = grammar_text(params, special_ids)
         matcher = new_matcher(grammar, vocabulary)
     except (ValueError, RecursionError) as error:
-        return Checked(error=str(error) or type(error).__name__)
+        return Checked(error=_bad_schema(params, vocabulary) or str(error) or type(error).__name__)
     for count in range(NUM_TRIED_TOKENS):
         start = time.thread_time()
         mask = make_mask(matcher, vocabulary.size)
@@ -144,17 +148,33 @@ def check(form: bytes, vocabulary: Vocabulary, special_tokens: frozenset[str]) -
     return Checked(grammar=grammar)
 
 
+def _bad_schema(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
+    """Which schema of a structural tag cannot be followed, and why; empty where that is not what is wrong."""
+    name, value = params.form
+    if name != "structural_tag":
+        return ""
+    try:
+        schemas = schemas_of(json.loads(value) if isinstance(value, str) else value)
+    except (KeyError, TypeError, ValueError):
+        return ""
+    for index, schema in enumerate(schemas):
+        try:
+            new_matcher(grammar_text(StructuredOutputsParams(json=schema), {}), vocabulary)
+        except ValueError as error:
+            return f"schema {index}: {error}"
+    return ""
+
+
 def _serve() -> None:
     """Answer line by line until there are no more."""
     vocabulary = msgspec.json.decode(sys.stdin.buffer.readline(), type=Vocabulary)
-    tokens = msgspec.json.decode(vocabulary.tokenizer).get("added_tokens") or ()
-    special = frozenset(token["content"] for token in tokens if token["special"])
+    special_ids = special_token_ids(vocabulary)
     ready = new_matcher('start: ""', vocabulary)
     assert not ready.is_error()
     sys.stdout.buffer.write(b"{}\n")
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(msgspec.json.encode(check(line, vocabulary, special)) + b"\n")
+        sys.stdout.buffer.write(msgspec.json.encode(check(line, vocabulary, special_ids)) + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -9,25 +9,25 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from jax_engine.bitmasks import num_words
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.tag_formats import WHITESPACE, tags_grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# Between the parts of JSON unless a request says otherwise: indentation has room. Without a bound, small models go on
-# with blanks until their tokens are spent.
-WHITESPACE = r"[ \t\r\n]{1,20}"
 MAX_ERROR_CHARACTERS = 400
 
 
-def grammar_text(params: StructuredOutputsParams, special_tokens: frozenset[str]) -> str:
+def grammar_text(params: StructuredOutputsParams, special_ids: Mapping[str, int]) -> str:
     """The grammar of a form, in llguidance's own notation; whether it is a good one, only `new_matcher` tells.
+    `special_ids`: see `special_token_ids`.
 
     Raises:
         ValueError: what is given is not JSON, EBNF or a description of tags.
@@ -45,7 +45,7 @@ def grammar_text(params: StructuredOutputsParams, special_tokens: frozenset[str]
         return LLMatcher.grammar_from_lark(_lark(value))
     given = json.loads(value) if isinstance(value, str) else value
     if name == "structural_tag":
-        return _tags(given, special_tokens)
+        return LLMatcher.grammar_from_lark(tags_grammar(given, special_ids))
     schema = {"type": "object"} if name == "json_object" else given
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
@@ -84,6 +84,13 @@ def llguidance_tokenizer(vocabulary: Vocabulary) -> "LLTokenizer":
     return LLTokenizer(vocabulary.tokenizer, n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
 
 
+def special_token_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The tokens that are no text to llguidance, by content: also those of the form `<name>` that a tokenizer shows."""
+    tokenizer = llguidance_tokenizer(vocabulary)
+    tokens = msgspec.json.decode(vocabulary.tokenizer).get("added_tokens") or ()
+    return {token["content"]: token["id"] for token in tokens if tokenizer.is_special_token(token["id"])}
+
+
 def error_of(matcher: "LLMatcher") -> str:
     """Why a matcher cannot go on, in one line; empty when it can."""
     return " ".join(matcher.get_error().split())[:MAX_ERROR_CHARACTERS]
@@ -97,36 +104,6 @@ def _lark(grammar: str) -> str:
         return any_to_lark(grammar)
     except (GbnfToLarkError, AssertionError, IndexError, KeyError, RecursionError) as error:
         raise ValueError(f"as EBNF it cannot be read: {error or type(error).__name__}") from error
-
-
-def _tags(given: Any, special_tokens: frozenset[str]) -> str:
-    """A grammar of text in which whatever begins like a tag is one."""
-    from llguidance import LLMatcher, StructTag
-
-    if not isinstance(given, Mapping) or {"type", *given} != {"type", "structures", "triggers"}:
-        raise ValueError('it must be {"type": "structural_tag", "structures": [...], "triggers": [...]}')
-    structures, triggers = given["structures"], given["triggers"]
-    if given.get("type", "structural_tag") != "structural_tag" or not _is_list(structures) or not _is_list(triggers):
-        raise ValueError("type must be structural_tag, and structures and triggers lists of at least one entry")
-    if not all(isinstance(trigger, str) and trigger for trigger in triggers):
-        raise ValueError("triggers must be non-empty strings")
-    tags = []
-    for index, structure in enumerate(structures):
-        if not isinstance(structure, Mapping) or set(structure) != {"begin", "schema", "end"}:
-            raise ValueError(f"structures[{index}] must be an object of begin, schema and end")
-        begin, schema, end = structure["begin"], structure["schema"], structure["end"]
-        if not isinstance(begin, str) or not isinstance(end, str) or not isinstance(schema, dict):
-            raise ValueError(f"structures[{index}]: begin and end must be strings, and schema an object")
-        trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
-        if trigger is None:
-            raise ValueError(f"structures[{index}] begins with {begin!r}, and with none of the triggers")
-        tags.append(StructTag(trigger=trigger, begin=begin, grammar=schema, end=end))
-    special = all(tag.trigger in special_tokens for tag in tags if tag.trigger[0] == "<" and tag.trigger[-1] == ">")
-    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=special))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0
 
 
 def _closed(schema: Any) -> Any:

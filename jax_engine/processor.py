@@ -211,6 +211,10 @@ class InputProcessor:
             min_tokens=max_tokens if params.ignore_eos else params.min_tokens,
         )
 
+    def check_form(self, params: SamplingParams) -> None:
+        """Raise a ValueError unless the form that is asked for, if any, can be followed. Takes as long as a grammar."""
+        self._structured(params, max_tokens=1)
+
     def check_adapter(self, lora: LoRARequest | None) -> None:
         """Raise a ValueError unless this engine can run with what is given as an adapter."""
         if lora is None:

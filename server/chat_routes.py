@@ -1,7 +1,10 @@
 """POST /v1/chat/completions."""
 
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,7 +22,11 @@ from jax_engine.server.openai_routes import json_response, of_prompt
 from jax_engine.server.protocol import ChatCompletionRequest
 from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
+from jax_engine.server.tool_choice import ToolChoice, answer_form
 from jax_engine.server.tracking import RequestRecord
+from jax_engine.structured_outputs import StructuredOutputsParams
+
+BAD_SCHEMA = re.compile(r"cannot be followed: schema (\d+): (.*); correct it", re.DOTALL)
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -46,14 +53,14 @@ class PreparedChat:
     message_format: MessageFormat
 
 
-def prepared_chat(service: Service, asked: ChatCompletionRequest) -> PreparedChat:
+async def prepared_chat(service: Service, asked: ChatCompletionRequest) -> PreparedChat:
     """Render a chat and turn what it asks for into the engine's terms.
 
     Raises:
         ApiError: 400 for what cannot be rendered or sampled so; 503 before the engine is ready.
     """
-    engine, settings = service.engine(), service.settings
-    if not settings.enable_auto_tool_choice and asked.tools and asked.tool_choice in (None, "auto"):
+    engine, settings, choice = service.engine(), service.settings, asked.choice()
+    if not settings.enable_auto_tool_choice and choice.mode == "auto":
         message = "tool_choice='auto' is turned off on this server; send 'none', or start it with "
         raise ApiError(400, message + "--enable-auto-tool-choice", param="tool_choice", code="unsupported_parameter")
     try:
@@ -65,6 +72,11 @@ def prepared_chat(service: Service, asked: ChatCompletionRequest) -> PreparedCha
     message_format = service.chat_format.message_format(prompt["prompt"], asked)
     params = asked.sampling_params(engine.get_default_sampling_params())
     beams = asked.beam_search_params(params)
+    if (form := _tool_form(service, asked, choice)) is not None:
+        if beams is not None:
+            message = "a beam search cannot be held to a form, which the tools ask for; leave out use_beam_search"
+            raise ApiError(400, message, param="use_beam_search", code="unsupported_parameter")
+        params = await _held_to(service, params, form, choice)
     if service.chat_format.needs_special_tokens(message_format) and asked.skip_special_tokens is None:
         params = replace(params, skip_special_tokens=False)
     if asked.add_special_tokens is not None:
@@ -74,11 +86,39 @@ def prepared_chat(service: Service, asked: ChatCompletionRequest) -> PreparedCha
     return PreparedChat(prompt, params, beams, message_format)
 
 
+def _tool_form(service: Service, asked: ChatCompletionRequest, choice: ToolChoice) -> Mapping[str, Any] | None:
+    """The form that an answer has because of its tools, if any."""
+    return answer_form(
+        choice,
+        service.chat_format.tool_parser,
+        asked.form(),
+        all_allowed=len(choice.functions) == len(asked.tools or ()),
+        parallel=asked.parallel_tool_calls is not False,
+    )
+
+
+async def _held_to(
+    service: Service, params: SamplingParams, form: Mapping[str, Any], choice: ToolChoice
+) -> SamplingParams:
+    """Parameters with a form; ApiError 400, naming the tool, when its schema cannot be followed."""
+    try:
+        tag = StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": form})
+        params = replace(params, structured_outputs=tag)
+        await service.engine().check_form(params)
+    except ValueError as error:
+        if (found := BAD_SCHEMA.search(str(error))) is None or int(found[1]) >= len(choice.functions):
+            raise bad_request(error) from None
+        name = choice.functions[int(found[1])]["name"]
+        message = f"the parameters of the tool {name!r} cannot be enforced: {found[2]}"
+        raise ApiError(400, message, param="tools", code="invalid_value") from None
+    return params
+
+
 async def answer_chat(service: Service, request: Request, asked: ChatCompletionRequest) -> Response:
     """The response to a checked body of /v1/chat/completions."""
     record: RequestRecord = request.state.record
     record.adapter = service.adapter_of(asked.model)
-    chat = prepared_chat(service, asked)
+    chat = await prepared_chat(service, asked)
     answers = ChatAnswers(service.engine().token_texts, chat.params)
     priority = asked.priority or 0
     response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name

@@ -28,19 +28,30 @@ def checked_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The tools as given, once each is known to describe a function.
 
     Raises:
-        ApiError: 400, naming the tool; another kind of tool, no name, or `strict`, which needs guided decoding.
+        ApiError: 400, naming the tool; another kind of tool, no name, or parameters that are no object's schema.
     """
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
         if tool.get("type") != "function":
             raise _invalid(f"{where}.type", "must be 'function'; no other kind of tool is supported")
         function = tool.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise _invalid(f"{where}.function", "must be an object with a name")
-        if function.get("strict"):
-            message = f"{where}.function.strict=true is not supported yet; leave it out"
-            raise ApiError(400, message, param=f"{where}.function.strict", code="unsupported_parameter")
+        if function.get("strict") not in (None, True, False):
+            raise _invalid(f"{where}.function.strict", "must be true or false")
+        parameters = function.get("parameters")
+        if parameters is not None and (
+            not isinstance(parameters, dict) or parameters.get("type", "object") != "object"
+        ):
+            raise _invalid(f"{where}.function.parameters", "must be the JSON schema of an object")
+    if len({tool["function"]["name"] for tool in tools}) < len(tools):
+        raise _invalid("tools", "has two functions of one name; give each its own")
     return tools
+
+
+def shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A checked tool as a chat template prints it."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 def _invalid(where: str, complaint: str) -> ApiError:

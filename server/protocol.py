@@ -15,9 +15,10 @@ import msgspec
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.processor import Prompt, TextPrompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
-from jax_engine.server.conversation import checked_tools, plain_messages
+from jax_engine.server.conversation import checked_tools, plain_messages, shown_tool
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.forms import FormFields
+from jax_engine.server.tool_choice import ToolChoice, tool_choice
 from jax_engine.server.validation import check_neutral, checked_prompts, decode, not_supported
 
 # Field -> the values, besides null, at which it asks for nothing.
@@ -300,8 +301,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        if self.tool_choice not in (None, "auto", "none"):
-            raise not_supported("tool_choice", self.tool_choice, ("auto", "none"))
+        self.choice()
         if self.continue_final_message and self.add_generation_prompt:
             message = "add_generation_prompt and continue_final_message cannot both be true; drop one"
             raise ApiError(400, message, param="continue_final_message", code="invalid_value")
@@ -320,9 +320,13 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
         given = {"max_tokens": self.max_completion_tokens, **self.given(), "logprobs": number}
         return sampling_params(base, given, stream=bool(self.stream))
 
+    def choice(self) -> ToolChoice:
+        """What may be called, or must be; ApiError 400 for a tool or a choice that is none."""
+        return tool_choice(self.tool_choice, checked_tools(self.tools or []))
+
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that may be called; ApiError 400 for one that is none."""
-        return checked_tools(self.tools) if self.tools and self.tool_choice != "none" else None
+        """The tools that the model is told of; `strict` is for the server, and models have not learned it."""
+        return [shown_tool(tool) for tool in self.tools] if self.tools and self.tool_choice != "none" else None
 
     def template_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `AsyncLLM.render_chat`, besides the messages."""

@@ -206,7 +206,7 @@ DEEP["$defs"]["a1400"] = {"type": "string"}
         ({"grammar": "root ::= ("}, "as EBNF it cannot be read"),
         ({"grammar": 'start: "a" start'}, "cannot be followed"),
         ({"structural_tag": TAGS | {"triggers": ["<g>"]}}, "none of the triggers"),
-        ({"structural_tag": {"type": "structural_tag", "format": {}}}, "structures"),
+        ({"structural_tag": {"type": "structural_tag", "format": {}}}, "format must be an object"),
     ],
     ids=str,
 )

@@ -231,9 +231,27 @@ def test_tools_are_rendered_or_left_out():
     assert chat(tools=[tool], tool_choice="auto").template_arguments()["tools"] == [tool]
     assert chat(tools=[tool], tool_choice="none").template_arguments()["tools"] is None
     assert chat(tools=[]).template_arguments()["tools"] is None
-    named = {"type": "function", "function": {"name": "f"}}
-    for choice in ("required", named):
-        assert refusal(chat, tools=[tool], tool_choice=choice).param == "tool_choice"
+
+
+def test_a_tool_choice_says_which_functions_may_or_must_be_called():
+    tools = [{"type": "function", "function": {"name": name}} for name in "fgh"]
+    named = {"type": "function", "function": {"name": "g"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [tools[2], tools[0]]}}
+
+    def chosen(tools, choice):
+        choice = chat(tools=tools, tool_choice=choice).choice()
+        return choice.mode, "".join(function["name"] for function in choice.functions)
+
+    assert chosen(tools, None) == chosen(tools, "auto") == ("auto", "fgh")
+    assert chosen(tools, "required") == ("required", "fgh")
+    assert chosen(tools, named) == ("required", "g")
+    assert chosen(tools, allowed) == ("auto", "hf")
+    assert chosen(tools, "none") == chosen(None, "auto") == chosen([], None) == ("none", "")
+    unknown = {"type": "function", "function": {"name": "nowhere"}}
+    for choice in (unknown, "always", {"type": []}, {"type": "function", "function": {"name": []}}, {}):
+        assert refusal(chat, tools=tools, tool_choice=choice).param == "tool_choice"
+    for choice in ("required", named, allowed):
+        assert "no tools" in refusal(chat, tool_choice=choice).message
 
 
 @pytest.mark.parametrize(
@@ -242,7 +260,13 @@ def test_tools_are_rendered_or_left_out():
         ({}, "tools[0].type"),
         ({"type": "custom"}, "tools[0].type"),
         ({"type": "function", "function": {}}, "tools[0].function"),
-        ({"type": "function", "function": {"name": "f", "strict": True}}, "tools[0].function.strict"),
+        ({"type": "function", "function": {"name": ""}}, "tools[0].function"),
+        ({"type": "function", "function": {"name": "f", "strict": "yes"}}, "tools[0].function.strict"),
+        ({"type": "function", "function": {"name": "f", "parameters": []}}, "tools[0].function.parameters"),
+        (
+            {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}},
+            "tools[0].function.parameters",
+        ),
     ],
 )
 def test_bad_tools_are_named(tool, param):

@@ -2,6 +2,9 @@
 
 import json
 
+import httpx
+import openai
+import pydantic
 import pytest
 
 from jax_engine.models.demo.tasks_tools import TOOLS
@@ -77,3 +80,120 @@ def test_reasoning_can_be_left_out(server):
     deltas = [chunk.choices[0].delta for chunk in chunks]
     assert "".join(delta.content or "" for delta in deltas) == "17 + 25 = 42"
     assert not any(delta.model_extra for delta in deltas)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 18, "maximum": 99},
+        "color": {"enum": ["red", "green"]},
+    },
+    "required": ["name", "age", "color"],
+    "additionalProperties": False,
+}
+
+
+def function(name: str, parameters: dict, **settings) -> dict:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **settings}}
+
+
+TICKET = function("book_ticket", {"type": "object", "properties": {"seat": {"type": "integer"}}, "required": ["seat"]})
+REGISTER = function("register", PERSON)
+
+
+def is_valid(call) -> bool:
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "book_ticket":
+        return isinstance(arguments["seat"], int)
+    good = set(arguments) == {"name", "age", "color"} and len(arguments["name"]) <= 12
+    return good and 18 <= arguments["age"] <= 99 and arguments["color"] in ("red", "green")
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "register"}}], ids=str)
+def test_a_call_that_must_be_made_is_made_and_valid(server, choice, temperature):
+    """The model knows neither function, and by itself would answer in words or with a function that it knows."""
+    settings = {"model": "demo", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "max_tokens": 300}
+    settings |= {"tools": [TICKET, REGISTER], "tool_choice": choice, "temperature": temperature, "n": 3, "seed": 5}
+    for settled in (choice_ for choice_ in server.client.chat.completions.create(**settings).choices):
+        if settled.finish_reason == "length":  # so many calls, or so long a number
+            continue
+        assert settled.finish_reason == "tool_calls"
+        assert settled.message.content is None
+        assert all(is_valid(call) for call in settled.message.tool_calls)
+        if choice != "required":
+            assert {call.function.name for call in settled.message.tool_calls} == {"register"}
+
+
+def test_one_call_at_most(server):
+    settings = {**SETTINGS, "messages": [{"role": "user", "content": "Hello"}], "tools": [REGISTER]}
+    answer = server.client.chat.completions.create(
+        tool_choice="required", parallel_tool_calls=False, stream=True, **settings
+    )
+    calls = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or ()]
+    assert {call.index for call in calls} == {0}
+    assert json.loads("".join(call.function.arguments for call in calls))["color"] in ("red", "green")
+
+
+def test_a_strict_function_is_called_with_what_its_schema_allows_or_not_at_all(server):
+    """Left to itself the model calls with a name as it stands in the question."""
+    strict = function("get_weather", {"type": "object", "properties": {"city": {"enum": ["Rome"]}}}, strict=True)
+    strict["function"]["parameters"] |= {"required": ["city"], "additionalProperties": False}
+    settings = {**SETTINGS, "messages": [{"role": "user", "content": "What is the weather in Paris?"}]}
+    loose = {"type": "function", "function": {**strict["function"], "strict": False}}
+    said = {}
+    for name, tool in {"strict": strict, "loose": loose}.items():
+        (call,) = server.client.chat.completions.create(tools=[tool], **settings).choices[0].message.tool_calls
+        said[name] = json.loads(call.function.arguments)
+    assert said == {"strict": {"city": "Rome"}, "loose": {"city": "Paris"}}
+
+
+def test_a_form_of_the_answer_leaves_room_for_calls(server):
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    settings = {**SETTINGS, "messages": [{"role": "user", "content": "What is 312 times 7?"}], "response_format": form}
+    called = server.client.chat.completions.create(tools=[SCHEMAS["multiply"]], **settings).choices[0]
+    assert called.finish_reason == "tool_calls"
+    assert json.loads(called.message.tool_calls[0].function.arguments) == {"a": 312, "b": 7}
+    barred = {"tools": [SCHEMAS["multiply"]], "extra_body": {"logit_bias": {"6": -100}}}  # <tool_call>
+    assert "n" in json.loads(server.client.chat.completions.create(**settings, **barred).choices[0].message.content)
+
+
+@pytest.mark.parametrize(
+    ("tool", "settings", "param", "words"),
+    [
+        (function("f", {"properties": {"a": {"type": "nonsense"}}}), {"tool_choice": "required"}, "tools", "'f'"),
+        (function("f", {"required": [1]}, strict=True), {}, "tools", "'f'"),
+        (REGISTER, {"tool_choice": "required", "use_beam_search": True, "max_tokens": 5}, "use_beam_search", "form"),
+        (function("f", {}, strict=True), {"guided_grammar": 'start: "a"'}, "tool_choice", "grammar"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_by_name(server, tool, settings, param, words):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": [TICKET, tool], **settings}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+
+
+class Sum(pydantic.BaseModel):
+    result: int
+
+
+class Multiply(pydantic.BaseModel):
+    """Multiply two numbers."""
+
+    a: int
+    b: int
+
+
+def test_parse_gives_objects_of_the_users_own_classes(server):
+    question = [{"role": "user", "content": "What is 17 + 25?"}]
+    parse = server.client.chat.completions.parse
+    assert isinstance(parse(messages=question, response_format=Sum, **SETTINGS).choices[0].message.parsed, Sum)
+    tools = [openai.pydantic_function_tool(Multiply, name="multiply")]
+    asked = [{"role": "user", "content": "What is 312 times 7?"}]
+    settings = {**SETTINGS, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    (call,) = parse(messages=asked, **settings).choices[0].message.tool_calls
+    assert isinstance(call.function.parsed_arguments, Multiply)
