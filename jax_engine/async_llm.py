@@ -56,6 +56,7 @@ class AsyncLLM:
             enable_lora=config.enable_lora,
             numbers=itertools.count(number, count),
         )
+        self.check_form = self._inputs.check_form  # for a thread: it takes as long as compiling a grammar
         self._outputs = OutputProcessor(text.tokenizer)
         self.token_texts = self._outputs.texts
         self._core_knows_text = False  # whether it was sent the vocabulary
@@ -240,10 +241,6 @@ class AsyncLLM:
         run = await asyncio.to_thread(make, priority=priority, lora=lora_request)
         return BeamStream(run, self.add_prepared)
 
-    async def check_form(self, params: SamplingParams) -> None:
-        """Raise a ValueError unless the form of output that is asked for can be followed."""
-        await asyncio.to_thread(self._inputs.check_form, params)
-
     async def abort(self, request_id: str) -> None:
         """Drop a request; its stream ends with the finish reason "abort". An unknown or finished id is ignored."""
         self._abort(request_id)
@@ -345,9 +342,8 @@ class AsyncLLM:
                 self._core.send(Abort(processed.stopped))
             for state in processed.changed:
                 self._wake(state)
-            await asyncio.sleep(
-                0
-            )  # receiving does not wait while steps are queued, and the streams' readers must run too
+            # Receiving does not wait while steps are queued, and the streams' readers must run too.
+            await asyncio.sleep(0)
 
     def _stream(self, request: PreparedRequest) -> RequestStream:
         request_id = request.request_id

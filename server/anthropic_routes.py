@@ -40,7 +40,7 @@ def anthropic_router(service: Service) -> APIRouter:
         asked = CountTokensRequest.from_body(await read_body(request, limit=limit))
         service.adapter_of(asked.model)
         with renamed(NAMES):
-            chat = prepared_chat(service, asked.chat())
+            chat = await prepared_chat(service, asked.chat())
         return json_response({"input_tokens": len(await prompt_tokens(service.engine(), chat))})
 
     return router
@@ -53,7 +53,7 @@ async def answer_messages(service: Service, request: Request, asked: MessagesReq
     engine = service.engine()
     with renamed(NAMES):
         asked_chat = asked.chat()
-        chat = prepared_chat(service, asked_chat)
+        chat = await prepared_chat(service, asked_chat)
     fit = await fitted(engine, chat, name="messages")
     head = MessageHead(
         message_id=f"msg_{record.request_id}",

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ async def _held_to(
     try:
         tag = StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": form})
         params = replace(params, structured_outputs=tag)
-        await service.engine().check_form(params)
+        await asyncio.to_thread(service.engine().check_form, params)
     except ValueError as error:
         if (found := BAD_SCHEMA.search(str(error))) is None or int(found[1]) >= len(choice.functions):
             raise bad_request(error) from None

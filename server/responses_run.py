@@ -80,7 +80,7 @@ async def answer_response(
     items = [*checked_items(earlier_items(store, asked)), *checked_items(listed(asked.input))]
     asked_chat = asked.chat(items)
     with renamed(NAMES):
-        chat = prepared_chat(service, asked_chat)
+        chat = await prepared_chat(service, asked_chat)
     try:
         fit = await fitted(engine, chat, name="input")
     except ApiError as error:
@@ -161,7 +161,7 @@ async def shortened(service: Service, asked: ChatCompletionRequest, error: ApiEr
             for number, message in enumerate(asked.messages)
             if number >= begins[middle] or message["role"] in ("system", "developer")
         ]
-        chat: PreparedChat = prepared_chat(service, msgspec.structs.replace(asked, messages=kept))
+        chat: PreparedChat = await prepared_chat(service, msgspec.structs.replace(asked, messages=kept))
         try:
             best = await fitted(service.engine(), chat, name="input")
             high = middle
