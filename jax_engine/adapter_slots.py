@@ -35,8 +35,17 @@ class AdapterSlots:
         self._failed: list[CoreOutput] = []
 
     @property
+    def num_slots(self) -> int:
+        return len(self._adapters)
+
+    @property
     def num_waiting(self) -> int:
         return sum(map(len, self._waiting.values()))
+
+    @property
+    def waiting_names(self) -> set[str]:
+        """Of the adapters that requests wait for."""
+        return {lora.lora_name for lora in self._waiting}
 
     def begin_step(self) -> list[Request]:
         """Look again at who waits: those whose adapter may have a slot now, and from whom on slots are drained."""

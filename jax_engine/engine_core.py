@@ -285,6 +285,8 @@ class EngineCore:
             compile_seconds_total=compiled.seconds,
             compiles_in_request_path_total=compiled.num_in_request_path,
             **self._draft_figures(),
+            **self._adapter_figures(),
+            steps_by_tokens_total=tuple(launches.steps_by_tokens),
             host_time=HostTime(
                 steps=launches.steps,
                 schedule=self._schedule_us,
@@ -304,6 +306,17 @@ class EngineCore:
             "spec_draft_tokens_total": counters.tokens,
             "spec_accepted_tokens_per_position_total": tuple(counters.accepted),
         }
+
+    def _adapter_figures(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        if not scheduler.adapters.num_slots:
+            return {}
+        running, waiting = (
+            {request.asked.lora.lora_name for request in requests if request.asked.lora is not None}
+            for requests in (scheduler.running, scheduler.waiting)
+        )
+        waiting |= scheduler.adapters.waiting_names
+        return {"running_adapters": tuple(sorted(running)), "waiting_adapters": tuple(sorted(waiting))}
 
     def shutdown(self) -> None:
         self.admin.stop()

@@ -2,9 +2,10 @@
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import tensor_mesh
 from jax_engine.start_log import log_adapters, log_cache, log_step_programs
+from jax_engine.stats import STEP_TOKEN_BOUNDS
 from jax_engine.step_batch import (
     NO_TOKEN,
     BatchLayout,
@@ -73,6 +75,7 @@ class LaunchCounters:
     steps: int = 0
     token_rows: int = 0
     padding_tokens: int = 0
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKEN_BOUNDS) + 1))
     pack_us: float = 0.0
     launch_us: float = 0.0
 
@@ -217,6 +220,7 @@ class Runner:
     def _count_rows(self, token_rows: int, num_tokens: int) -> None:
         self.counters.token_rows += token_rows
         self.counters.padding_tokens += token_rows - num_tokens
+        self.counters.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
 
     def collect_logprobs(self, pending: PendingTokens, drawn: Sequence[Sequence[int]]) -> list[ChunkLogprobs] | None:
         """Wait for the log-probabilities that a step's chunks ask for; `drawn` are its tokens. None if none does."""

@@ -2,6 +2,9 @@
 
 import msgspec
 
+# Upper bounds of vLLM's histogram of tokens that a step processes.
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class HostTime(msgspec.Struct, array_like=True, frozen=True):
     """Cumulative host microseconds a step's parts took, and over how many steps. `wait` is time blocked on the
@@ -57,6 +60,10 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     # How often the drafted token at a position, and all before it, was kept; empty without speculative decoding.
     spec_accepted_tokens_per_position_total: tuple[int, ...] = ()
     host_time: HostTime = HostTime()
+    # Steps by the tokens that they processed: one count for each of STEP_TOKEN_BOUNDS, and one for more.
+    steps_by_tokens_total: tuple[int, ...] = (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
+    running_adapters: tuple[str, ...] = ()  # names, sorted, with LoRA
+    waiting_adapters: tuple[str, ...] = ()
 
     @property
     def kv_cache_usage(self) -> float:

@@ -71,10 +71,12 @@ def build_app(service: Service) -> FastAPI:
         await service.end()
 
     app = FastAPI(title="jax-engine", version=jax_engine.__version__, lifespan=lifespan, redirect_slashes=False)
-    for router in ROUTERS:
-        app.include_router(router(service))
+    for make_router in ROUTERS:
+        router = make_router(service)
+        app.include_router(router)
+        service.metrics.http.count_routes(router.routes)
     app.root_path = service.settings.root_path
-    app.add_middleware(Gate, settings=service.settings)
+    app.add_middleware(Gate, settings=service.settings, http_metrics=service.metrics.http)
     allow_origins(app, service.settings)
     app.add_exception_handler(HTTPException, routing_error(app))
     app.add_exception_handler(RequestValidationError, invalid_query)

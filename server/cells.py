@@ -7,7 +7,7 @@ writer, and a reader sees each number whole (an aligned float64).
 import mmap
 from collections.abc import Sequence
 
-ROW_BYTES = 8192
+ROW_BYTES = 16384
 
 
 class Cells:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 import re
+import time
 import uuid
 from hashlib import sha256
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jax_engine.server.connection import too_slow
 from jax_engine.server.errors import ApiError, is_anthropic, unavailable
+from jax_engine.server.http_metrics import HttpMetrics
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
 from jax_engine.server.page_files import page_files
 from jax_engine.server.settings import ServerSettings
@@ -30,8 +32,9 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, *, settings: ServerSettings, http_metrics: HttpMetrics) -> None:
         self._app = app
+        self._http_metrics = http_metrics
         # Hashes are compared: they are all of one length, and are no use to who reads them in a memory dump.
         self._key_hashes = tuple(sha256(key.encode()).digest() for key in settings.api_keys)
         self._log_requests = settings.log_requests
@@ -77,6 +80,7 @@ class Gate:
             refusal = ApiError(500, message, code="internal_error")
             await self._refuse(record, refusal, status, scope, receive, send_with_id)
         finally:
+            self._http_metrics.observe(scope, status, time.monotonic() - record.started)
             quiet = path in OPEN_PATHS or not self._log_requests
             level = logging.DEBUG if quiet else logging.INFO
             if not complete and record.note is None:

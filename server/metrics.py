@@ -1,17 +1,20 @@
 """Prometheus metrics: vLLM's names, labels and bucket bounds for what exists here, and our own under `jax_engine:`."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jax_engine.config import EngineConfig
 from jax_engine.outputs import RequestMetrics
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.histogram import Histogram, one_two_five
+from jax_engine.server.http_metrics import HttpMetrics
 from jax_engine.server.process_figures import ProcessFigures
-from jax_engine.stats import EngineStats
+from jax_engine.stats import STEP_TOKEN_BOUNDS, EngineStats
 
 FIRST_TOKEN_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -24,6 +27,8 @@ REQUEST_BOUNDS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
     *(960.0, 1920.0, 7680.0),
 )
+# What `vllm:cache_config_info` shows of the engine's settings.
+CACHE_SETTINGS = ("enable_prefix_caching", "gpu_memory_utilization", "prefix_caching_hash_algo", "swap_space")
 COMPLETIONS_BOUNDS = (1, 2, 5, 10, 20)
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 # vLLM ends its token-count bounds at the model's context, which is unknown until the engine is up; this holds any.
@@ -37,7 +42,11 @@ class Metrics(Collector):
     With several front ends it shows what all of them count in `memory`.
     """
 
-    def __init__(self, model_name: str, memory: CellMemory | None = None) -> None:
+    def __init__(
+        self, model_name: str, memory: CellMemory | None = None, *, engine_config: EngineConfig | None = None
+    ) -> None:
+        """`engine_config` is what `vllm:cache_config_info` tells of, and whether there are adapters."""
+        self._config = engine_config or EngineConfig()
         memory = memory or CellMemory.alone()
         self.time_to_first_token = Histogram(FIRST_TOKEN_BOUNDS, memory)
         self.inter_token_latency = Histogram(TOKEN_GAP_BOUNDS, memory)
@@ -50,27 +59,41 @@ class Metrics(Collector):
         self.request_prompt_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
         self.request_generation_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
         self.request_params_max_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
+        self.request_max_num_generation_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
+        self.request_prefill_kv_computed_tokens = Histogram(one_two_five(TOKEN_COUNT_LIMIT), memory)
         self.request_params_n = Histogram(COMPLETIONS_BOUNDS, memory)
         self.stats = EngineStats()  # replaced by the latest snapshot before each rendering
         self.server_load = memory.take(1)  # requests that are being answered
         self._finished = memory.take(len(FINISH_REASONS))
         self._processes = ProcessFigures(memory)
+        self.http = HttpMetrics(memory)
         self._labels = (model_name, "0")
         self._registry = CollectorRegistry()
         self._registry.register(self)
         self._registry.register(self._processes)
+        self._registry.register(self.http)
 
     def count_finished(self, finish_reason: str) -> None:
         """One completion has ended."""
         self._finished.own[FINISH_REASONS.index(finish_reason)] += 1
 
     def observe_finished(
-        self, params: SamplingParams, times: RequestMetrics, now: float, *, prompt_tokens: int, output_tokens: int
+        self,
+        params: SamplingParams,
+        times: RequestMetrics,
+        now: float,
+        *,
+        prompt_tokens: int,
+        cached_tokens: int,
+        output_tokens: Collection[int],
     ) -> None:
-        """One prompt and all its completions have ended."""
+        """One prompt and all its completions, of so many tokens each, have ended."""
+        total_output_tokens = sum(output_tokens)
+        self.request_max_num_generation_tokens.observe(max(output_tokens, default=0))
+        self.request_prefill_kv_computed_tokens.observe(prompt_tokens - cached_tokens)
         self.e2e_request_latency.observe(now - times.arrival_time)
         self.request_prompt_tokens.observe(prompt_tokens)
-        self.request_generation_tokens.observe(output_tokens)
+        self.request_generation_tokens.observe(total_output_tokens)
         self.request_params_n.observe(params.n)
         if params.max_tokens is not None:
             self.request_params_max_tokens.observe(params.max_tokens)
@@ -81,7 +104,7 @@ class Metrics(Collector):
         self.request_inference_time.observe(last - scheduled)
         self.request_prefill_time.observe(first - scheduled)
         self.request_decode_time.observe(last - first)
-        tokens_each = output_tokens / params.n
+        tokens_each = total_output_tokens / params.n
         if tokens_each > 1:
             self.request_time_per_output_token.observe((last - first) / (tokens_each - 1))
 
@@ -97,6 +120,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._engine_gauges()
         yield from self._engine_counters()
+        yield from self._prompt_sources()
         yield from self._speculation()
         yield from self._histograms()
         finished = CounterMetricFamily(
@@ -138,11 +162,21 @@ class Metrics(Collector):
             gauge = GaugeMetricFamily(name, text, labels=LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
-        cache = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV cache.", labels=(*LABELS, "block_size", "num_gpu_blocks")
-        )
-        cache.add_metric((*self._labels, str(stats.page_size), str(stats.num_pages)), 1)
+        about_cache = {
+            "block_size": stats.page_size,
+            "num_gpu_blocks": stats.num_pages,
+            "cache_dtype": "auto",
+            **{name: getattr(self._config, name) for name in CACHE_SETTINGS},
+        }
+        cache = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=(*LABELS, *about_cache))
+        cache.add_metric((*self._labels, *map(str, about_cache.values())), 1)
         yield cache
+        if self._config.enable_lora:
+            names = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+            adapters = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of requests, by name.", labels=names)
+            running, waiting = (",".join(some) for some in (stats.running_adapters, stats.waiting_adapters))
+            adapters.add_metric((str(self._config.max_loras), running, waiting), 1)
+            yield adapters
 
     def _engine_counters(self) -> Iterator[Metric]:
         stats = self.stats
@@ -202,6 +236,22 @@ class Metrics(Collector):
             counter.add_metric(self._labels, value)
             yield counter
 
+    def _prompt_sources(self) -> Iterator[Metric]:
+        stats = self.stats
+        sources = {
+            "local_compute": stats.prompt_tokens_total,
+            "local_cache_hit": stats.prefix_cache_hits_total,
+            "external_kv_transfer": stats.host_cache_hits_total,
+        }
+        family = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens computed, found in the device's pages, and loaded from host memory.",
+            labels=(*LABELS, "source"),
+        )
+        for source, value in sources.items():
+            family.add_metric((*self._labels, source), value)
+        yield family
+
     def _speculation(self) -> Iterator[Metric]:
         stats = self.stats
         accepted = stats.spec_accepted_tokens_per_position_total
@@ -240,6 +290,14 @@ class Metrics(Collector):
             "vllm:request_decode_time_seconds": ("First token to last token.", self.request_decode_time),
             "vllm:request_prompt_tokens": ("Tokens of a prompt.", self.request_prompt_tokens),
             "vllm:request_generation_tokens": ("Tokens generated for a prompt.", self.request_generation_tokens),
+            "vllm:request_max_num_generation_tokens": (
+                "Tokens of a prompt's longest completion.",
+                self.request_max_num_generation_tokens,
+            ),
+            "vllm:request_prefill_kv_computed_tokens": (
+                "Tokens of a prompt that were not found in the prefix cache.",
+                self.request_prefill_kv_computed_tokens,
+            ),
             "vllm:request_params_max_tokens": ("max_tokens of requests.", self.request_params_max_tokens),
             "vllm:request_params_n": ("n of requests.", self.request_params_n),
         }
@@ -247,3 +305,8 @@ class Metrics(Collector):
             family = HistogramMetricFamily(name, text, labels=LABELS)
             family.add_metric(self._labels, histogram.cumulative(), histogram.total)
             yield family
+        steps = HistogramMetricFamily("vllm:iteration_tokens_total", "Tokens that a step processes.", labels=LABELS)
+        bounds = (*(repr(float(bound)) for bound in STEP_TOKEN_BOUNDS), "+Inf")
+        buckets = list(zip(bounds, accumulate(self.stats.steps_by_tokens_total), strict=True))
+        steps.add_metric(self._labels, buckets, self.stats.token_rows_total - self.stats.padding_tokens_total)
+        yield steps

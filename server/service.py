@@ -63,7 +63,7 @@ class Service:
         """
         self.engine_config = engine_config
         self.settings = settings
-        self.metrics = Metrics(settings.model_name, memory)
+        self.metrics = Metrics(settings.model_name, memory, engine_config=engine_config)
         self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
         self.created = int(time.time()) if created is None else created
         self.state = State.STARTING

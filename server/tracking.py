@@ -1,6 +1,7 @@
 """What happens to one HTTP request and to each of its prompts, kept for its log line, its usage and the metrics."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,18 @@ class PromptTracker:
     def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
-        self.num_output_tokens = 0
+        self.output_tokens: Counter[int] = Counter()  # by completion
         self.first_token_time: float | None = None
         self.finish_reasons: dict[int, str] = {}
         self._metrics = metrics
         self._params = params
         self._token_times: dict[int, float] = {}  # of each completion's latest token
         self._closed = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Of all completions."""
+        return self.output_tokens.total()
 
     def take(self, output: RequestOutput) -> None:
         """Count an output that is about to be sent."""
@@ -35,7 +41,7 @@ class PromptTracker:
             self._metrics.time_to_first_token.observe(times.first_token_time - times.arrival_time)
         now = time.monotonic()
         for completion in output.outputs:
-            self.num_output_tokens += len(completion.token_ids)
+            self.output_tokens[completion.index] += len(completion.token_ids)
             self._observe_gaps(completion, times, now)
             if completion.finish_reason is not None and completion.index not in self.finish_reasons:
                 self.finish_reasons[completion.index] = completion.finish_reason
@@ -43,7 +49,12 @@ class PromptTracker:
         if output.finished:
             self._closed = True
             self._metrics.observe_finished(
-                self._params, times, now, prompt_tokens=self.num_prompt_tokens, output_tokens=self.num_output_tokens
+                self._params,
+                times,
+                now,
+                prompt_tokens=self.num_prompt_tokens,
+                cached_tokens=self.num_cached_tokens,
+                output_tokens=self.output_tokens.values(),
             )
 
     def close(self) -> None:
