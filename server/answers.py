@@ -17,14 +17,30 @@ class Answers:
     Outputs are whole completions or, in a stream, what is new of them; each is shown once, in order.
     """
 
-    def __init__(self, texts: TokenTexts, params: SamplingParams) -> None:
+    def __init__(
+        self, texts: TokenTexts, params: SamplingParams, *, prompt_logprobs: bool = False, token_ids: bool = False
+    ) -> None:
+        """`prompt_logprobs` and `token_ids` say whether the client wants to see them."""
         self._texts = texts
         self._params = params
         self._asks = params.logprobs is not None
+        self._prompt_logprobs = prompt_logprobs
+        self._token_ids = token_ids
 
     def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
         """The text of completion `index`."""
         return completion.text
+
+    def of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """vLLM's fields of a prompt that are asked for; its log-probabilities are a dictionary by token id each, and
+        come with its first output.
+        """
+        fields: dict[str, Any] = {"prompt_token_ids": output.prompt_token_ids} if self._token_ids else {}
+        return fields | ({"prompt_logprobs": output.prompt_logprobs} if self._prompt_logprobs else {})
+
+    def fields(self, completion: CompletionOutput) -> dict[str, Any]:
+        """vLLM's other fields of a completion that are asked for; empty where there is nothing new."""
+        return {"token_ids": completion.token_ids} if self._token_ids and completion.token_ids else {}
 
     def logprobs(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Any:
         """Its log-probabilities, for JSON; None if nobody asks, or there are no new ones."""
@@ -56,13 +72,22 @@ class ChatAnswers(Answers):
 class CompletionAnswers(Answers):
     """OpenAI's form for completions: parallel lists of tokens, and with `echo` the prompt before its completion."""
 
-    def __init__(self, texts: TokenTexts, params: SamplingParams, tokenizer: Tokenizer, *, echo: bool = False) -> None:
-        super().__init__(texts, params)
+    def __init__(
+        self,
+        texts: TokenTexts,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        *,
+        echo: bool = False,
+        prompt_logprobs: bool = False,
+        token_ids: bool = False,
+    ) -> None:
+        super().__init__(texts, params, prompt_logprobs=prompt_logprobs, token_ids=token_ids)
         self._tokenizer = tokenizer
         self._echo = echo
         self._shown: set[int] = set()  # completions whose prompt was shown
         # Of each request, whose completions begin one after another in a stream.
-        self._prompt_logprobs: dict[str, list[LogprobsAtPosition | None]] = {}
+        self._echoed_logprobs: dict[str, list[LogprobsAtPosition | None]] = {}
         self._offsets: dict[int, int] = {}  # characters of each completion that were shown with log-probabilities
 
     def text(self, index: int, output: RequestOutput, completion: CompletionOutput) -> str:
@@ -75,12 +100,12 @@ class CompletionAnswers(Answers):
         if not self._asks or completion.logprobs is None or not (completion.logprobs or self._is_first(index)):
             return None
         if output.prompt_logprobs is not None:
-            self._prompt_logprobs[output.request_id] = output.prompt_logprobs
+            self._echoed_logprobs[output.request_id] = output.prompt_logprobs
         result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         if self._is_first(index):
             self._offsets[index] = 0
             if self._echo:
-                positions = self._prompt_logprobs[output.request_id]
+                positions = self._echoed_logprobs[output.request_id]
                 self._extend(result, index, output.prompt_token_ids, positions)
                 self._offsets[index] = len(self._prompt(output))
         self._extend(result, index, completion.token_ids, completion.logprobs)

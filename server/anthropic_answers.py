@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from jax_engine.server.errors import ApiError
-from jax_engine.server.frames import EVENT_STREAM, Frames, encode_json
+from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, encode_json
 from jax_engine.server.message_parts import (
     ContentDelta,
     Message,
@@ -84,12 +84,16 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 def anthropic_usage(usage: dict[str, Any]) -> dict[str, Any]:
     """OpenAI's token counts as Anthropic has them: `input_tokens` are those that were not found in the prefix cache."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
-    return {
+    counts = {
         "input_tokens": usage["prompt_tokens"] - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage["completion_tokens"],
     }
+    if "completion_tokens_details" in usage:
+        thinking = usage["completion_tokens_details"]["reasoning_tokens"]
+        counts["output_tokens_details"] = {"thinking_tokens": thinking}
+    return counts
 
 
 def event(kind: str, **data: Any) -> bytes:
@@ -114,15 +118,21 @@ class MessageFrames(Frames):
         self._blanks = ""  # that begin a text, held back until more follows: clients may not send blank blocks back
         self._ending: dict[str, Any] = {}
 
-    def start(self, index: int) -> bytes:
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
         usage = anthropic_usage(self._record.usage())
         return event("message_start", message=self._head.message([], usage))
 
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
         return b"".join(map(self._written, self._parser.feed(text)))
 
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
         last = b"".join(map(self._written, self._parser.finish(text)))
         self._ending = self._head.ending(finish_reason, stop_reason, has_called=self._parser.has_called)

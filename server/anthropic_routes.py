@@ -13,6 +13,7 @@ from jax_engine.server.extra_fields import renamed
 from jax_engine.server.generation import GenerationStream, generation
 from jax_engine.server.message_parts import whole_message
 from jax_engine.server.openai_routes import json_response
+from jax_engine.server.reasoning_tokens import reasoning_counter
 from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.tracking import RequestRecord
@@ -60,6 +61,7 @@ async def answer_messages(service: Service, request: Request, asked: MessagesReq
         model=asked.model or service.settings.model_name,
         context_is_limit=fit.context_is_limit,
     )
+    record.counter = reasoning_counter(chat.message_format, engine.token_texts)
     parser, priority = chat.message_format.parser(), asked_chat.priority or 0
     if asked.stream:
         frames, answers = MessageFrames(head, parser, record), Answers(engine.token_texts, fit.params)

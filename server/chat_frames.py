@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax_engine.server.frames import OpenAIFrames, encode_json
+from jax_engine.server.frames import NO_FIELDS, Fields, OpenAIFrames, encode_json
 from jax_engine.server.message_parts import (
     ContentDelta,
     MessageFormat,
@@ -62,35 +62,41 @@ def _reasoning(text: str | None) -> dict[str, Any]:
 class ChatFrames(OpenAIFrames):
     """Chunks of POST /v1/chat/completions: the role, then each part, then the reason why it ended.
 
-    Log-probabilities go with the first part that their text gives, or by themselves where that is held back.
+    Log-probabilities and token ids go with the first part that their text gives, or by themselves where that is held
+    back.
     """
 
-    def __init__(
-        self, *, response_id: str, model: str, include_usage: bool, message_format: MessageFormat = CONTENT_ALONE
-    ) -> None:
-        super().__init__("chat.completion.chunk", response_id=response_id, model=model, include_usage=include_usage)
+    def __init__(self, *, message_format: MessageFormat = CONTENT_ALONE, **options: Any) -> None:
+        super().__init__("chat.completion.chunk", **options)
         self._after_content = b'},"logprobs":null,"finish_reason":null}' + self._after_choices
         self._format = message_format
         self._parsers: dict[int, MessageParser] = {}
 
-    def start(self, index: int) -> bytes:
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
         self._parsers[index] = self._format.parser()
         delta = {"role": "assistant", "content": ""}
-        return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
+        return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, fields)
 
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        return self._written(index, self._parsers[index].feed(text), logprobs)
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
+        return self._written(index, self._parsers[index].feed(text), logprobs, fields)
 
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
         parser = self._parsers[index]
-        last = self._written(index, parser.finish(text), logprobs)
+        last = self._written(index, parser.finish(text), logprobs, fields)
         choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": called(finish_reason, parser)}
         return last + self._choice({**choice, "stop_reason": stop_reason})
 
-    def _written(self, index: int, parts: list[Part], logprobs: Any) -> bytes:
-        if logprobs is None and len(parts) == 1 and isinstance(parts[0], ContentDelta):
+    def _written(self, index: int, parts: list[Part], logprobs: Any, fields: Fields) -> bytes:
+        is_plain = logprobs is None and not fields and self._is_plain
+        if is_plain and len(parts) == 1 and isinstance(parts[0], ContentDelta):
             content = encode_json(parts[0].text)
             return b'%b{"index":%d,"delta":{"content":%b%b' % (
                 self._before_choices,
@@ -99,9 +105,11 @@ class ChatFrames(OpenAIFrames):
                 self._after_content,
             )
         deltas = [chat_delta(part) for part in parts]
-        if not deltas and logprobs is not None:
+        if not deltas and (logprobs is not None or fields):
             deltas = [{}]
-        choices = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        choices: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
         if choices:
-            choices[0]["logprobs"] = logprobs
+            choices[0] |= {"logprobs": logprobs, **fields}
         return b"".join(map(self._choice, choices))

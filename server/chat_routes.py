@@ -19,8 +19,9 @@ from jax_engine.server.chat_frames import ChatFrames, called, chat_message
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.generation import GenerationStream, generation
 from jax_engine.server.message_parts import MessageFormat
-from jax_engine.server.openai_routes import json_response, of_prompt
+from jax_engine.server.openai_routes import common_fields, json_response, stream_fields
 from jax_engine.server.protocol import ChatCompletionRequest
+from jax_engine.server.reasoning_tokens import reasoning_counter
 from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.tool_choice import ToolChoice, answer_form
@@ -29,13 +30,15 @@ from jax_engine.structured_outputs import StructuredOutputsParams
 
 BAD_SCHEMA = re.compile(r"cannot be followed: schema (\d+): (.*); correct it", re.DOTALL)
 
+EXAMPLE = {"messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+
 
 def chat_router(service: Service) -> APIRouter:
     """The route for chats."""
     router = APIRouter(tags=["OpenAI"])
     limit = service.settings.max_request_body_bytes
 
-    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest))
+    @router.post("/v1/chat/completions", openapi_extra=body_schema(ChatCompletionRequest, example=EXAMPLE))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         asked = ChatCompletionRequest.from_body(await read_body(request, limit=limit))
@@ -120,17 +123,20 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
     record: RequestRecord = request.state.record
     record.adapter = service.adapter_of(asked.model)
     chat = await prepared_chat(service, asked)
-    answers = ChatAnswers(service.engine().token_texts, chat.params)
+    answers = ChatAnswers(service.engine().token_texts, chat.params, **asked.shown)
+    record.counter = reasoning_counter(chat.message_format, service.engine().token_texts)
     priority = asked.priority or 0
     response_id, model = f"chatcmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
         frames = ChatFrames(
             response_id=response_id,
             model=model,
-            include_usage=asked.include_usage,
             message_format=chat.message_format,
+            **stream_fields(service, record, asked),
         )
-        return GenerationStream(service, record, [chat.prompt], chat.params, frames, answers, priority=priority)
+        return GenerationStream(
+            service, record, [chat.prompt], chat.params, frames, answers, priority=priority, beams=chat.beams
+        )
     async with generation(
         service, record, [chat.prompt], chat.params, request.receive, priority=priority, beams=chat.beams
     ) as running:
@@ -146,6 +152,7 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
                 "logprobs": answers.logprobs(completion.index, output, completion),
                 "finish_reason": called(completion.finish_reason, parser),
                 "stop_reason": completion.stop_reason,
+                **answers.fields(completion),
             }
         )
     return json_response(
@@ -156,6 +163,8 @@ async def answer_chat(service: Service, request: Request, asked: ChatCompletionR
             "model": model,
             "choices": choices,
             "usage": record.usage(),
-            **of_prompt(asked, output),
+            **common_fields(service, asked),
+            **({} if asked.metadata is None else {"metadata": asked.metadata}),
+            **answers.of_prompt(output),
         }
     )

@@ -1,7 +1,11 @@
 """The bytes of a streamed answer. Everything that does not change between two tokens is encoded once per request."""
 
+import random
+import string
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -19,22 +23,38 @@ def event(data: object) -> bytes:
     return b"data: " + encode_json(data) + b"\n\n"
 
 
+Fields = Mapping[str, Any]
+NO_FIELDS: Fields = MappingProxyType({})
+# Obfuscated events have a multiple of so many bytes, which hides how long the text in them is.
+OBFUSCATED_BYTES = 64
+PAD_CHARACTERS = string.ascii_letters + string.digits
+
+
 class Frames(ABC):
-    """How one route writes what happens to its completions; each method returns bytes ready for the socket."""
+    """How one route writes what happens to its completions; each method returns bytes ready for the socket.
+
+    `logprobs` are in the route's form, and `fields` what else is new of a completion (see `answers.py`).
+    """
 
     media_type: str
 
     @abstractmethod
-    def start(self, index: int) -> bytes:
-        """What comes before the first text of completion `index`."""
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
+        """What comes before the first text of completion `index`; the fields are of its prompt."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        """New text, and log-probabilities in the route's form (see `answers.py`)."""
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
+        """New text."""
 
     @abstractmethod
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
         """The last text, which may be empty, and why it ended."""
 
@@ -47,14 +67,35 @@ class Frames(ABC):
         """What closes a stream that cannot go on."""
 
 
+def obfuscated(event: bytes) -> bytes:
+    """An event that ends with a JSON object, with a field that makes its length tell little."""
+    before, after = event[:-3] + b',"obfuscation":"', b'"}\n\n'
+    missing = -(len(before) + len(after)) % OBFUSCATED_BYTES
+    return before + "".join(random.choices(PAD_CHARACTERS, k=missing)).encode() + after
+
+
 class OpenAIFrames(Frames):
     """Server-sent events in OpenAI's shape, closed by `[DONE]`."""
 
     media_type = EVENT_STREAM
 
-    def __init__(self, kind: str, *, response_id: str, model: str, include_usage: bool) -> None:
-        self._common = {"id": response_id, "object": kind, "created": int(time.time()), "model": model}
+    def __init__(
+        self,
+        kind: str,
+        *,
+        response_id: str,
+        model: str,
+        include_usage: bool,
+        common: Fields = NO_FIELDS,
+        usage: Callable[[], Fields] | None = None,
+        obfuscate: bool = False,
+    ) -> None:
+        """`common` are fields that every chunk has; with `usage`, each chunk has the token counts so far."""
+        self._common = {"id": response_id, "object": kind, "created": int(time.time()), "model": model, **common}
         self._include_usage = include_usage
+        self._usage = usage
+        self._obfuscate = obfuscate
+        self._is_plain = usage is None and not obfuscate  # chunks differ in their text alone
         # {"id": ..., "model": ...} without its closing brace; the choices and the end of the event follow.
         self._before_choices = b"data: " + encode_json(self._common)[:-1] + b',"choices":['
         self._after_choices = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -67,38 +108,58 @@ class OpenAIFrames(Frames):
     def error(self, error: ApiError) -> bytes:
         return event(error.body()) + DONE
 
-    def _choice(self, choice: dict[str, Any]) -> bytes:
-        return self._before_choices + encode_json(choice) + self._after_choices
+    def _choice(self, choice: Fields, fields: Fields = NO_FIELDS) -> bytes:
+        """A chunk of one choice; `fields` stand beside it."""
+        after = self._after_choices
+        if self._usage is not None:
+            after = b'],"usage":' + encode_json(self._usage()) + b"}\n\n"
+        if fields:
+            after = b"]," + encode_json(fields)[1:-1] + after[1:]
+        chunk = self._before_choices + encode_json(choice) + after
+        return obfuscated(chunk) if self._obfuscate else chunk
 
 
 class CompletionFrames(OpenAIFrames):
     """Chunks of POST /v1/completions."""
 
-    def __init__(self, *, response_id: str, model: str, include_usage: bool) -> None:
-        super().__init__("text_completion", response_id=response_id, model=model, include_usage=include_usage)
+    def __init__(self, **options: Any) -> None:
+        super().__init__("text_completion", **options)
         self._after_text = b',"logprobs":null,"finish_reason":null,"stop_reason":null}' + self._after_choices
+        self._of_prompt: dict[int, Fields] = {}  # for the first chunk of each completion
 
-    def start(self, index: int) -> bytes:
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
+        if fields:
+            self._of_prompt[index] = fields
         return b""
 
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        if logprobs is not None:
-            ending = {"logprobs": logprobs, "finish_reason": None, "stop_reason": None}
-            return self._choice({"index": index, "text": text, **ending})
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
+        if logprobs is not None or fields or not self._is_plain or index in self._of_prompt:
+            return self._written(index, text, logprobs, fields, None, None)
         return b'%b{"index":%d,"text":%b%b' % (self._before_choices, index, encode_json(text), self._after_text)
 
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
-        return self._choice(
-            {
-                "index": index,
-                "text": text,
-                "logprobs": logprobs,
-                "finish_reason": finish_reason,
-                "stop_reason": stop_reason,
-            }
-        )
+        return self._written(index, text, logprobs, fields, finish_reason, stop_reason)
+
+    def _written(
+        self,
+        index: int,
+        text: str,
+        logprobs: Any,
+        fields: Fields,
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+    ) -> bytes:
+        ending = {"finish_reason": finish_reason, "stop_reason": stop_reason}
+        of_prompt = self._of_prompt.pop(index, NO_FIELDS)
+        return self._choice({"index": index, "text": text, "logprobs": logprobs, **ending, **fields, **of_prompt})
 
 
 class LineFrames(Frames):
@@ -106,18 +167,32 @@ class LineFrames(Frames):
 
     media_type = JSON_LINES
 
-    def start(self, index: int) -> bytes:
+    def __init__(self) -> None:
+        self._of_prompt: dict[int, Fields] = {}  # for the first line of each completion
+
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
+        if fields:
+            self._of_prompt[index] = fields
         return b""
 
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        if logprobs is not None:
-            return self._line({"index": index, "text": text, "finish_reason": None, "logprobs": logprobs})
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
+        if logprobs is not None or index in self._of_prompt:
+            return self._written(index, text, logprobs, None)
         return b'{"index":%d,"text":%b,"finish_reason":null}\n' % (index, encode_json(text))
 
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
-        line = {"index": index, "text": text, "finish_reason": finish_reason}
+        return self._written(index, text, logprobs, finish_reason)
+
+    def _written(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
+        line = {"index": index, "text": text, "finish_reason": finish_reason, **self._of_prompt.pop(index, NO_FIELDS)}
         return self._line(line if logprobs is None else {**line, "logprobs": logprobs})
 
     def _line(self, content: dict[str, Any]) -> bytes:

@@ -153,7 +153,7 @@ async def generation(
                 streams.extend(map(PromptStream, added) if prompt_only else added)
             except ValueError as error:
                 raise bad_request(error) from None
-            running.trackers.extend(PromptTracker(service.metrics, params) for _ in prompts)
+            running.trackers.extend(PromptTracker(service.metrics, params, record.counter) for _ in prompts)
             yield running
     except EngineDeadError as error:
         raise unavailable(f"the engine has died: {error}", code="engine_dead") from None
@@ -191,6 +191,7 @@ class GenerationStream(Response):
         answers: Answers,
         *,
         priority: int,
+        beams: BeamSearchParams | None = None,
         prompt_only: bool = False,
     ) -> None:
         super().__init__(media_type=frames.media_type)
@@ -198,7 +199,7 @@ class GenerationStream(Response):
         self._record = record
         self._prompts = prompts
         self._params = params
-        self._options: dict[str, Any] = {"priority": priority, "prompt_only": prompt_only}
+        self._options: dict[str, Any] = {"priority": priority, "beams": beams, "prompt_only": prompt_only}
         self._frames = frames
         self._answers = answers
         self._started: set[int] = set()  # completions that have begun
@@ -232,13 +233,13 @@ class GenerationStream(Response):
                 index = number * running.completions_each + completion.index
                 if index not in self._started:
                     self._started.add(index)
-                    yield frames.start(index)
+                    yield frames.start(index, answers.of_prompt(output))
                 text = answers.text(index, output, completion)
-                logprobs = answers.logprobs(index, output, completion)
+                logprobs, fields = answers.logprobs(index, output, completion), answers.fields(completion)
                 if completion.finish_reason is not None:
-                    yield frames.finish(index, text, completion.finish_reason, completion.stop_reason, logprobs)
-                elif text or logprobs is not None:
-                    yield frames.delta(index, text, logprobs)
+                    yield frames.finish(index, text, completion.finish_reason, completion.stop_reason, logprobs, fields)
+                elif text or logprobs is not None or fields:
+                    yield frames.delta(index, text, logprobs, fields)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
         if not self._sending:

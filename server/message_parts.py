@@ -65,6 +65,8 @@ class MessageParser:
         self._reading = self._read()
         next(self._reading)
         self.has_called = False  # whether a tool call has begun
+        self.has_reasoned = False  # whether reasoning has begun, shown or not
+        self.has_answered = False  # whether it has ended, or there is none
         self.shows_reasoning = message_format.reasoning is not None and message_format.include_reasoning
 
     def feed(self, text: str) -> list[Part]:
@@ -93,6 +95,9 @@ class MessageParser:
 
     def _taken(self) -> list[Part]:
         parts, self._reader.parts = self._reader.parts, []
+        for part in parts:
+            is_reasoning = isinstance(part, ReasoningDelta)
+            self.has_reasoned, self.has_answered = self.has_reasoned or is_reasoning, not is_reasoning
         if not self._format.parallel_tool_calls:
             parts = [part for part in parts if isinstance(part, ReasoningDelta | ContentDelta) or part.index == 0]
         if not self._format.include_reasoning:

@@ -1,9 +1,11 @@
 """POST /v1/completions, GET /v1/models."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
+from msgspec import structs
 from starlette.responses import Response
 
 from jax_engine.lora_request import LoRARequest
@@ -12,10 +14,12 @@ from jax_engine.server.answers import CompletionAnswers
 from jax_engine.server.body import read_body
 from jax_engine.server.frames import CompletionFrames, encode_json
 from jax_engine.server.generation import GenerationStream, generation
-from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest
+from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
 from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.tracking import RequestRecord
+
+EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 32}
 
 
 def json_response(content: Any) -> Response:
@@ -28,7 +32,7 @@ def openai_router(service: Service) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
     limit = service.settings.max_request_body_bytes
 
-    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest))
+    @router.post("/v1/completions", openapi_extra=body_schema(CompletionRequest, example=EXAMPLE))
     async def completions(request: Request) -> Response:
         """Continue one prompt or several."""
         asked = CompletionRequest.from_body(await read_body(request, limit=limit))
@@ -56,29 +60,31 @@ async def answer_completion(service: Service, request: Request, asked: Completio
     record.adapter = service.adapter_of(asked.model)
     engine = service.engine()
     params = asked.sampling_params(engine.get_default_sampling_params())
-    answers = CompletionAnswers(engine.token_texts, params, engine.tokenizer, echo=bool(asked.echo))
-    beams, prompts = asked.beam_search_params(params), asked.prompts()
-    priority = asked.priority or 0
+    shown = params if asked.logprobs is not None else replace(params, logprobs=None)
+    answers = CompletionAnswers(engine.token_texts, shown, engine.tokenizer, echo=bool(asked.echo), **asked.shown)
+    prompts, priority = asked.prompts(), asked.priority or 0
+    beams = asked.beam_search_params(params)
+    options: dict[str, Any] = {"priority": priority, "beams": beams, "prompt_only": asked.prompt_only}
     response_id, model = f"cmpl-{record.request_id}", asked.model or service.settings.model_name
     if asked.stream:
-        frames = CompletionFrames(response_id=response_id, model=model, include_usage=asked.include_usage)
-        return GenerationStream(
-            service, record, prompts, params, frames, answers, priority=priority, prompt_only=asked.prompt_only
-        )
-    options: dict[str, Any] = {"priority": priority, "beams": beams, "prompt_only": asked.prompt_only}
+        frames = CompletionFrames(response_id=response_id, model=model, **stream_fields(service, record, asked))
+        return GenerationStream(service, record, prompts, params, frames, answers, **options)
     async with generation(service, record, prompts, params, request.receive, **options) as running:
         outputs = await running.results()
+    if asked.chooses:
+        outputs = [best(output, asked.n or 1) for output in outputs]
     choices = [
         {
             "index": index,
             "text": answers.text(index, output, completion),
             "logprobs": answers.logprobs(index, output, completion),
             **ending(completion),
-            **of_prompt(asked, output),
+            **answers.of_prompt(output),
+            **answers.fields(completion),
         }
         for number, output in enumerate(outputs)
         for completion in output.outputs
-        for index in (number * params.n + completion.index,)
+        for index in (number * len(output.outputs) + completion.index,)
     ]
     return json_response(
         {
@@ -88,13 +94,40 @@ async def answer_completion(service: Service, request: Request, asked: Completio
             "model": model,
             "choices": choices,
             "usage": record.usage(),
+            **common_fields(service, asked),
         }
     )
 
 
-def of_prompt(asked: CompletionRequest | ChatCompletionRequest, output: RequestOutput) -> dict[str, Any]:
-    """vLLM's `prompt_logprobs`, by token id, where the client asks for them."""
-    return {} if asked.prompt_logprobs is None else {"prompt_logprobs": output.prompt_logprobs}
+def best(output: RequestOutput, count: int) -> RequestOutput:
+    """`count` completions of a prompt, those first whose tokens are likeliest on average."""
+
+    def mean(completion: CompletionOutput) -> float:
+        assert completion.cumulative_logprob is not None
+        return completion.cumulative_logprob / max(1, len(completion.token_ids))
+
+    chosen = sorted(output.outputs, key=mean, reverse=True)[:count]
+    numbered = [structs.replace(completion, index=index) for index, completion in enumerate(chosen)]
+    return structs.replace(output, outputs=numbered)
+
+
+def common_fields(service: Service, asked: CompletionRequest | ChatCompletionRequest) -> dict[str, Any]:
+    """What an answer and each of its chunks say of the server; there is one tier of service."""
+    tier = {} if asked.service_tier is None else {"service_tier": "default"}
+    return {"system_fingerprint": service.system_fingerprint, **tier}
+
+
+def stream_fields(
+    service: Service, record: RequestRecord, asked: CompletionRequest | ChatCompletionRequest
+) -> dict[str, Any]:
+    """What a stream's chunks hold besides their choices, for `OpenAIFrames`."""
+    options = asked.stream_options or StreamOptions()
+    return {
+        "include_usage": bool(options.include_usage),
+        "common": common_fields(service, asked),
+        "usage": record.usage if options.continuous_usage_stats else None,
+        "obfuscate": bool(options.include_obfuscation),
+    }
 
 
 def ending(completion: CompletionOutput) -> dict[str, Any]:

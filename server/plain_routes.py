@@ -13,19 +13,21 @@ from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.tracking import RequestRecord
 
+EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 32}
+
 
 def plain_router(service: Service) -> APIRouter:
     """The routes for plain use."""
     router = APIRouter(tags=["plain"])
     limit = service.settings.max_request_body_bytes
 
-    @router.post("/generate", openapi_extra=body_schema(PlainRequest))
+    @router.post("/generate", openapi_extra=body_schema(PlainRequest, example=EXAMPLE))
     async def generate(request: Request) -> Response:
         """The completions of one prompt or several: `{"text": [...], "finish_reason": [...], "usage": {...}}`."""
         asked = PlainRequest.from_body(await read_body(request, limit=limit))
         return await answer_plain(service, request, asked, stream=asked.stream)
 
-    @router.post("/generate_stream", openapi_extra=body_schema(PlainRequest))
+    @router.post("/generate_stream", openapi_extra=body_schema(PlainRequest, example=EXAMPLE))
     async def generate_stream(request: Request) -> Response:
         """JSON lines as text comes, `{"index": 0, "text": "...", "finish_reason": null}`; the usage is the last."""
         asked = PlainRequest.from_body(await read_body(request, limit=limit))
@@ -40,7 +42,7 @@ async def answer_plain(service: Service, request: Request, asked: PlainRequest, 
     record.adapter = service.adapter_of(asked.model)
     engine = service.engine()
     params = asked.params(engine.get_default_sampling_params(), stream=stream)
-    answers = Answers(engine.token_texts, params)
+    answers = Answers(engine.token_texts, params, prompt_logprobs=params.prompt_logprobs is not None)
     prompts, priority = asked.prompts(), asked.priority or 0
     if stream:
         return GenerationStream(service, record, prompts, params, LineFrames(), answers, priority=priority)

@@ -19,12 +19,11 @@ from jax_engine.server.conversation import checked_tools, plain_messages, shown_
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.forms import FormFields
 from jax_engine.server.tool_choice import ToolChoice, tool_choice
-from jax_engine.server.validation import check_neutral, checked_prompts, decode, not_supported
+from jax_engine.server.validation import check_neutral, checked_prompts, decode
 
 # Field -> the values, besides null, at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
-    "return_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "function_call": ("none", "auto"),
@@ -109,9 +108,6 @@ class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
 def sampling_params(base: SamplingParams, given: Mapping[str, Any], *, stream: bool) -> SamplingParams:
     """`base` with what is given; ApiError 400 for a value out of range."""
     kind = RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY
-    if stream and given.get("prompt_logprobs") is not None:
-        message = "prompt_logprobs cannot be streamed; leave out stream, or prompt_logprobs"
-        raise ApiError(400, message, param="prompt_logprobs", code="invalid_value")
     try:
         return replace(base, **{**given, "output_kind": kind})
     except ValueError as error:
@@ -121,13 +117,16 @@ def sampling_params(base: SamplingParams, given: Mapping[str, Any], *, stream: b
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What a stream carries besides text."""
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None
-    continuous_usage_stats: bool | None = None
+    include_usage: bool | None = None  # the token counts, at the end
+    include_obfuscation: bool | None = None  # a field that makes the lengths of chunks tell little
+    continuous_usage_stats: bool | None = None  # the token counts so far, in every chunk
 
     def check(self) -> None:
-        check_neutral("stream_options.include_obfuscation", self.include_obfuscation, (False,))
-        check_neutral("stream_options.continuous_usage_stats", self.continuous_usage_stats, (False,))
+        """Raise an ApiError for what contradicts itself."""
+        if self.continuous_usage_stats and not self.include_usage:
+            name = "stream_options.continuous_usage_stats"
+            message = f"{name}=true needs include_usage=true; add it, or leave {name} out"
+            raise ApiError(400, message, param=name, code="invalid_value")
 
 
 class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -142,6 +141,7 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     use_beam_search: bool | None = None  # the `n` sequences that are likeliest as a whole, the best first
     length_penalty: float | None = None
     early_stopping: bool | str | None = None
+    return_token_ids: bool | None = None  # those of the prompt and of the answer
     vllm_xargs: dict[str, float] | None = None  # another name of `extra_args`
 
     user: Any = None
@@ -152,7 +152,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt_cache_retention: Any = None
 
     spaces_between_special_tokens: Any = None
-    return_token_ids: Any = None
     service_tier: Any = None
     store: Any = None
 
@@ -169,9 +168,9 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
         return given if self.vllm_xargs is None else {**given, "extra_args": self.vllm_xargs}
 
     @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with the token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def shown(self) -> dict[str, bool]:
+        """vLLM's additions to an answer that are asked for, for `Answers`."""
+        return {"prompt_logprobs": self.prompt_logprobs is not None, "token_ids": bool(self.return_token_ids)}
 
     def check(self) -> None:
         """Raise an ApiError for what contradicts itself or asks for a feature that is not there yet."""
@@ -201,9 +200,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
                     message = f"{name}={value!r} needs use_beam_search=true; add it, or leave {name} out"
                     raise ApiError(400, message, param=name, code="invalid_value")
             return None
-        if self.stream:
-            message = "a beam search cannot be streamed: its sequences are known at its end; leave out stream"
-            raise ApiError(400, message, param="stream", code="invalid_value")
         if params.max_tokens is None or self.max_tokens == 0:
             raise ApiError(
                 400, "use_beam_search needs max_tokens, at least 1", param="max_tokens", code="invalid_value"
@@ -241,8 +237,18 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
 
     def check(self) -> None:
         GenerationRequest.check(self)
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise not_supported("best_of", self.best_of, (self.n or 1,))
+        if self.best_of is None or self.best_of == (self.n or 1):
+            return
+        others = {"stream": self.stream, "echo": self.echo, "use_beam_search": self.use_beam_search}
+        unfit = [name for name, value in others.items() if value]
+        if self.best_of < (self.n or 1) or unfit:
+            rule = f"cannot go with {unfit[0]}" if unfit else f"must be at least n={self.n or 1}"
+            raise ApiError(400, f"best_of={self.best_of} {rule}", param="best_of", code="invalid_value")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `n` of more completions are shown."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
 
     @property
     def prompt_only(self) -> bool:
@@ -252,6 +258,9 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     def sampling_params(self, base: SamplingParams) -> SamplingParams:
         """With `echo`, log-probabilities are of the prompt too; where no token is asked for, one is drawn, unshown."""
         given = {**self.given(), "max_tokens": 1} if self.prompt_only else self.given()
+        if self.chooses:
+            given["n"] = self.best_of
+            given.setdefault("logprobs", 0)  # what is compared
         params = sampling_params(base, given, stream=bool(self.stream))
         if not self.echo or params.logprobs is None:
             return params

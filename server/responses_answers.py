@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from jax_engine.server.errors import ApiError
-from jax_engine.server.frames import EVENT_STREAM, Frames, encode_json
+from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, encode_json, obfuscated
 from jax_engine.server.message_parts import (
     ContentDelta,
     MessageParser,
@@ -256,30 +256,37 @@ class ResponseFrames(Frames):
 
     media_type = EVENT_STREAM
 
-    def __init__(self, live: LiveResponse, *, ended: Callable[[LiveResponse], object]) -> None:
-        self._live = live
+    def __init__(self, live: LiveResponse, *, ended: Callable[[LiveResponse], object], obfuscate: bool = False) -> None:
+        self.live = live
+        self._obfuscate = obfuscate
         self._number = 0
         self._ended = ended  # called once with the response that has ended
 
-    def start(self, index: int) -> bytes:
-        return self._encoded(self._live.begin())
+    def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
+        return self._encoded(self.live.begin())
 
-    def delta(self, index: int, text: str, logprobs: Any = None) -> bytes:
-        return self._encoded(self._live.feed(text, logprobs))
+    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
+        return self._encoded(self.live.feed(text, logprobs))
 
     def finish(
-        self, index: int, text: str, finish_reason: str, stop_reason: int | str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str,
+        stop_reason: int | str | None,
+        logprobs: Any = None,
+        fields: Fields = NO_FIELDS,
     ) -> bytes:
-        return self._encoded(self._live.finish(text, finish_reason, logprobs))
+        return self._encoded(self.live.finish(text, finish_reason, logprobs))
 
     def end(self, usage: dict[str, Any]) -> bytes:
-        last = self._encoded([self._live.end()])
-        self._ended(self._live)
+        last = self._encoded([self.live.end()])
+        self._ended(self.live)
         return last
 
     def error(self, error: ApiError) -> bytes:
-        last = self._encoded([self._live.fail(error)])
-        self._ended(self._live)
+        last = self._encoded([self.live.fail(error)])
+        self._ended(self.live)
         return last
 
     def _encoded(self, events: Any) -> bytes:
@@ -289,4 +296,5 @@ class ResponseFrames(Frames):
     def _event(self, event: Event) -> bytes:
         data = encode_json({"type": event["type"], "sequence_number": self._number, **event})
         self._number += 1
-        return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+        written = b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+        return obfuscated(written) if self._obfuscate and "delta" in event else written

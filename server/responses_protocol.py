@@ -150,14 +150,17 @@ class ResponsesRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
                 f"top_logprobs={asked.top_logprobs} needs include=[{LOGPROBS!r}]; add it, or leave top_logprobs out"
             )
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
-        if asked.stream_options is not None:
-            if not asked.stream:
-                raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
-            check_neutral("stream_options.include_obfuscation", asked.stream_options.include_obfuscation, (False,))
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options needs stream=true", param="stream_options", code="invalid_value")
         if asked.background and asked.store is False:
             message = "background=true needs store=true: the answer is kept until it is asked for"
             raise ApiError(400, message, param="background", code="invalid_value")
         return asked
+
+    @property
+    def obfuscates(self) -> bool:
+        """Whether the lengths of a stream's events are to tell little."""
+        return bool(self.stream_options and self.stream_options.include_obfuscation)
 
     @property
     def shows_logprobs(self) -> bool:

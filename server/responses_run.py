@@ -22,6 +22,7 @@ from jax_engine.server.generation import STREAM_HEADERS, Generation, GenerationS
 from jax_engine.server.in_flight import ShuttingDownError
 from jax_engine.server.openai_routes import json_response
 from jax_engine.server.protocol import ChatCompletionRequest
+from jax_engine.server.reasoning_tokens import reasoning_counter
 from jax_engine.server.responses_answers import LiveResponse, ResponseFrames, response_fields
 from jax_engine.server.responses_items import checked_items, new_id
 from jax_engine.server.responses_protocol import NAMES, ResponsesRequest
@@ -87,6 +88,7 @@ async def answer_response(
         if asked.truncation != "auto" or error.code != "context_length_exceeded":
             raise
         fit = await shortened(service, asked_chat, error)
+    record.counter = reasoning_counter(chat.message_format, engine.token_texts)
     model = asked.model or service.settings.model_name
     fields = response_fields(asked, model=model, store=kept, params=fit.params)
     live = LiveResponse(new_id("resp"), fields, chat.message_format.parser(), record)
@@ -95,11 +97,12 @@ async def answer_response(
     if asked.background:
         stored = store.keep(live, items)
         stored.log = EventLog()
-        stored.task = asyncio.create_task(in_background(run, live, stored, store), name=live.response_id)
+        frames = ResponseFrames(live, ended=discard, obfuscate=asked.obfuscates)
+        stored.task = asyncio.create_task(in_background(run, frames, stored, store), name=live.response_id)
         return LogStream(service, stored.log, 0) if asked.stream else json_response(live.content())
     keep = partial(store.keep, items=items) if kept else discard
     if asked.stream:
-        return run.stream(ResponseFrames(live, ended=keep))
+        return run.stream(ResponseFrames(live, ended=keep, obfuscate=asked.obfuscates))
     await run.whole(live, request.receive)
     keep(live)
     return json_response(live.content())
@@ -172,10 +175,10 @@ async def shortened(service: Service, asked: ChatCompletionRequest, error: ApiEr
     return best
 
 
-async def in_background(run: Run, live: LiveResponse, stored: Stored, store: ResponseStore) -> None:
+async def in_background(run: Run, frames: ResponseFrames, stored: Stored, store: ResponseStore) -> None:
     """Make a response for whoever asks for it later."""
     assert stored.log is not None
-    frames = ResponseFrames(live, ended=discard)
+    live = frames.live
     try:
         await run.stream(frames)({}, never, stored.log.send)
     except asyncio.CancelledError:  # by a client that cancels it, or at the server's end

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -9,6 +10,7 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
+import jax_engine
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError, OnProgress
@@ -65,6 +67,9 @@ class Service:
         self.settings = settings
         self.metrics = Metrics(settings.model_name, memory, engine_config=engine_config)
         self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
+        # Changes with what may change answers to the same request.
+        known = f"{jax_engine.__version__} {engine_config!r}"
+        self.system_fingerprint = f"fp_{hashlib.sha256(known.encode()).hexdigest()[:10]}"
         self.created = int(time.time()) if created is None else created
         self.state = State.STARTING
         self.is_draining = False  # a signal has come: what runs is finished, and nobody should send anything new

@@ -9,12 +9,15 @@ from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.metrics import Metrics
+from jax_engine.server.reasoning_tokens import ReasoningCounter
 
 
 class PromptTracker:
     """Counts one prompt's outputs on their way to the client. Mutable; owned by the handler of its request."""
 
-    def __init__(self, metrics: Metrics, params: SamplingParams) -> None:
+    def __init__(self, metrics: Metrics, params: SamplingParams, counter: ReasoningCounter | None = None) -> None:
+        """`counter` counts the reasoning of answers that may have some."""
+        self.num_reasoning_tokens = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.output_tokens: Counter[int] = Counter()  # by completion
@@ -24,6 +27,9 @@ class PromptTracker:
         self._params = params
         self._token_times: dict[int, float] = {}  # of each completion's latest token
         self._closed = False
+        self._counter = counter
+        self._texts: dict[int, list[str]] = {}  # of each completion that may have reasoning, and its tokens
+        self._token_ids: dict[int, list[int]] = {}
 
     @property
     def num_output_tokens(self) -> int:
@@ -43,6 +49,7 @@ class PromptTracker:
         for completion in output.outputs:
             self.output_tokens[completion.index] += len(completion.token_ids)
             self._observe_gaps(completion, times, now)
+            self._count_reasoning(completion)
             if completion.finish_reason is not None and completion.index not in self.finish_reasons:
                 self.finish_reasons[completion.index] = completion.finish_reason
                 self._metrics.count_finished(completion.finish_reason)
@@ -68,6 +75,17 @@ class PromptTracker:
         """Count nothing: the engine did not take the prompt."""
         self._closed = True
 
+    def _count_reasoning(self, completion: CompletionOutput) -> None:
+        if self._counter is None:
+            return
+        texts = self._texts.setdefault(completion.index, [])
+        token_ids = self._token_ids.setdefault(completion.index, [])
+        texts.append(completion.text)
+        token_ids += completion.token_ids
+        if completion.finish_reason is not None:
+            self.num_reasoning_tokens += self._counter.count("".join(texts), token_ids)
+            del self._texts[completion.index], self._token_ids[completion.index]
+
     def _observe_gaps(self, completion: CompletionOutput, times: RequestMetrics, now: float) -> None:
         """Time between tokens. Those that come together, or all at the end of an unstreamed answer, share it evenly."""
         num_new = len(completion.token_ids)
@@ -91,17 +109,22 @@ class RequestRecord:
     trackers: list[PromptTracker] = field(default_factory=list)
     note: str | None = None  # why it did not end as it should
     adapter: LoRARequest | None = None  # that its `model` named
+    counter: ReasoningCounter | None = None  # where answers may have reasoning
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's token counts, all prompts together; a prompt counts once however many completions it has."""
         prompt_tokens = sum(tracker.num_prompt_tokens for tracker in self.trackers)
         output_tokens = sum(tracker.num_output_tokens for tracker in self.trackers)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": output_tokens,
             "total_tokens": prompt_tokens + output_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(tracker.num_cached_tokens for tracker in self.trackers)},
         }
+        if self.counter is not None:  # of completions that have ended
+            reasoning = sum(tracker.num_reasoning_tokens for tracker in self.trackers)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+        return usage
 
     def line(self, method: str, path: str, status: int | None) -> str:
         """The log line."""

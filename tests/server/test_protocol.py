@@ -42,7 +42,7 @@ def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
     used |= {"priority", "vllm_xargs", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
     used |= {"parallel_tool_calls", "include_reasoning"}
-    used |= {"use_beam_search", "length_penalty", "early_stopping"}
+    used |= {"return_token_ids", "use_beam_search", "length_penalty", "early_stopping"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
     fields = {*CompletionRequest.__struct_fields__, *ChatCompletionRequest.__struct_fields__}
@@ -87,8 +87,8 @@ def test_logprobs_are_a_number_in_completions_and_a_switch_with_a_number_in_chat
     assert asked(chat(logprobs=False)) == asked(chat(top_logprobs=0)) == (None, None)
     assert "needs logprobs=true" in refusal(chat, top_logprobs=4).message
     assert refusal(chat, echo=True).param == "echo"
-    with pytest.raises(ApiError, match="cannot be streamed"):
-        completion(prompt_logprobs=1, stream=True).sampling_params(DEFAULTS)
+    assert asked(completion(prompt_logprobs=1, stream=True)) == (None, 1)
+    assert asked(completion(best_of=3)) == (0, None), "which are the best is seen from them"
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
@@ -105,7 +105,7 @@ def test_a_beam_search_takes_what_acts_on_it_and_nothing_else():
     expected = BeamSearchParams(beam_width=3, max_tokens=5, length_penalty=2.0, early_stopping="never")
     given = {"n": 3, "max_tokens": 5, "length_penalty": 2, "early_stopping": "never", "top_p": 1, "temperature": 0}
     assert search(use_beam_search=True, **given) == search(form=chat, use_beam_search=True, **given) == expected
-    for field in ({"top_k": 5}, {"temperature": 0.5}, {"logprobs": 1}, {"stop": "a"}, {"seed": 1}, {"stream": True}):
+    for field in ({"top_k": 5}, {"temperature": 0.5}, {"logprobs": 1}, {"stop": "a"}, {"seed": 1}):
         (name,) = field
         assert refusal(search, use_beam_search=True, n=2, **field).param == name
     assert refusal(search, length_penalty=2).param == "length_penalty"
@@ -135,10 +135,12 @@ def test_output_kind_follows_stream():
     assert completion().sampling_params(DEFAULTS).output_kind is RequestOutputKind.FINAL_ONLY
 
 
-def test_best_of_is_accepted_where_nothing_is_chosen():
-    completion(best_of=1)
-    completion(best_of=3, n=3)
-    assert refusal(completion, best_of=3, n=2).param == "best_of"
+def test_best_of_chooses_among_more_completions():
+    assert completion(best_of=1).sampling_params(DEFAULTS).n == 1
+    assert completion(best_of=3, n=3).sampling_params(DEFAULTS).logprobs is None, "nothing is chosen"
+    assert completion(best_of=3, n=2).sampling_params(DEFAULTS).n == 3
+    for fields in ({"n": 3}, {"stream": True}, {"echo": True}, {"use_beam_search": True, "max_tokens": 3}):
+        assert refusal(completion, best_of=2, **fields).param == "best_of"
 
 
 @pytest.mark.parametrize(
