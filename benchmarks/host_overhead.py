@@ -238,7 +238,7 @@ def measure_http(
 ) -> list[StreamRates]:
     """Tokens a second through a server of its own, for every number of streams."""
     arguments = ["--max-num-seqs", str(max(streams)), "--max-num-batched-tokens", str(max(*streams, 64))]
-    arguments += ["--kv-cache-memory-bytes", "64M", "--disable-log-requests", *server_arguments]
+    arguments += ["--kv-cache-memory-bytes", "64M", "--no-enable-log-requests", *server_arguments]
     with running_server(str(model.folder), arguments) as url, asyncio.Runner(loop_factory=uvloop.new_event_loop) as run:
         target = Target(url)
         run.run(offer(target, model, max(streams), 32))  # warms every part up

@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from jax_engine.config import EngineConfig
+from jax_engine.log_lines import log_format
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import (
     AbortNamed,
@@ -190,7 +191,8 @@ class CoreProcess(CoreConnection):
         core = cls(process, folder)
         level = logging.getLogger("jax_engine").getEffectiveLevel()
         assert process.stdin is not None
-        settings = {"config": asdict(config), "log_level": level, "num_channels": num_channels}
+        logs = {"log_level": level, "log_format": log_format()}
+        settings = {"config": asdict(config), **logs, "num_channels": num_channels}
         process.stdin.write(json.dumps(settings).encode() + b"\n")
         return core
 

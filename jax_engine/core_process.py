@@ -22,6 +22,7 @@ from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
+from jax_engine.log_lines import log_to_stderr
 from jax_engine.messages import (
     Abort,
     AbortNamed,
@@ -174,7 +175,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     _end_with_parent()
-    logging.basicConfig(level=settings["log_level"], format="%(asctime)s %(levelname)s [core] %(message)s")
+    text = "%(asctime)s %(levelname)s [core] %(message)s"
+    log_to_stderr(settings["log_format"], level=settings["log_level"], text=text)
     logging.getLogger("jax").setLevel(
         max(settings["log_level"], logging.WARNING)
     )  # it reports every platform that it does not find

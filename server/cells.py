@@ -42,6 +42,11 @@ class CellMemory:
         """Of front end `number`, in an open file of `count * ROW_BYTES` zero bytes."""
         return cls(mmap.mmap(file, count * ROW_BYTES), number=number, count=count)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first front end's: what one of them does for all is its to do."""
+        return self._number == 0
+
     def take(self, size: int) -> Cells:
         """The next `size` numbers, which are zero at first."""
         start, self._taken = self._taken, self._taken + size

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine.config import EngineConfig, environment_settings
+from jax_engine.log_lines import LOG_FORMATS
 from jax_engine.server import cli_commands
 from jax_engine.server.cli_flags import (
     Flag,
@@ -86,6 +87,9 @@ HTTP_FLAGS = (
         type=float,
         metavar="SECONDS",
     ),
+    Flag("log_format", "of each line in the log", choices=LOG_FORMATS),
+    Flag("enable_log_requests", "log a line for each request; by default it does", type=bool),
+    Flag("disable_log_stats", "no line about the throughput every ten seconds", type=bool),
     Flag(
         "timeout_keep_alive",
         "seconds that a connection may wait for its next request",
@@ -139,7 +143,6 @@ NAME_FLAGS = (
 SERVE_FLAGS = (
     Flag("api_key", "ask clients for this key; several may be given", metavar="KEY", repeated=True),
     Flag("log_level", "how much to log", choices=LEVELS, default="info"),
-    Flag("disable_log_requests", "no line in the log for each request", type=bool),
 )
 
 
@@ -186,10 +189,9 @@ def run_serve(options: Options) -> int:
         **options.of(flag.field for flag in HTTP_FLAGS),
         **answer_settings(options, config),
         api_keys=tuple(options["api_key"] or ()),
-        log_requests=not options["disable_log_requests"],
     )
     log_level = options["log_level"] or "info"
-    set_up_logging(log_level)
+    set_up_logging(log_level, settings.log_format)
     from jax_engine.server.listening import listening_sockets, tls_context
 
     tls_context(settings)  # before anything slow: a file may be missing, and the port in use

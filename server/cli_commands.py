@@ -159,7 +159,7 @@ def run_generate(options: Options) -> int:
 
 def run_talk(options: Options, answer_settings: AnswerSettings, *, is_chat: bool) -> int:
     config = engine_config(options)
-    settings = ServerSettings(**answer_settings(options, config), log_requests=False)
+    settings = ServerSettings(**answer_settings(options, config), enable_log_requests=False)
     set_up_logging("warning")
     from jax_engine.server.cli_chat import chat, complete
 
@@ -179,7 +179,7 @@ def run_collect_env(options: Options) -> int:
 
 def run_run_batch(options: Options, answer_settings: AnswerSettings) -> int:
     config = engine_config(options)
-    settings = ServerSettings(**answer_settings(options, config), log_requests=False)
+    settings = ServerSettings(**answer_settings(options, config), enable_log_requests=False)
     set_up_logging("warning")
     from jax_engine.server.cli_run_batch import run_batch
 

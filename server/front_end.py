@@ -105,7 +105,7 @@ def main() -> int:
     # What libraries print goes to the log: standard output is the supervisor's.
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    set_up_logging(setup.log_level)
+    set_up_logging(setup.log_level, setup.settings["log_format"])
     front_end = FrontEnd(setup, messages, output)
     front_end.server.run(sockets=[socket.socket(fileno=setup.listening)])
     return front_end.server.service.exit_code

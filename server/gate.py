@@ -37,7 +37,7 @@ class Gate:
         self._http_metrics = http_metrics
         # Hashes are compared: they are all of one length, and are no use to who reads them in a memory dump.
         self._key_hashes = tuple(sha256(key.encode()).digest() for key in settings.api_keys)
-        self._log_requests = settings.log_requests
+        self._log_requests = settings.enable_log_requests
         self._max_connections = settings.limit_concurrency
         self._receive_timeout = settings.receive_timeout
 
@@ -74,7 +74,7 @@ class Gate:
         except ShuttingDownError:
             await self._refuse(record, shutting_down(), status, scope, receive, send_with_id)
         except Exception as error:  # the server's boundary: the log has it all, the client the id to ask by
-            logger.exception("request %s failed", request_id)
+            logger.exception("request %s failed", request_id, extra={"fields": {"request_id": request_id}})
             record.note = type(error).__name__
             message = f"internal error; the server's log has it under the request id {request_id}"
             refusal = ApiError(500, message, code="internal_error")
@@ -87,7 +87,8 @@ class Gate:
                 record.note = "not answered in full"
             # The path as it was sent: decoded, it could hold a line end and forge lines of the log.
             sent_path = scope["raw_path"].decode("ascii", "replace")
-            logger.log(level, "%s", record.line(scope["method"], sent_path, status))
+            fields = record.fields(scope["method"], sent_path, status)
+            logger.log(level, "%s", record.line(fields), extra={"fields": fields})
 
     def _check_connections(self, path: str, scope: Scope) -> None:
         """Refuse what comes by a connection too many; probes and scrapers are told how the server is all the same."""

@@ -2,12 +2,12 @@
 
 import logging
 
+from jax_engine.log_lines import log_to_stderr
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def set_up_logging(level: str) -> None:
-    """Log from `level` on. uvicorn and the HTTP libraries speak only when something is wrong."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s [%(name)s] %(message)s", datefmt="%Y-%m-%d %H:%M:%S"
-    )
+def set_up_logging(level: str, log_format: str = "text") -> None:
+    """Log from `level` on. uvicorn and the HTTP libraries speak only when something is wrong, in the same format."""
+    log_to_stderr(log_format, level=logging.WARNING)
     logging.getLogger("jax_engine").setLevel(level.upper())

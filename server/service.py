@@ -22,6 +22,7 @@ from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.in_flight import InFlight
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.settings import ServerSettings
+from jax_engine.server.throughput_log import log_throughput
 from jax_engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ class Service:
         """
         self.engine_config = engine_config
         self.settings = settings
+        memory = memory or CellMemory.alone()
+        self._logs_stats = memory.is_first and not settings.disable_log_stats
+        self._background: list[asyncio.Task[None]] = []  # ends with the service
         self.metrics = Metrics(settings.model_name, memory, engine_config=engine_config)
         self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
         # Changes with what may change answers to the same request.
@@ -88,6 +92,8 @@ class Service:
 
     async def end(self) -> None:
         """Stop the engine, also one that is still starting."""
+        for task in self._background:
+            task.cancel()
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait({self._starting})
@@ -175,4 +181,6 @@ class Service:
                 info.num_pages,
                 info.page_size,
             )
+            if self._logs_stats:
+                self._background.append(asyncio.create_task(log_throughput(self.stats), name="throughput log"))
             engine.on_dead(lambda reason: self.fail(f"the engine has died: {reason}", EXIT_ENGINE_DEAD))

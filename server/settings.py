@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from jax_engine.config import choice
+from jax_engine.log_lines import LOG_FORMATS
 from jax_engine.sampling_params import integer, number
 from jax_engine.server.parsers.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
 
@@ -54,7 +55,9 @@ class ServerSettings:
     timeout_keep_alive: float = 5.0  # seconds that a connection may wait for its next request
     response_store_bytes: int = DEFAULT_RESPONSE_STORE_BYTES  # room for responses that clients come back to; 0: none
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT  # seconds that requests in flight have after SIGTERM
-    log_requests: bool = True
+    log_format: str = "text"  # or json
+    enable_log_requests: bool = True  # a line for each request
+    disable_log_stats: bool = False  # no line about the throughput every ten seconds
     allow_runtime_lora_updating: bool = False  # clients may load adapters from folders of this machine, and unload them
     enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info shows the tokenizer's configuration
     enable_admin_routes: bool = False  # clients may put the engine to sleep, wake it and abort any request
@@ -70,6 +73,7 @@ class ServerSettings:
             raise ValueError("api_key has an empty entry; give a key or leave the option out")
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError("served_model_name has an empty entry; name the model or leave the option out")
+        choice("log_format", self.log_format, LOG_FORMATS)
         self._check_addresses()
         self._check_limits()
         self._check_times()

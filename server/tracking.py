@@ -126,19 +126,37 @@ class RequestRecord:
             usage["completion_tokens_details"] = {"reasoning_tokens": reasoning}
         return usage
 
-    def line(self, method: str, path: str, status: int | None) -> str:
-        """The log line."""
-        now = time.monotonic()
-        parts = [f"{method} {path} {status or '-'} id={self.request_id} time={now - self.started:.3f}s"]
+    def fields(self, method: str, path: str, status: int | None) -> dict[str, Any]:
+        """What the log says of the request, where there is something to say. Times are in seconds."""
+        fields: dict[str, Any] = {
+            "method": method,
+            "path": path,
+            "status": status,
+            "request_id": self.request_id,
+            "seconds": round(time.monotonic() - self.started, 3),
+        }
         if self.trackers:
             usage = self.usage()
-            parts.append(f"prompt_tokens={usage['prompt_tokens']} output_tokens={usage['completion_tokens']}")
+            fields |= {"prompt_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
             firsts = [tracker.first_token_time for tracker in self.trackers if tracker.first_token_time is not None]
             if firsts:
-                parts.append(f"first_token={min(firsts) - self.started:.3f}s")
+                fields["first_token"] = round(min(firsts) - self.started, 3)
             reasons = {reason for tracker in self.trackers for reason in tracker.finish_reasons.values()}
             if reasons:
-                parts.append(f"finish={','.join(sorted(reasons))}")
+                fields["finish"] = ",".join(sorted(reasons))
+        if self.note:
+            fields["note"] = self.note
+        return fields
+
+    def line(self, fields: dict[str, Any]) -> str:
+        """The log line with those fields."""
+        parts = [f"{fields['method']} {fields['path']} {fields['status'] or '-'} id={self.request_id}"]
+        parts.append(f"time={fields['seconds']:.3f}s")
+        parts += [f"{name}={fields[name]}" for name in ("prompt_tokens", "output_tokens") if name in fields]
+        if "first_token" in fields:
+            parts.append(f"first_token={fields['first_token']:.3f}s")
+        if "finish" in fields:
+            parts.append(f"finish={fields['finish']}")
         if self.note:
             parts.append(f"({self.note})")
         return " ".join(parts)

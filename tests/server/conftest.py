@@ -15,7 +15,7 @@ import openai
 import pytest
 
 START_SECONDS = 240.0  # a first start compiles; the machine may be busy
-LISTENING = re.compile(r"listening on (\S+)")
+LISTENING = re.compile(r'listening on ([^\s"]+)')
 
 
 @dataclass

@@ -180,7 +180,7 @@ async def test_a_path_cannot_forge_a_line_of_the_log(caplog):
 
 async def test_requests_need_not_be_logged(caplog):
     caplog.set_level("INFO")
-    async with client(service(log_requests=False)) as http:
+    async with client(service(enable_log_requests=False)) as http:
         await http.get("/v1/models")
     assert not [record for record in caplog.records if record.name == "jax_engine.server.gate"]
 

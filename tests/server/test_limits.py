@@ -100,7 +100,8 @@ async def test_a_client_that_leaves_a_request_with_a_limit_has_left():
 
 def test_a_real_server_on_a_unix_socket_ends_requests_that_take_too_long(start_server, tmp_path):
     path = tmp_path / "server.sock"
-    server = start_server("--uds", str(path), "--request-timeout", "1", "--root-path", "/llm", ready=False)
+    options = ("--uds", str(path), "--request-timeout", "1", "--root-path", "/llm", "--log-format", "json")
+    server = start_server(*options, ready=False)
     assert server.url == f"unix:{path}"
     long = {"prompt": "Once", "max_tokens": 1900, "n": 16, "ignore_eos": True}  # together far more than a second's work
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://test", timeout=60) as http:
@@ -117,3 +118,9 @@ def test_a_real_server_on_a_unix_socket_ends_requests_that_take_too_long(start_s
         server.wait_for(lambda: idle in http.get("/metrics").text, what="aborting them in the engine")
     assert server.stop() == 0
     assert not path.exists()
+    # The core's lines and the requests' are of one form; only what native libraries print is not.
+    lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
+    assert {"jax_engine.server.gate", "jax_engine.server.serve", "jax_engine.start_log"} <= {
+        line["logger"] for line in lines
+    }
+    assert [line["status"] for line in lines if line.get("path", "").endswith("/completions")] == [504, 200]
