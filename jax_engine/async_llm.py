@@ -14,6 +14,7 @@ from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError, OnProgress
+from jax_engine.engine_view import EngineView
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import Abort, AbortNamed, AdapterReply, Add, AdminReply, PrefixCacheReset, ServedAdapters
 from jax_engine.model_files import resolve_model_path
@@ -23,6 +24,7 @@ from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Pro
 from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.stats import EngineStats
+from jax_engine.view_client import ViewClient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,6 +65,7 @@ class AsyncLLM:
         self._streams: dict[str, RequestStream] = {}
         self.admin = AdminClient(core.send)
         self.adapters = AdapterClient(core.info.adapters, core.send)
+        self.views = ViewClient(core.send)
         self._dead_callbacks: list[Callable[[str], object]] = []
         self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
         self._receiving = asyncio.create_task(self._receive(), name="engine outputs")
@@ -335,8 +338,10 @@ class AsyncLLM:
             if isinstance(step, AdapterReply | ServedAdapters):
                 self.adapters.take(step)
                 continue
-            if step.stats is not None:
-                self._stats = step.stats
+            if isinstance(step, EngineView):
+                self.views.take(step)
+                continue
+            self._stats = step.stats or self._stats
             processed = self._outputs.process(step.outputs)
             if processed.stopped:
                 self._core.send(Abort(processed.stopped))
@@ -377,6 +382,7 @@ class AsyncLLM:
         self._streams.clear()
         self.admin.fail(reason)
         self.adapters.fail(reason)
+        self.views.fail(reason)
         self._outputs.abort(self._outputs.request_ids())
         callbacks, self._dead_callbacks = self._dead_callbacks, []
         for callback in callbacks:

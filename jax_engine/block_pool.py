@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from jax_engine.engine_view import PageCounts
+
 
 class BlockPool:
     """Pages `0 .. num_pages - 1` with reference counts. Mutable; owned by the `Scheduler`.
@@ -38,6 +40,25 @@ class BlockPool:
     @property
     def num_in_use(self) -> int:
         return self.num_pages - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Free pages whose content is still known."""
+        return len(self._idle) + len(self._idle_tails)
+
+    def count_states(self, pages: slice) -> PageCounts:
+        """How many of these pages have one user, several, none but known content, and neither."""
+        own = shared = cached = blank = 0
+        for count, page_hash in zip(self._counts[pages], self._hashes[pages], strict=True):
+            if count == 1:
+                own += 1
+            elif count:
+                shared += 1
+            elif page_hash is not None:
+                cached += 1
+            else:
+                blank += 1
+        return own, shared, cached, blank
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages of unknown content: blank ones first, then idle ones, which forget what they held, tails

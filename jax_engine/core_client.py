@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from jax_engine.config import EngineConfig
+from jax_engine.engine_view import EngineView
 from jax_engine.log_lines import log_format
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import (
@@ -42,7 +43,7 @@ from jax_engine.messages import (
 from jax_engine.stats import EngineStats
 
 OnProgress = Callable[[Starting], object]
-Answer = StepOutputs | PrefixCacheReset | AdapterReply | AdminReply | AbortNamed | ServedAdapters
+Answer = StepOutputs | PrefixCacheReset | AdapterReply | AdminReply | AbortNamed | ServedAdapters | EngineView
 
 COMMANDS, EVENTS = "commands", "events"  # names of the two sockets of a channel, in a folder that both processes share
 

@@ -22,6 +22,7 @@ from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
+from jax_engine.engine_view import EngineView
 from jax_engine.log_lines import log_to_stderr
 from jax_engine.messages import (
     Abort,
@@ -147,7 +148,9 @@ class CoreServer:
         if isinstance(command, Abort):
             for request_id in command.request_ids:  # no output follows
                 self._owners.pop(request_id, None)
-        if not core.has_work:  # the last request was aborted: say that its pages are free
+        if not core.has_work and not isinstance(
+            reply, EngineView
+        ):  # the last request was aborted: say that its pages are free
             self.send_to_all(StepOutputs([], core.stats()))
 
 

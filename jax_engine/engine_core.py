@@ -10,6 +10,7 @@ from jax_engine.admin import ASLEEP, Admin
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig, split_module
 from jax_engine.constraints import Constraints
+from jax_engine.engine_view import EngineView, StepLog, view_of
 from jax_engine.logits_processors import argument_defaults
 from jax_engine.messages import (
     Abort,
@@ -19,6 +20,7 @@ from jax_engine.messages import (
     Command,
     CoreOutput,
     CoreRequest,
+    Inspect,
     IsSleeping,
     LoadAdapter,
     PrefixCacheReset,
@@ -69,6 +71,7 @@ class EngineCore:
             adapters=self.served_adapters.all,
         )
         self.constraints = Constraints()
+        self.steps = StepLog()
         self._early: list[tuple[CoreRequest, Constraint | None]] = []  # wait for a program of the FULL mode
         self._pending: PendingTokens | None = None
         self._step_seconds = 0.0  # that the latest step took
@@ -78,7 +81,9 @@ class EngineCore:
         self._is_ahead = False  # the step that is pending was launched before the one before it was collected
         self._period_since = 0.0  # when the tokens of the step before came, or the engine began to be busy
 
-    def handle(self, command: Command) -> PrefixCacheReset | AdapterReply | AdminReply | StepOutputs | None:
+    def handle(
+        self, command: Command
+    ) -> PrefixCacheReset | AdapterReply | AdminReply | StepOutputs | EngineView | None:
         """Take a command from the front end and return its answer, if it has one; a shutdown is the caller's to act
         on.
         """
@@ -92,6 +97,8 @@ class EngineCore:
             self.constraints.take_vocabulary(command)
         elif isinstance(command, ResetPrefixCache):
             return PrefixCacheReset(self.scheduler.cache.reset())
+        elif isinstance(command, Inspect):
+            return view_of(self.scheduler, self.stats(), self.steps, is_sleeping=self.admin.is_sleeping)
         elif isinstance(command, LoadAdapter):
             return self._load_adapter(command)
         elif isinstance(command, UnloadAdapter):
@@ -214,6 +221,15 @@ class EngineCore:
             self.scheduler.drafts.observe(pending.plan, ready - self._period_since, is_ahead=is_ahead)
         self._device_since = self._period_since = ready
         drawn = self.runner.collect(pending)
+        counters = self.runner.counters
+        self.steps.add(
+            pending.plan.chunks,
+            ended=time.monotonic(),
+            seconds=self._step_seconds,
+            draft_rows=pending.program.draft_rows,
+            rows=counters.token_rows,
+            padding=counters.padding_tokens,
+        )
         outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_logprobs(pending, drawn))
         self.constraints.go_on(chunk.request for chunk in pending.plan.chunks)
         self._wait_us += (ready - start) * 1e6

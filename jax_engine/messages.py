@@ -5,6 +5,7 @@ The structs are msgpack arrays on the wire (msgspec): small, typed, and checked 
 
 import msgspec
 
+from jax_engine.engine_view import EngineView
 from jax_engine.lora_request import LoRARequest
 from jax_engine.sampling_params import RepetitionDetectionParams
 from jax_engine.stats import EngineStats
@@ -182,6 +183,10 @@ class Profile(msgspec.Struct, array_like=True, frozen=True, tag="profile"):
     start: bool
 
 
+class Inspect(msgspec.Struct, array_like=True, frozen=True, tag="inspect"):
+    """Ask how the engine is at the moment; answered by an `EngineView`."""
+
+
 Command = (
     Add
     | Abort
@@ -193,6 +198,7 @@ Command = (
     | WakeUp
     | IsSleeping
     | Profile
+    | Inspect
     | Shutdown
     | Vocabulary
 )
@@ -254,5 +260,14 @@ class AdminReply(msgspec.Struct, array_like=True, frozen=True, tag="admin_reply"
 
 
 Event = (
-    Starting | Ready | Failed | StepOutputs | PrefixCacheReset | AdapterReply | AdminReply | AbortNamed | ServedAdapters
+    Starting
+    | Ready
+    | Failed
+    | StepOutputs
+    | PrefixCacheReset
+    | AdapterReply
+    | AdminReply
+    | AbortNamed
+    | ServedAdapters
+    | EngineView
 )

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Served without a key, as in vLLM: probes and scrapers have none.
 OPEN_PATHS = frozenset({"/health", "/ping", "/live", "/version", "/metrics", *page_files()})
+# Not worth a line of the log each time: who looks at the page asks for the last one once a second.
+QUIET_PATHS = OPEN_PATHS | {"/engine_state"}
 # What a client may choose as its request id: it is written into logs and headers.
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -81,7 +83,7 @@ class Gate:
             await self._refuse(record, refusal, status, scope, receive, send_with_id)
         finally:
             self._http_metrics.observe(scope, status, time.monotonic() - record.started)
-            quiet = path in OPEN_PATHS or not self._log_requests
+            quiet = path in QUIET_PATHS or not self._log_requests
             level = logging.DEBUG if quiet else logging.INFO
             if not complete and record.note is None:
                 record.note = "not answered in full"

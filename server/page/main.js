@@ -4,6 +4,8 @@ import { ServerError, getJson } from "./api.js";
 import { Announcer, Chat, Follower } from "./chat.js";
 import { Conversation } from "./conversation.js";
 import { h } from "./dom.js";
+import { EngineWatch } from "./engine.js";
+import { Compiling, EngineView, number } from "./engine_view.js";
 import { isSend } from "./message_view.js";
 import { Panels } from "./panels.js";
 import { Settings } from "./settings.js";
@@ -26,6 +28,10 @@ const chat = new Chat({
   onRunning: showRunning,
 });
 const panels = new Panels(find("chat"));
+const engineView = new EngineView(find("engine-view"));
+const compiling = new Compiling();
+const watch = new EngineWatch({ isDetailed: () => panels.isOpen("engine"), onLook: showEngine });
+let wasReady = null;
 
 function showRunning(isRunning) {
   const [gone, shown] = isRunning ? [find("send"), find("stop")] : [find("stop"), find("send")];
@@ -68,10 +74,44 @@ find("suggestions").append(
   ...SUGGESTIONS.map((text) => h("button", { type: "button", on: { click: () => chat.send(text) && prompt.focus() } }, text)),
 );
 
+/** The line at the top, the notice over the message box, and the panel, by what was just seen of the engine. */
+function showEngine(look) {
+  const { state, problem, rates } = look;
+  const isReady = state?.status === "ready";
+  if (isReady && !wasReady) loadModels();
+  if (isReady && wasReady === false) announcer.say("The engine is ready.");
+  wasReady = isReady;
+  find("status").dataset.state = problem ? "problem" : isReady ? "ready" : state.status === "starting" ? "starting" : "problem";
+  find("status-text").textContent = problem ? shortProblem(problem) : statusText(state, rates);
+  compiling.show(isReady ? undefined : state);
+  find("notice-text").textContent = problem?.status === 401 ? "This server asks for an API key." : (problem?.message ?? state.reason ?? "");
+  find("enter-key").hidden = problem?.status !== 401;
+  find("notice").hidden = isReady;
+  if (panels.isOpen("engine")) engineView.show(look);
+}
+
+function shortProblem(problem) {
+  return problem.status === 401 ? "API key needed" : "Not reachable";
+}
+
+function statusText(state, rates) {
+  if (state.status !== "ready") return { starting: "Starting", dead: "Stopped" }[state.status] ?? "Shutting down";
+  if (state.view?.is_sleeping) return "Asleep";
+  const running = state.view?.requests.running;
+  if (!running) return "Ready";
+  return `${number(running)} running · ${number(Math.round(rates.generation.at(-1) ?? 0))} tokens/s`;
+}
+
 /** Fill in the models that the server has; adapters say so. */
 async function loadModels() {
   const select = find("model");
-  const { data } = await getJson("v1/models");
+  let data;
+  try {
+    ({ data } = await getJson("v1/models"));
+  } catch (error) {
+    if (!(error instanceof ServerError)) throw error;
+    return; // the next look at the engine tells why
+  }
   const wanted = select.value || localStorage.getItem(KEY_MODEL);
   select.replaceChildren(
     ...data.map(({ id, parent }) => h("option", { value: id }, parent ? `${id} (adapter of ${parent})` : id)),
@@ -80,9 +120,12 @@ async function loadModels() {
 }
 find("model").addEventListener("change", () => localStorage.setItem(KEY_MODEL, find("model").value));
 
-try {
-  await loadModels();
-} catch (error) {
-  if (!(error instanceof ServerError)) throw error;
-}
+find("notice").append(compiling.element);
+find("enter-key").addEventListener("click", () => {
+  panels.toggle("settings", true);
+  find("api-key").focus();
+});
+find("api-key").addEventListener("change", () => watch.now());
+panels.listeners.push((name, isOpen) => name === "engine" && isOpen && watch.now());
+watch.now();
 prompt.focus();

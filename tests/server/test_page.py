@@ -1,82 +1,35 @@
-"""The page in a real browser: a conversation streams, stops, fails and goes on; all of it by keyboard, at any width."""
+"""The page in a real browser: a conversation streams, stops, fails and goes on, and one sees the engine at work; all of
+it by keyboard, at any width.
+"""
 
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
-from urllib.parse import urlsplit
+from contextlib import contextmanager
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from page_visit import (
+    CONTRAST,
+    HOSTILE_PIECES,
+    LONG,
+    NAMELESS,
+    RENDER,
+    SHORT_WAIT,
+    TIME_RENDERING,
+    TOO_WIDE,
+    WATCH_FOCUS,
+    WATCH_GROWTH,
+    Visit,
+)
+from playwright.sync_api import Browser, expect, sync_playwright
+
+from counting_model import CountingModel
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SHORT_WAIT = 20_000  # milliseconds; the machine may be busy
-LONG = {"ignore_eos": True, "max_completion_tokens": 1800}  # an answer that is still under way when one acts on it
-# Notes how long the latest answer is, each time that it changes.
-WATCH_GROWTH = """() => {
-  window.lengths = [];
-  const latest = () => [...document.querySelectorAll('.assistant')].at(-1)?.querySelector('.prose:not(details *)');
-  new MutationObserver(() => window.lengths.push(latest()?.textContent.length ?? 0))
-    .observe(document.getElementById('messages'), {childList: true, subtree: true, characterData: true});
-}"""
-# The texts whose contrast with what they stand on is below WCAG's 4.5, and that contrast.
-CONTRAST = """() => {
-  const UNSEEN = '.visually-hidden, .skip, option, noscript, script';
-  const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
-  const canvas = new OffscreenCanvas(1, 1).getContext('2d', {willReadFrequently: true});
-  const over = (layers) => {
-    canvas.clearRect(0, 0, 1, 1);
-    for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
-    return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3);
-  };
-  const light = (color) => {
-    const [r, g, b] = color.map((c) => (c /= 255) <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const bad = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.checkVisibility() || element.closest(UNSEEN)) continue;
-    const layers = [];
-    for (let at = element; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
-    const below = over(layers), text = over([...layers, getComputedStyle(element).color]);
-    const [a, b] = [light(below), light(text)].sort((x, y) => y - x);
-    if ((a + 0.05) / (b + 0.05) < 4.5) bad.push([walker.currentNode.data.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]);
-  }
-  return bad;
-}"""
-# Marks what gets the focus as reached, and notes what then does not show that it has it.
-WATCH_FOCUS = """() => {
-  window.withoutRing = [];
-  const shows = (element) => getComputedStyle(element).outlineStyle !== 'none';
-  document.addEventListener('focusin', ({target}) => {
-    target.dataset.reached = 1;
-    if (!shows(target) && !shows(target.closest('.composer') ?? target)) window.withoutRing.push(target.outerHTML);
-  });
-}"""
-RENDER = """async (text) => {
-  const box = document.getElementById('rendered') ?? document.createElement('div');
-  box.id = 'rendered';
-  document.body.append(box);
-  (await import('/page/markdown.js')).renderMarkdown(box, text);
-}"""
-TIME_RENDERING = """async (texts) => {
-  const { renderMarkdown } = await import('/page/markdown.js');
-  const began = performance.now();
-  for (const text of texts) renderMarkdown(document.createElement('div'), text);
-  return (performance.now() - began) / 1000;
-}"""
-# A line of an accessibility tree: a role that needs a name, without one.
-NAMELESS = re.compile(
-    r"- (?:button|textbox|combobox|checkbox|spinbutton|link|toolbar|tooltip|main|navigation)(?=:|$| \[).*"
-)
-HOSTILE_PIECES = (
-    *("[", "![", "`", "*a", "**", "_a ", "> ", "- ", "|", "|-", "<http", "~~", "- " * 9 + "a\n", "  - a\n"),
-    *("\n```x\n", "a|b\n-|-\n", "[a](", "<https://a", "***a** ", "1. a\n\n"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -90,52 +43,6 @@ def browser() -> Iterator[Browser]:
         running = playwright.chromium.launch(executable_path=found, args=flags)
         yield running
         running.close()
-
-
-class Visit:
-    """A tab with the page, and what must not happen in it."""
-
-    def __init__(self, browser: Browser, url: str, **options) -> None:
-        self.context = browser.new_context(**options)
-        self.page: Page = self.context.new_page()
-        self.page.set_default_timeout(SHORT_WAIT)
-        self.complaints: list[str] = []
-        self.origins: set[str] = set()
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on(
-            "request", lambda request: self.origins.add("{0.scheme}://{0.netloc}".format(urlsplit(request.url)))
-        )
-        self.page.goto(url)
-        expect(self.page.locator("#model option")).not_to_have_count(0)
-
-    def _console(self, message) -> None:
-        # The browser itself reports an answer of status 400 and above as an error.
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            self.complaints.append(message.text)
-
-    def ask(self, text: str) -> None:
-        self.page.get_by_label("Message", exact=True).fill(text)
-        self.page.keyboard.press("Enter")
-
-    def wait_for_answer(self) -> str:
-        """The latest answer, once it has ended."""
-        latest = self.page.locator(".assistant").last
-        expect(latest.get_by_role("button", name="Regenerate answer")).to_be_visible(timeout=SHORT_WAIT)
-        return latest.locator(".prose").last.text_content() or ""
-
-    def setting(self, label: str, value: str) -> None:
-        if not self.page.locator("#settings").is_visible():
-            self.page.get_by_role("button", name="Settings", exact=True).click()
-        self.page.get_by_label(label, exact=True).fill(value)
-
-    def change_requests(self, **fields) -> None:
-        """Have every question of the page carry these fields too."""
-
-        def change(route: Route) -> None:
-            route.continue_(post_data=json.dumps({**route.request.post_data_json, **fields}))
-
-        self.page.route("**/v1/chat/completions", change)
 
 
 @pytest.fixture
@@ -309,12 +216,7 @@ def test_a_phone_needs_no_horizontal_scrolling(visit):
     for panel in (None, "Settings", "Engine"):
         if panel:
             tab.page.get_by_role("button", name=panel, exact=True).click()
-        widths = tab.page.evaluate(
-            "[document.documentElement, ...document.querySelectorAll('.scroller, .panel, .bar')]"
-            ".filter((element) => element.checkVisibility())"
-            ".map((element) => [element.id, element.scrollWidth, element.clientWidth])"
-        )
-        assert [name for name, content, room in widths if content > room] == [], widths
+        assert tab.page.evaluate(TOO_WIDE) == []
         if panel:
             tab.page.keyboard.press("Escape")
             expect(tab.page.get_by_role("button", name=panel, exact=True)).to_be_focused()
@@ -387,3 +289,69 @@ def test_the_page_is_its_own_files_and_its_policy_allows_nothing_from_elsewhere(
             assert again.status_code == 304 and not again.content
         assert client.get("/page/nothing.js").status_code == 404
         assert client.get("/page/..%2Fgate.py").status_code == 404
+
+
+def test_the_live_view_moves(visit, server):
+    tab = visit()
+    engine = tab.page.get_by_role("complementary", name="Engine")
+    expect(engine.get_by_text("No request is in flight.")).to_be_visible()
+    pages, steps = engine.get_by_role("img", name=re.compile("KV pages in use")), engine.locator("svg.columns")
+    assert pages.get_attribute("aria-label").startswith("0 of ")
+    before = steps.get_attribute("aria-label")
+    with generating(server, prompts=["Once upon a time", "One day"], n=40):
+        expect(engine.locator(".tile", has_text="Running").locator(".value")).to_have_text("64")
+        expect(engine.locator(".tile", has_text="Waiting").locator(".value")).to_have_text("16")
+        expect(pages).not_to_have_attribute("aria-label", re.compile("^0 of "))
+        assert engine.locator(".cell-map .own").get_attribute("d")
+        expect(steps).not_to_have_attribute("aria-label", before)
+        first = steps.locator(".decode").get_attribute("d")
+        expect(steps.locator(".decode")).not_to_have_attribute("d", first)
+        expect(engine.get_by_role("row")).to_have_count(1 + 20 + 16)
+        expect(engine.get_by_role("cell", name="waits").first).to_be_visible()
+        expect(tab.page.locator("#status-text")).to_contain_text("64 running")
+        expect(engine.locator(".tile .value").nth(2)).not_to_have_text("0")
+    expect(engine.get_by_text("No request is in flight.")).to_be_visible(timeout=SHORT_WAIT)
+
+
+@contextmanager
+def generating(server, *, prompts, n):
+    """Have the server generate meanwhile, and drop it then."""
+    body = {"prompt": prompts, "n": n, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        lines, stop = response.raise_for_status().iter_lines(), threading.Event()
+
+        def read() -> None:
+            for _ in lines:
+                if stop.is_set():
+                    return
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            reader.join()
+
+
+def test_a_start_is_watched_with_a_key_by_several_front_ends(browser, start_server, tmp_path):
+    model = CountingModel.write(tmp_path, max_model_len=8192)
+    small = ("--max-num-seqs", "8", "--max-num-batched-tokens", "8", "--kv-cache-memory-bytes", "8M")
+    options = ("--api-server-count", "2", "--api-key", "the-key", "--served-model-name", "counting")
+    server = start_server(str(model.folder), *small, *options, ready=False)
+    assert httpx.get(f"{server.url}/engine_state").status_code == 401
+    tab = Visit(browser, server.url, has_models=False)
+    expect(tab.page.locator("#notice")).to_contain_text("asks for an API key")
+    tab.page.get_by_role("button", name="Enter the key").click()
+    tab.page.get_by_label("API key").fill("the-key")
+    tab.page.keyboard.press("Enter")
+    expect(tab.page.locator("#notice")).to_contain_text("the engine is starting")
+    expect(tab.page.locator("#status-text")).to_have_text("Ready", timeout=120_000)
+    expect(tab.page.locator("#notice")).to_be_hidden()
+    expect(tab.page.locator("#model option")).to_have_text(["counting"])
+    assert "the-key" not in tab.page.evaluate("JSON.stringify(localStorage)")
+    looks = [httpx.get(f"{server.url}/engine_state", headers={"x-api-key": "the-key"}).json() for _ in range(6)]
+    assert all(look["view"]["pages"]["total"] == looks[0]["view"]["pages"]["total"] > 0 for look in looks)
+    tab.context.close()
+    assert tab.complaints == []
+    assert "engine_state" not in server.log()
