@@ -5,6 +5,7 @@ import json
 from jax_engine.server.parsers.reader import Reader, Reading
 
 ARGUMENTS = ("arguments", "parameters")
+BEFORE_NAME = ("id", "type")  # JSON that begins otherwise is some other object, which is not held back any longer
 
 
 def read_json_call(reader: Reader) -> Reading[bool]:
@@ -58,6 +59,8 @@ class _Call:
         if key in ARGUMENTS and not self.has_arguments:
             self.has_arguments = True
             return (yield from self._read_arguments())
+        if not self.has_begun and key not in BEFORE_NAME:
+            return False
         return (yield from reader.value(_ignore))
 
     def end(self) -> bool:
@@ -71,15 +74,13 @@ class _Call:
         self._reader.arguments("".join(self._held))
         self.has_begun = True
 
-    def _show(self, text: str) -> None:
-        self._reader.arguments(text)
-        self._reader.drop()
-
     def _read_arguments(self) -> Reading[bool]:
         reader = self._reader
         yield from reader.more()
         if reader.text.startswith(("{", "["), reader.at):
-            return (yield from reader.value(self._show if self.has_begun else self._held.append))
+            if self.has_begun:
+                return (yield from reader.arguments_value())
+            return (yield from reader.value(self._held.append))
         # JSON inside a string, or nothing.
         pieces: list[str] = []
         is_whole = yield from reader.value(pieces.append)

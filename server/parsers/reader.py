@@ -66,6 +66,7 @@ class Reader:
         self.ended = False  # no text will follow
         self.parts: list[Part] = []
         self.num_calls = 0
+        self.new_id: Callable[[], str] = new_call_id
 
     # What is shown.
 
@@ -79,9 +80,9 @@ class Reader:
         if text:
             self.parts.append(ReasoningDelta(text))
 
-    def start_call(self, name: str, call_id: str | None = None) -> None:
+    def start_call(self, name: str) -> None:
         """Show that a call begins."""
-        self.parts.append(ToolCallStart(self.num_calls, call_id or new_call_id(), name))
+        self.parts.append(ToolCallStart(self.num_calls, self.new_id(), name))
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:
@@ -137,6 +138,39 @@ class Reader:
             return str(json.loads(found[0], strict=False))
         except ValueError:
             return None
+
+    def matching(self, pattern: re.Pattern[str]) -> Reading[str]:
+        """As many characters as a pattern takes, which must not look beyond them."""
+        while (yield from self.more()):
+            found = pattern.match(self.text, self.at)
+            if found is None:
+                return ""
+            if found.end() < len(self.text) or self.ended:
+                self.at = found.end()
+                return found[0]
+            yield
+        return ""
+
+    def up_to(self, literal: str, limit: int) -> Reading[str | None]:
+        """What comes before `literal` with the place behind both; None when that is more than `limit` characters."""
+        while True:
+            place = self.text.find(literal, self.at, self.at + limit + len(literal))
+            before = self.text[self.at : place if place >= 0 else None]
+            if place < 0 and (self.ended or len(before) >= limit + len(literal)):
+                return None
+            if place >= 0:
+                self.at = place + len(literal)
+                return before
+            yield
+
+    def arguments_value(self) -> Reading[bool]:
+        """Show a JSON value as the arguments of the latest call, as it comes; whether it is whole."""
+
+        def show(text: str) -> None:
+            self.arguments(text)
+            self.drop()
+
+        return (yield from self.value(show))
 
     def value(self, write: Callable[[str], None]) -> Reading[bool]:
         """Pass on the text of a JSON value as it comes, which `write` may `drop`; False when it is not whole. Only
@@ -194,7 +228,7 @@ class Reader:
                 text = self.text.rstrip(BLANKS) if self.num_calls else self.text
                 self._show(len(text), show)
                 return None
-            self._show(len(self.text) - held_back(self.text, tags), show)
+            self._show(len(self.text) - (held_back(self.text, tags) if tags or self.num_calls else 0), show)
             yield
 
     def _show(self, end: int, show: Callable[[str], None]) -> None:
@@ -204,8 +238,6 @@ class Reader:
 
 def held_back(text: str, tags: tuple[str, ...]) -> int:
     """How many characters at the end of `text` may be the beginning of a tag, or blanks before one."""
-    if not tags:
-        return 0
     begun = 0
     for tag in tags:
         for count in range(min(len(tag) - 1, len(text)), begun, -1):
