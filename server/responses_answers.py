@@ -16,7 +16,7 @@ from jax_engine.server.message_parts import (
     ToolCallArguments,
     ToolCallStart,
 )
-from jax_engine.server.responses_items import new_id
+from jax_engine.server.responses_items import encoded_reasoning, new_id
 from jax_engine.server.responses_protocol import ResponsesRequest
 from jax_engine.server.tracking import RequestRecord
 
@@ -70,7 +70,8 @@ class OutputWriter:
     Log-probabilities, one entry for each token, go with the answer's text that the tokens make.
     """
 
-    def __init__(self, parser: MessageParser) -> None:
+    def __init__(self, parser: MessageParser, *, encodes_reasoning: bool) -> None:
+        self._encodes_reasoning = encodes_reasoning
         self.items: list[dict[str, Any]] = []
         self._parser = parser
         self._calls: dict[int, int] = {}  # index of a call -> place of its item
@@ -155,6 +156,8 @@ class OutputWriter:
             yield self._event("response.function_call_arguments.done", arguments=item["arguments"])
         else:
             (part,) = item["content"]
+            if item["type"] == "reasoning" and self._encodes_reasoning:
+                item["encrypted_content"] = encoded_reasoning(part["text"])
             extra = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
             yield self._event(f"response.{part['type']}.done", content_index=0, text=part["text"], **extra)
             yield self._event("response.content_part.done", content_index=0, part=part)
@@ -177,13 +180,21 @@ def entries_of(text: str, entries: list[dict[str, Any]]) -> list[dict[str, Any]]
 class LiveResponse:
     """One response while it is made. Mutable; owned by the route, or by its task in the background."""
 
-    def __init__(self, response_id: str, fields: dict[str, Any], parser: MessageParser, record: RequestRecord) -> None:
+    def __init__(
+        self,
+        response_id: str,
+        fields: dict[str, Any],
+        parser: MessageParser,
+        record: RequestRecord,
+        *,
+        encodes_reasoning: bool = False,
+    ) -> None:
         self.response_id = response_id
         self.status = "queued" if fields["background"] else "in_progress"
         self.created = int(time.time())
         self._begun = time.monotonic()
         self._fields = fields
-        self._writer = OutputWriter(parser)
+        self._writer = OutputWriter(parser, encodes_reasoning=encodes_reasoning)
         self._record = record
         self._error: dict[str, Any] | None = None
         self._incomplete: dict[str, Any] | None = None

@@ -1,5 +1,6 @@
 """Items of OpenAI's Responses API: what a client sends in, as messages of a chat."""
 
+import base64
 from collections.abc import Sequence
 from typing import Any, Literal
 from uuid import uuid4
@@ -97,7 +98,29 @@ class ReasoningItem(msgspec.Struct, tag="reasoning", forbid_unknown_fields=True)
     content: list[ReasoningText] | None = None
     id: str | None = None
     status: Status | None = None
-    encrypted_content: None = None
+    encrypted_content: str | None = None
+
+    def __post_init__(self) -> None:
+        self.text()
+
+    def text(self) -> str:
+        """The reasoning, or what else there is of it."""
+        if self.content is None and self.encrypted_content is not None:
+            return decoded_reasoning(self.encrypted_content)
+        return "".join(part.text for part in (self.summary if self.content is None else self.content))
+
+
+def encoded_reasoning(text: str) -> str:
+    """Reasoning in the form that clients hand back unseen. Nothing is secret here, so it is not encrypted."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def decoded_reasoning(encoded: str) -> str:
+    """What `encoded_reasoning` was given; ValueError for what did not come from it."""
+    try:
+        return base64.b64decode(encoded, validate=True).decode()
+    except ValueError:
+        raise ValueError("encrypted_content is not of this server; leave it out") from None
 
 
 Item = MessageItem | FunctionCall | FunctionCallOutput | ReasoningItem
@@ -135,8 +158,7 @@ def conversation(items: Sequence[Item]) -> list[dict[str, Any]]:
             case MessageItem():
                 turns.append({"role": item.role, "content": item.text()})
             case ReasoningItem():
-                texts = item.content if item.content is not None else item.summary
-                begun(turns)["reasoning_content"] = "".join(part.text for part in texts)
+                begun(turns)["reasoning_content"] = item.text()
             case FunctionCall():
                 turn = turns[-1] if turns and turns[-1]["role"] == "assistant" else begun(turns)
                 called = {"name": item.name, "arguments": item.arguments}

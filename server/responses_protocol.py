@@ -36,6 +36,7 @@ NAMES = {
     "prompt": "input",
 }
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
 
 
 class TextFormat(msgspec.Struct, tag="text", forbid_unknown_fields=True):
@@ -90,6 +91,17 @@ class FunctionChoice(msgspec.Struct, tag="function", forbid_unknown_fields=True)
 
     name: str
 
+    def in_chat(self) -> dict[str, Any]:
+        """The same in the form of chats."""
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedTools(msgspec.Struct, tag="allowed_tools", forbid_unknown_fields=True):
+    """Of the tools, these alone may be called, or have to be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
+
 
 class ResponseStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What a stream carries besides its events."""
@@ -113,11 +125,11 @@ class ResponsesRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
     top_p: float | None = None
     stop: str | list[str] | None = None
     top_logprobs: int | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None  # of tools that a server runs, of which there are none
     truncation: Literal["auto", "disabled"] | None = None
@@ -167,6 +179,11 @@ class ResponsesRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
         """Whether log-probabilities of the answer's text are asked for."""
         return LOGPROBS in (self.include or ())
 
+    @property
+    def encodes_reasoning(self) -> bool:
+        """Whether reasoning is also asked for in the form that clients hand back unseen."""
+        return ENCRYPTED in (self.include or ())
+
     def functions(self) -> list[dict[str, Any]]:
         """The tools in the form of chats; ApiError 400 for one that the server would have to run."""
         made = []
@@ -209,8 +226,12 @@ class ResponsesRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
             # Whose text each token belongs to is told as it comes.
             "stream": bool(self.stream or self.background or self.shows_logprobs),
         }
-        if isinstance(self.tool_choice, FunctionChoice):
-            fields["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
+        match self.tool_choice:
+            case FunctionChoice():
+                fields["tool_choice"] = self.tool_choice.in_chat()
+            case AllowedTools(mode=mode, tools=tools):
+                allowed = {"mode": mode, "tools": [tool.in_chat() for tool in tools]}
+                fields["tool_choice"] = {"type": "allowed_tools", "allowed_tools": allowed}
         if self.shows_logprobs:
             fields |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         if self.reasoning is not None and self.reasoning.effort is not None:

@@ -91,7 +91,9 @@ async def answer_response(
     record.counter = reasoning_counter(chat.message_format, engine.token_texts)
     model = asked.model or service.settings.model_name
     fields = response_fields(asked, model=model, store=kept, params=fit.params)
-    live = LiveResponse(new_id("resp"), fields, chat.message_format.parser(), record)
+    live = LiveResponse(
+        new_id("resp"), fields, chat.message_format.parser(), record, encodes_reasoning=asked.encodes_reasoning
+    )
     answers = (ChatAnswers if asked.shows_logprobs else Answers)(engine.token_texts, fit.params)
     run = Run(service, record, fit, answers, asked_chat.priority or 0)
     if asked.background:

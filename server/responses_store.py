@@ -75,7 +75,7 @@ class Stored:
     @property
     def is_running(self) -> bool:
         """Whether it is still being made."""
-        return self.task is not None and not self.task.done()
+        return self._live is not None and not self._live.has_ended
 
     async def cancel(self) -> None:
         """End its making, if it is being made."""
@@ -99,6 +99,9 @@ class ResponseStore:
         self._capacity = capacity
         self._size = 0
         self._responses: OrderedDict[str, Stored] = OrderedDict()
+
+    def __contains__(self, response_id: str) -> bool:
+        return response_id in self._responses
 
     def keep(self, live: LiveResponse, items: Sequence[Item]) -> Stored:
         """Keep a response, which may still be made; `count` it again when it has ended."""
@@ -135,7 +138,7 @@ class ResponseStore:
 
     async def close(self) -> None:
         """End what is still being made."""
-        tasks = [stored.task for stored in self._responses.values() if stored.task is not None and stored.is_running]
+        tasks = [stored.task for stored in self._responses.values() if stored.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -100,6 +100,14 @@ def test_a_tool_is_called_and_its_result_used(claude, streamed):
     assert "21" in told.content[-1].text
 
 
+def test_a_tool_that_has_to_be_called_is_called(claude):
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    message = claude.messages.create(messages=QUESTION, tools=[TOOL], tool_choice=choice, **ASKING)
+    (call,) = [block for block in message.content if block.type == "tool_use"]
+    assert (call.name, call.input.keys()) == ("get_weather", {"city"})
+    assert message.stop_reason == "tool_use"
+
+
 def test_a_streamed_call_gives_its_input_in_pieces_of_json(server):
     sent = list(events(server, messages=WEATHER, tools=[TOOL]))
     (begun,) = [data for name, data in sent if data.get("content_block", {}).get("type") == "tool_use"]
