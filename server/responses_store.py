@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 from starlette.types import Message
 
-from jax_engine.server.errors import ApiError
+from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.frames import encode_json
 from jax_engine.server.responses_answers import LiveResponse
 from jax_engine.server.responses_items import Item
+
+RETRY_AFTER = 1  # seconds
 
 
 class EventLog:
@@ -104,9 +106,17 @@ class ResponseStore:
         return response_id in self._responses
 
     def keep(self, live: LiveResponse, items: Sequence[Item]) -> Stored:
-        """Keep a response, which may still be made; `count` it again when it has ended."""
+        """Keep a response, which may still be made; `count` it again when it has ended.
+
+        Raises:
+            ApiError: 503, when those that are being made leave no room for another.
+        """
         stored = self._responses[live.response_id] = Stored(live, encode_json(items))
         self.count(stored)
+        if self._size > self._capacity and stored.is_running:
+            self._forget(live.response_id)
+            message = "too many responses are being made in the background; wait until some have ended"
+            raise unavailable(message, code="background_overflow", retry_after=RETRY_AFTER)
         return stored
 
     def count(self, stored: Stored) -> None:

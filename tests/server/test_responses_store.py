@@ -38,15 +38,22 @@ def test_the_responses_used_longest_ago_make_room():
         store.get("e")
 
 
-async def test_a_response_that_is_being_made_is_never_in_the_way():
-    store = ResponseStore(10)
-    running = store.keep(LiveResponse("a", {"background": True}, MessageFormat().parser(), RequestRecord("r")), [])
-    running.task = asyncio.create_task(asyncio.sleep(60))
-    store.keep(ended("b"), [])
-    assert "a" in store
+def begun(name):
+    return LiveResponse(name, {"background": True}, MessageFormat().parser(), RequestRecord("r"))
+
+
+async def test_a_response_that_is_being_made_stays_and_too_many_of_them_are_refused():
+    store = ResponseStore(3 * ResponseStore(10**6).keep(begun("a"), []).num_bytes)
+    running = [store.keep(begun(name), []) for name in "abc"]
+    running[0].task = asyncio.create_task(asyncio.sleep(60))
+    store.keep(ended("d"), [])
+    assert [name for name in "abcd" if name in store] == ["a", "b", "c"]
+    with pytest.raises(ApiError, match="too many responses are being made") as caught:
+        store.keep(begun("e"), [])
+    assert (caught.value.status, "e" in store) == (503, False)
     assert json.loads(store.get("a").content)["status"] == "queued"
     await store.close()
-    assert running.task.cancelled()
+    assert running[0].task.cancelled()
 
 
 async def test_events_are_followed_from_any_of_them_while_they_come():
