@@ -5,9 +5,12 @@ import { newAnswer, parts, takeChunk } from "./conversation.js";
 import { AnswerView, QuestionView } from "./message_view.js";
 
 export class Chat {
-  /** `elements`: {list, empty}; `model()`: the model's name; `onRunning(isRunning)`; `follower` keeps the end in view. */
-  constructor({ elements, conversation, settings, announcer, follower, model, onRunning }) {
-    Object.assign(this, { elements, conversation, settings, announcer, follower, model, onRunning });
+  /**
+   * `elements`: {list, empty}; `model()`: the model's name; `onRunning(isRunning)`; `follower` keeps the end in view;
+   * `keepFocus()` takes the focus that an element had which is gone.
+   */
+  constructor({ elements, conversation, settings, announcer, follower, model, onRunning, keepFocus }) {
+    Object.assign(this, { elements, conversation, settings, announcer, follower, model, onRunning, keepFocus });
     this.views = [];
     this.running = null; // the AbortController of the answer that comes
     this.rebuild();
@@ -78,6 +81,7 @@ export class Chat {
     this.conversation.cut(index);
     for (const view of this.views.splice(index)) view.element.remove();
     this.showEmpty();
+    this.keepFocus();
   }
 
   async answer() {

@@ -26,6 +26,7 @@ const chat = new Chat({
   follower: new Follower(find("scroller"), find("column"), find("to-end")),
   model: () => find("model").value || undefined,
   onRunning: showRunning,
+  keepFocus: () => document.activeElement === document.body && focusPrompt(),
 });
 const panels = new Panels(find("chat"));
 const engineView = new EngineView(find("engine-view"));
@@ -33,18 +34,24 @@ const compiling = new Compiling();
 const watch = new EngineWatch({ isDetailed: () => panels.isOpen("engine"), onLook: showEngine });
 let wasReady = null;
 
+/** Not where that brings up a keyboard over half of the page. */
+function focusPrompt() {
+  if (!matchMedia("(pointer: coarse)").matches) prompt.focus();
+}
+
 function showRunning(isRunning) {
   const [gone, shown] = isRunning ? [find("send"), find("stop")] : [find("stop"), find("send")];
   const hadFocus = document.activeElement === gone;
   gone.hidden = true;
   shown.hidden = false;
-  if (hadFocus) prompt.focus();
+  if (hadFocus) focusPrompt();
 }
 
 function send() {
   const text = prompt.value.trim();
   if (!text || chat.isRunning) return;
   prompt.value = "";
+  fitPrompt();
   chat.send(text);
 }
 
@@ -57,11 +64,18 @@ prompt.addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
+/** As high as its text, in browsers that do not do that themselves. */
+function fitPrompt() {
+  if (CSS.supports("field-sizing", "content")) return;
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+}
+prompt.addEventListener("input", fitPrompt);
 find("stop").addEventListener("click", () => chat.stop());
 find("clear").addEventListener("click", () => {
   chat.clear();
   announcer.say("The conversation is cleared.");
-  prompt.focus();
+  focusPrompt();
 });
 find("theme").addEventListener("click", () => announcer.say(`${window.toggleTheme()} colours`));
 document.addEventListener("keydown", (event) => {
@@ -70,8 +84,12 @@ document.addEventListener("keydown", (event) => {
   else panels.closeOverlay();
 });
 addEventListener("pagehide", () => conversation.flush());
+function suggest(text) {
+  chat.send(text);
+  focusPrompt();
+}
 find("suggestions").append(
-  ...SUGGESTIONS.map((text) => h("button", { type: "button", on: { click: () => chat.send(text) && prompt.focus() } }, text)),
+  ...SUGGESTIONS.map((text) => h("button", { type: "button", on: { click: () => suggest(text) } }, text)),
 );
 
 /** The line at the top, the notice over the message box, and the panel, by what was just seen of the engine. */
@@ -128,4 +146,4 @@ find("enter-key").addEventListener("click", () => {
 find("api-key").addEventListener("change", () => watch.now());
 panels.listeners.push((name, isOpen) => name === "engine" && isOpen && watch.now());
 watch.now();
-prompt.focus();
+focusPrompt();

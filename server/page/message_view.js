@@ -146,8 +146,8 @@ export class AnswerView {
     }
     const open = this.message.calls.filter((call) => call.result === null);
     open.forEach((call, index) => (call.result = areas[index].value));
-    this.actions.sendResults();
     this.update();
+    this.actions.sendResults();
   }
 
   /** The answer has ended, or (`isRunning`) begun again. */
@@ -167,7 +167,8 @@ export class AnswerView {
 
   endButtons() {
     const { message, actions } = this;
-    const buttons = [iconButton("retry", "Regenerate answer", actions.regenerate)];
+    // Beside a mistake stands "Retry", which is the same.
+    const buttons = message.error ? [] : [iconButton("retry", "Regenerate answer", actions.regenerate)];
     if (message.content) buttons.unshift(copyButton("Copy answer", () => parts(message).answer, actions.announce));
     if (message.tokens.length) {
       const toggle = iconButton("tokens", "Show token probabilities", () => {

@@ -62,6 +62,7 @@ async def test_clients_see_one_server(model, start):
         assert server.metric("vllm:request_generation_tokens_sum") == 16 * count
         assert server.metric("vllm:e2e_request_latency_seconds_count") == 16
         assert server.metric("process_resident_memory_bytes") > 100e6
+        assert httpx.get(f"{server.url}/engine_state").json()["view"]["totals"]["generation_tokens"] == 16 * count
     await unseeded_requests_differ(server)
     server.wait_for(server.all_pages_are_free, what="freeing all pages")
     assert httpx.post(f"{server.url}/reset_prefix_cache").json() == {"reset": True}

@@ -2,11 +2,13 @@
 
 import json
 import re
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect
 
+SCROLLER = "document.getElementById('scroller')"
 SHORT_WAIT = 20_000  # milliseconds; the machine may be busy
 LONG = {"ignore_eos": True, "max_completion_tokens": 1800}  # an answer that is still under way when one acts on it
 # Notes how long the latest answer is, each time that it changes.
@@ -111,6 +113,13 @@ class Visit:
         latest = self.page.locator(".assistant").last
         expect(latest.get_by_role("button", name="Regenerate answer")).to_be_visible(timeout=SHORT_WAIT)
         return latest.locator(".prose").last.text_content() or ""
+
+    def wait_until(self, script: str) -> None:
+        """Poll until a script is true; Playwright's own way needs `eval`, which the page's policy forbids."""
+        deadline = time.monotonic() + SHORT_WAIT / 1000
+        while not self.page.evaluate(script):
+            assert time.monotonic() < deadline, script
+            self.page.wait_for_timeout(20)
 
     def setting(self, label: str, value: str) -> None:
         if not self.page.locator("#settings").is_visible():
