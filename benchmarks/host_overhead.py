@@ -25,19 +25,20 @@ import msgspec
 import uvloop
 
 from counting_model import CountingModel
-from http_client import Target
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.messages import Abort, Add, CoreRequest, StepOutputs
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.processor import InputProcessor, ModelText
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
+from jax_engine.server.bench_client import Target
+from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench_metrics import metrics
+from jax_engine.server.bench_process import running_server
 from jax_engine.server.frames import CompletionFrames
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.tracking import PromptTracker
 from light_client import streamed_texts
-from measure import format_table, write_json
-from serving import metrics, running_server
 
 CORE_STAGES = ("schedule", "pack", "launch", "collect", "encode")
 TEXT_STAGES = ("decode", "detokenize", "SSE")

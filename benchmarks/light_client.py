@@ -1,7 +1,7 @@
 """A client that only keeps what it receives, and looks at it when the stream has ended: to find a server's limit.
 
-It costs a few microseconds a chunk, all that it takes from the cores of the server. `http_client.py` tells when each
-token came; this one does not.
+It costs a few microseconds a chunk, all that it takes from the cores of the server. `bench_client` of the package tells
+when each token came; this one does not.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from http_client import RequestError, Target
+from jax_engine.server.bench_client import RequestError, Target
 
 END_OF_HEAD = b"\r\n\r\n"
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
 from jax_engine.planner import step_sizes
+from jax_engine.server.bench_figures import write_json
 from jax_engine.step_plan import SchedulerLimits
-from measure import write_json
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Simulation
 from simulate_load import Conversation, Lengths, Synthetic, read_recorded

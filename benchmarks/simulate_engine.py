@@ -15,8 +15,8 @@ from itertools import count
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.planner import step_sizes
 from jax_engine.scheduler import Scheduler
+from jax_engine.server.bench_figures import RequestTiming
 from jax_engine.step_plan import SchedulerLimits, StepPlan
-from measure import RequestTiming
 from simulate_cost import StepCost
 from simulate_load import END, FILLER, Conversation
 

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from jax_engine.config import EngineConfig
 from jax_engine.engine_core import EngineCore
 from jax_engine.messages import CoreRequest
-from measure import Percentiles
+from jax_engine.server.bench_figures import Percentiles
 from simulate_cost import StepCost
 
 REWEIGHTED = 10  # rounds of least squares

@@ -16,23 +16,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jax_engine import LLM, SamplingParams, TokensPrompt
+from jax_engine import LLM
 from jax_engine.outputs import RequestMetrics, RequestOutput
-from jax_engine.stats import EngineStats
-from measure import (
+from jax_engine.server.bench_figures import (
     Latencies,
     Percentiles,
     Rates,
     WorkItem,
-    add_workload_arguments,
     format_table,
     latency_rows,
     median_run,
     mixed_workload,
-    workload_from,
     workload_rates,
     write_json,
 )
+from jax_engine.server.bench_offline import prompts_and_params
+from jax_engine.stats import EngineStats
+from measure import add_workload_arguments, workload_from
 
 if TYPE_CHECKING:
     from transformers_peer import PeerRun
@@ -165,8 +165,7 @@ def measure_engine(
 
 def run_engine(llm: LLM, workload: Sequence[WorkItem], repeats: int) -> EngineRun:
     """Generate the workload once to warm up and `repeats` times for the clock."""
-    prompts = [TokensPrompt(prompt_token_ids=list(item.prompt_token_ids)) for item in workload]
-    params = [SamplingParams(temperature=0, max_tokens=item.output_tokens, ignore_eos=True) for item in workload]
+    prompts, params = prompts_and_params(workload)
 
     def generate() -> tuple[list[RequestOutput], EngineStats, EngineStats]:
         before = llm.get_metrics()

@@ -9,6 +9,7 @@ from typing import Any
 from jax_engine.config import EngineConfig, environment_settings
 from jax_engine.log_lines import LOG_FORMATS
 from jax_engine.server import cli_commands
+from jax_engine.server.cli_bench import MODEL
 from jax_engine.server.cli_flags import (
     Flag,
     Options,
@@ -154,7 +155,7 @@ def command_line() -> CommandLine:
         "Serve a model over HTTP: OpenAI's API, /generate, /health, /metrics.",
         run_serve,
         usage="[MODEL] [options]",
-        argument=cli_commands.MODEL,
+        argument=MODEL,
         groups={
             "server": (*with_defaults(HTTP_FLAGS, ServerSettings), *SERVE_FLAGS),
             "answers": answer_flags,
@@ -177,7 +178,8 @@ def run(command: Command, options: Options) -> int:
     try:
         return command.run(options)
     except ValueError as error:
-        fields = [*EngineConfig.__dataclass_fields__, *ServerSettings.__dataclass_fields__]
+        flags = [flag.field for flag in command.flags]
+        fields = [*EngineConfig.__dataclass_fields__, *ServerSettings.__dataclass_fields__, *flags]
         fail(command.program, as_flags(str(error), fields, options.sources))
     except KeyboardInterrupt:
         return 130

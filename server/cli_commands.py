@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine.config import EngineConfig
+from jax_engine.server.cli_bench import MODEL, bench_commands
 from jax_engine.server.cli_flags import Flag, Options, count, engine_config, engine_groups
 from jax_engine.server.cli_parser import Command
 from jax_engine.server.logs import set_up_logging
 from jax_engine.server.settings import ServerSettings
 
 AnswerSettings = Callable[[Options, EngineConfig], dict[str, Any]]
-
-MODEL = Flag("model", "a folder, a Hugging Face name, or nothing for the small built-in demo model", metavar="MODEL")
 
 GENERATE_EPILOG = """\
 examples:
@@ -137,7 +136,7 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
         groups={"output": COLLECT_FLAGS},
         configurable=False,
     )
-    return (chat, complete, generate, batch, collect)
+    return (chat, complete, generate, batch, *bench_commands(), collect)
 
 
 def run_generate(options: Options) -> int:

@@ -18,21 +18,21 @@ import pytest
 
 import jax_engine.models.demo
 from host_overhead import CORE_STAGES, TEXT_STAGES
-from http_client import RequestError, Target, get, stream
-from measure import (
+from jax_engine.server.bench_client import RequestError, Target, get, stream
+from jax_engine.server.bench_figures import (
     Latencies,
     Percentiles,
     Rates,
     RequestTiming,
     WorkItem,
-    add_workload_arguments,
     format_table,
     median_run,
     mixed_workload,
-    workload_from,
     write_json,
 )
-from serving import HOST_PARTS, Load, complete, offer, parse_metrics, server_figures
+from jax_engine.server.bench_load import Asking, Load, complete, offer
+from jax_engine.server.bench_metrics import HOST_PARTS, parse_metrics, server_figures
+from measure import add_workload_arguments, workload_from
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -214,7 +214,7 @@ def generated(request: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
 
 async def test_a_streamed_completion_is_timed_piece_by_piece() -> None:
     async with tiny_server(generated) as target:
-        timing = await complete(target, "m", WorkItem((1, 2, 3), 5))
+        timing = await complete(target, Asking("m"), WorkItem((1, 2, 3), 5))
     assert (timing.prompt_tokens, timing.output_tokens, len(timing.arrivals)) == (3, 5, 5)
     assert timing.sent <= timing.arrivals[0]
     assert list(timing.arrivals) == sorted(timing.arrivals)
@@ -224,7 +224,7 @@ async def test_an_answer_of_the_wrong_length_is_a_failure() -> None:
     """A server that stops at the end of sequence must not look fast."""
     async with tiny_server(lambda request: generated({**request, "max_tokens": 2})) as target:
         with pytest.raises(RequestError, match="2 tokens came, 5 were asked for"):
-            await complete(target, "m", WorkItem((1,), 5))
+            await complete(target, Asking("m"), WorkItem((1,), 5))
 
 
 async def test_failed_requests_are_reported_beside_the_rest() -> None:
@@ -233,7 +233,7 @@ async def test_failed_requests_are_reported_beside_the_rest() -> None:
 
     async with tiny_server(refuse_long) as target:
         load = Load(rate=math.inf, concurrency=2, seed=0)
-        answers = await offer(target, "m", [WorkItem((1,), 2), WorkItem((1,), 4), WorkItem((1,), 3)], load)
+        answers = await offer(target, Asking("m"), [WorkItem((1,), 2), WorkItem((1,), 4), WorkItem((1,), 3)], load)
     assert [isinstance(answer, RequestTiming) for answer in answers] == [True, False, True]
     assert "status 400" in str(answers[1])
 
@@ -298,16 +298,43 @@ def test_throughput_prints_the_engine_beside_its_peer(tiny_model: str, tmp_path:
     assert figures["mixed_lengths"]["host"]["total"] > 0
 
 
+def bench(*arguments: str) -> str:
+    command = [sys.executable, "-m", "jax_engine.server.cli", "bench", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @pytest.mark.slow
 def test_startup_times_a_cold_and_a_warm_start(tiny_model: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    options = ("--model", tiny_model, "--repeats", "1", "--json", str(report))
-    printed = run_benchmark("startup.py", *options, "--", *SMALL_ENGINE)
+    once = ("--num-iters-cold", "1", "--num-iters-warmup", "0", "--num-iters-warm", "1")
+    printed = bench("startup", "--model", tiny_model, *once, "--output-json", str(report), *SMALL_ENGINE)
     figures = json.loads(report.read_text())
-    for run in (*figures["cold"], *figures["warm"]):
-        assert 0 < run["listening"] <= run["first_answer"] <= run["all_compiled"]
-    assert figures["warm"][0]["all_compiled"] < figures["cold"][0]["all_compiled"]
+    for kind in ("cold", "warm"):
+        (listening,), (first_answer,) = figures[f"{kind}_listening_times"], figures[f"{kind}_startup_times"]
+        (all_compiled,) = figures[f"{kind}_all_compiled_times"]
+        assert 0 < listening <= first_answer <= all_compiled
+        assert figures[f"avg_{kind}_startup_time"] == figures[f"{kind}_startup_percentiles"]["50"] == first_answer
+    assert figures["avg_warm_compilation_time"] < figures["avg_cold_compilation_time"]
     assert "jax-engine --help" in printed
+
+
+@pytest.mark.slow
+def test_offline_benchmarks_report_in_vllms_fields(tiny_model: str, tmp_path: Path) -> None:
+    report, lengths = tmp_path / "report.json", ("--input-len", "6", "--output-len", "4", "--model", tiny_model)
+    options = (*lengths, "--output-json", str(report), *SMALL_ENGINE)
+    printed = bench("throughput", "--num-prompts", "5", *options)
+    figures = json.loads(report.read_text())
+    assert (figures["num_requests"], figures["total_num_tokens"]) == (5, 50)
+    assert figures["tokens_per_second"] == pytest.approx(50 / figures["elapsed_time"])
+    assert "output tokens/s" in printed
+    printed = bench("latency", "--batch-size", "2", "--num-iters-warmup", "1", "--num-iters", "3", *options)
+    figures = json.loads(report.read_text())
+    assert len(figures["latencies"]) == 3
+    assert set(figures["percentiles"]) == {"10", "25", "50", "75", "90", "99"}
+    assert figures["avg_latency"] == pytest.approx(sum(figures["latencies"]) / 3)
+    assert "seconds for 2 of 6 + 4 tokens" in printed
 
 
 @pytest.mark.slow

@@ -23,11 +23,11 @@ from jax_engine.planner import (
 )
 from jax_engine.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.scheduler import Scheduler
+from jax_engine.server.bench_figures import mixed_workload
+from jax_engine.server.bench_load import Load
 from jax_engine.step_batch import Bucket
 from jax_engine.step_plan import SchedulerLimits
 from jax_engine.step_program import Program
-from measure import mixed_workload
-from serving import Load
 from simulate_cost import StepCost
 from simulate_engine import Simulation
 from simulate_load import Conversation, Turn

@@ -265,7 +265,7 @@ def test_complete_continues_each_line_with_a_server(server):
     assert quick.stdout == f"{first}\n"
     wrong = run("complete", "--url", server.url, "-q", "Once", "--temperature=-1")
     assert wrong.returncode == 2
-    assert "answered 400: temperature=-1" in wrong.stderr
+    assert "answered 400: --temperature -1" in wrong.stderr
     assert wrong.stdout == ""
 
 
