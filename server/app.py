@@ -26,6 +26,7 @@ from jax_engine.server.operations_routes import operations_router
 from jax_engine.server.page_routes import page_router
 from jax_engine.server.plain_routes import plain_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
+from jax_engine.server.response_schemas import describe_answers
 from jax_engine.server.responses_protocol import ResponsesRequest
 from jax_engine.server.responses_routes import responses_router
 from jax_engine.server.schemas import add_components
@@ -130,6 +131,7 @@ def openapi_document(app: FastAPI) -> Callable[[], dict[str, Any]]:
         if not app.openapi_schema:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             add_components(app.openapi_schema, BODIES)
+            describe_answers(app.openapi_schema)
         return app.openapi_schema
 
     return document

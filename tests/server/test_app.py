@@ -185,6 +185,13 @@ async def test_requests_need_not_be_logged(caplog):
     assert not [record for record in caplog.records if record.name == "jax_engine.server.gate"]
 
 
+async def test_openapi_document_tells_what_every_route_answers():
+    async with client(service()) as http:
+        paths = (await http.get("/openapi.json")).json()["paths"]
+    answers = {path: set(operation["responses"]) for path, way in paths.items() for operation in way.values()}
+    assert set(map(frozenset, answers.values())) == {frozenset({"200", "4XX", "5XX"})}, "response_schemas.py has them"
+
+
 async def test_openapi_document_has_the_schema_of_every_body():
     async with client(service()) as http:
         document = (await http.get("/openapi.json")).json()
