@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jax_engine.sampling_params import RepetitionDetectionParams as RepetitionDetectionParams
     from jax_engine.sampling_params import RequestOutputKind as RequestOutputKind
     from jax_engine.sampling_params import SamplingParams as SamplingParams
+    from jax_engine.structured_outputs import ReasoningParams as ReasoningParams
     from jax_engine.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 _HOMES = {
@@ -40,6 +41,7 @@ _HOMES = {
     "Logprob": "outputs",
     "LoRARequest": "lora_request",
     "QueueOverflowError": "output_processor",
+    "ReasoningParams": "structured_outputs",
     "RequestFailedError": "output_processor",
     "RepetitionDetectionParams": "sampling_params",
     "RequestOutput": "outputs",

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.bitmasks import pack_bits
+from jax_engine.bitmasks import all_tokens, pack_bits
 from jax_engine.grammars import error_of, make_mask, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
+from jax_engine.thinking import Thinking
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -33,13 +34,14 @@ MADE.set_result(None)
 
 
 class GrammarConstraint:
-    """A grammar as far as one request's output has come. Mutable; owned by its `Request`.
+    """A grammar, and the thinking before it, as far as one request's output has come. Mutable; owned by its `Request`.
 
     Only an end-of-sequence id ends the output, and it is allowed exactly where the grammar accepts; before `min_tokens`
     it is not allowed where the grammar can go on, nor are the request's stop ids.
     """
 
-    def __init__(self, matcher: "LLMatcher", asked: CoreRequest, vocabulary: Vocabulary) -> None:
+    def __init__(self, matcher: "LLMatcher | None", asked: CoreRequest, vocabulary: Vocabulary) -> None:
+        """`matcher` is None where only the thinking before the output is to be minded."""
         assert asked.structured is not None
         self.error: str | None = None  # why it cannot be followed any further
         self.matcher = matcher
@@ -47,6 +49,9 @@ class GrammarConstraint:
         self._vocab_size = vocabulary.size
         ends = {*asked.eos_token_ids, *asked.stop_token_ids}
         self._goes_on = ~pack_bits(tuple(ends), vocabulary.size)
+        asked_thinking = asked.structured.thinking
+        held_back = asked.eos_token_ids if matcher is not None else ()  # what is to have a form does not end before it
+        self._thinking = Thinking(asked_thinking, vocabulary.size, held_back) if asked_thinking else None
         self._num_tokens = 0
         self._new_tokens: list[int] = []
         self.is_slow = False  # the latest mask took long
@@ -83,14 +88,21 @@ class GrammarConstraint:
         """Take the new tokens into account, and make the next mask. For `Constraints`."""
         start = time.perf_counter()
         new, self._new_tokens = self._new_tokens, []
-        if not self.matcher.consume_tokens(new):
-            self.error = error_of(self.matcher) or "the grammar does not allow the token that was drawn"
-        mask = make_mask(self.matcher, self._vocab_size)
-        self.error = self.error or error_of(self.matcher) or None
+        if self._thinking is not None:
+            new = self._thinking.take(new)
+        mask = all_tokens(1, self._vocab_size)[0] if self.matcher is None else self._follow(self.matcher, new)
         if self._num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
             mask = held
-        self._mask = mask
+        self._mask = mask if self._thinking is None else self._thinking.mask(mask)
         self.is_slow = time.perf_counter() - start > SLOW_SECONDS
+
+    def _follow(self, matcher: "LLMatcher", new: list[int]) -> NDArray[np.uint32]:
+        """Have the grammar take new tokens; the bitmask of what it allows next."""
+        if not matcher.consume_tokens(new):
+            self.error = error_of(matcher) or "the grammar does not allow the token that was drawn"
+        mask = make_mask(matcher, self._vocab_size)
+        self.error = self.error or error_of(matcher) or None
+        return mask
 
 
 class Constraints:
@@ -181,6 +193,8 @@ class Constraints:
     def _compile(self, asked: CoreRequest, vocabulary: Vocabulary) -> GrammarConstraint:
         assert asked.structured is not None
         grammar = asked.structured.grammar
+        if not grammar:
+            return GrammarConstraint(None, asked, vocabulary)
         if grammar not in self._matchers:
             self._matchers[grammar] = new_matcher(grammar, vocabulary)
             self._matchers[grammar].compute_bitmask()  # which takes longer than the next ones; its copies have it

@@ -36,13 +36,24 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
 NO_CONTROLS = TokenControls()
 
 
+class ThinkingRequest(msgspec.Struct, array_like=True, frozen=True):
+    """How a sequence may begin with thinking, in tokens; at most `budget` of them between `start` and `end`."""
+
+    start: tuple[int, ...]
+    end: tuple[int, ...]
+    begins_inside: bool
+    budget: int | None
+    blanks: tuple[int, ...]  # what may stand between it and a form
+
+
 class StructuredRequest(msgspec.Struct, array_like=True, frozen=True):
     """The form that a sequence is held to; its requests' `min_tokens` are here, since the grammar decides what may end
     it.
     """
 
-    grammar: str  # as llguidance reads it
+    grammar: str  # as llguidance reads it; empty: any text
     min_tokens: int = 0  # it does not end before that many where the grammar can go on
+    thinking: ThinkingRequest | None = None  # what may come before
 
 
 class CoreRequest(msgspec.Struct, array_like=True, frozen=True):

@@ -22,6 +22,7 @@ from jax_engine.model_files import (
     resolve_model_path,
 )
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, MAX_HELD_BACK_TOKENS, SamplingParams, integer
+from jax_engine.thinking import thinking_request
 from jax_engine.token_controls import bad_word_sequences, check_controls, token_controls
 from jax_engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -162,13 +163,13 @@ class InputProcessor:
                     request_id=f"{number}.{index}",
                     prompt_token_ids=token_ids,
                     max_tokens=max_tokens,
-                    min_tokens=0 if structured else params.min_tokens,
+                    min_tokens=0 if params.structured_outputs else params.min_tokens,
                     temperature=float(params.temperature),
                     top_k=max(0, params.top_k),
                     top_p=float(params.top_p),
                     min_p=float(params.min_p),
                     prng_key=self._prng_key(params.seed, number, index),
-                    eos_token_ids=() if params.ignore_eos and not structured else self.eos_token_ids,
+                    eos_token_ids=() if params.ignore_eos and not params.structured_outputs else self.eos_token_ids,
                     stop_token_ids=tuple(params.stop_token_ids or ()),
                     arrival_time=arrival_time,
                     prompt_group=f"{number}.0" if params.n > 1 else None,
@@ -195,8 +196,9 @@ class InputProcessor:
 
     def _structured(self, params: SamplingParams, max_tokens: int) -> StructuredRequest | None:
         """The form that is asked for, as a grammar that works; ValueError for one that does not."""
+        thinking = thinking_request(params, self._tokenizer)
         if params.structured_outputs is None:
-            return None
+            return StructuredRequest("", thinking=thinking) if thinking else None
         if not self.eos_token_ids:
             raise ValueError(
                 "structured_outputs has a form, which an end-of-sequence token must end, and neither the model's "
@@ -209,6 +211,7 @@ class InputProcessor:
             checker.grammar(params.structured_outputs),
             # A form that is complete ends; with `ignore_eos`, one that may go on does.
             min_tokens=max_tokens if params.ignore_eos else params.min_tokens,
+            thinking=thinking,
         )
 
     def check_form(self, params: SamplingParams) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.structured_outputs import ReasoningParams, StructuredOutputsParams
 
 # A device row has room for this many token ids that min_tokens holds back (its stop ids and the model's end-of-
 # sequence ids).
@@ -107,6 +107,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None  # the form of the output; a mapping of its fields will do
+    reasoning: ReasoningParams | None = (
+        None  # how the model marks what it thinks before it answers: a form applies after
+    )
+    thinking_token_budget: int | None = None  # of thinking, at most; needs `reasoning`
     truncate_prompt_tokens: int | None = None  # keep so many of the prompt's last tokens; -1: what there is room for
     repetition_detection: RepetitionDetectionParams | None = None  # end the output when it goes round in circles
 
@@ -122,6 +126,8 @@ class SamplingParams:
                 f"structured_outputs={self.structured_outputs!r} must be StructuredOutputsParams or an object of its "
                 "fields"
             )
+        if not isinstance(self.reasoning, ReasoningParams | None):
+            raise ValueError(f"reasoning={self.reasoning!r} must be ReasoningParams")
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         if isinstance(self.repetition_detection, Mapping):
             detection = RepetitionDetectionParams.from_mapping(self.repetition_detection)
@@ -182,6 +188,9 @@ class SamplingParams:
         if (kept := self.truncate_prompt_tokens) is not None and kept != -1:
             remedy = "it is how many of the prompt's last tokens are kept; -1 keeps what there is room for"
             integer("truncate_prompt_tokens", kept, low=1, high=2**31 - 1, remedy=remedy)
+        if self.thinking_token_budget is not None:
+            remedy = "leave it out for as much as the model likes"
+            integer("thinking_token_budget", self.thinking_token_budget, low=0, high=2**31 - 1, remedy=remedy)
         integer("min_tokens", self.min_tokens, low=0, high=2**31 - 1, remedy="0 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(

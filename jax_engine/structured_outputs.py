@@ -12,6 +12,24 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReasoningParams:
+    """The texts around what a model thinks before its output has the form; `begins_inside`: the prompt has begun it.
+
+    Raises:
+        ValueError: an empty text.
+    """
+
+    start: str = "<think>"
+    end: str = "</think>"
+    begins_inside: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            if not isinstance(value := getattr(self, name), str) or not value:
+                raise ValueError(f"reasoning.{name}={value!r} must be the text that the model writes there")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """A form that the output is held to, token by token: exactly one of the first six fields.
 

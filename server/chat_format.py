@@ -1,6 +1,7 @@
 """How the served model writes reasoning and tool calls: as the operator says, or as its chat template shows."""
 
 import logging
+import re
 from dataclasses import dataclass
 
 from jax_engine.server.message_parts import MessageFormat
@@ -28,6 +29,11 @@ class ChatFormat:
     reasoning: ReasoningFormat | None = None
     tool_parser: type[ToolParser] | None = None
     special_tokens: frozenset[str] = frozenset()  # what is left out of a text with skip_special_tokens
+    template: str = ""
+
+    def reads(self, name: str) -> bool:
+        """Whether the chat template speaks of a variable."""
+        return re.search(rf"\b{re.escape(name)}\b", self.template) is not None
 
     def message_format(self, prompt: str, asked: ChatCompletionRequest | None = None) -> MessageFormat:
         """How answers to a rendered chat are read; `asked` is the request for it, if tools may be offered."""
@@ -62,7 +68,7 @@ def chat_format(settings: ServerSettings, tokenizer: Tokenizer) -> ChatFormat:
     special = frozenset(tokenizer.token(token) for token in tokenizer.special_ids)
     reasoning = REASONING_PARSERS[chosen["reasoning"]] if chosen["reasoning"] != NONE else None
     tool_parser = TOOL_PARSERS[chosen["tool calls"]] if chosen["tool calls"] != NONE else None
-    return ChatFormat(reasoning, tool_parser, special)
+    return ChatFormat(reasoning, tool_parser, special, template)
 
 
 def template_text(tokenizer: Tokenizer) -> str:

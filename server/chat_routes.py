@@ -26,7 +26,7 @@ from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.tool_choice import ToolChoice, answer_form
 from jax_engine.server.tracking import RequestRecord
-from jax_engine.structured_outputs import StructuredOutputsParams
+from jax_engine.structured_outputs import ReasoningParams, StructuredOutputsParams
 
 BAD_SCHEMA = re.compile(r"cannot be followed: schema (\d+): (.*); correct it", re.DOTALL)
 
@@ -67,6 +67,11 @@ async def prepared_chat(service: Service, asked: ChatCompletionRequest) -> Prepa
     if not settings.enable_auto_tool_choice and choice.mode == "auto":
         message = "tool_choice='auto' is turned off on this server; send 'none', or start it with "
         raise ApiError(400, message + "--enable-auto-tool-choice", param="tool_choice", code="unsupported_parameter")
+    if asked.reasoning_effort is not None and not service.chat_format.reads("reasoning_effort"):
+        message = (
+            f"reasoning_effort={asked.reasoning_effort!r} means nothing to this model's chat template; leave it out"
+        )
+        raise ApiError(400, message, param="reasoning_effort", code="unsupported_parameter")
     try:
         prompt = engine.render_chat(
             asked.conversation(), chat_template=settings.chat_template, **asked.template_arguments()
@@ -81,6 +86,7 @@ async def prepared_chat(service: Service, asked: ChatCompletionRequest) -> Prepa
             message = "a beam search cannot be held to a form, which the tools ask for; leave out use_beam_search"
             raise ApiError(400, message, param="use_beam_search", code="unsupported_parameter")
         params = await _held_to(service, params, form, choice)
+    params = _thinking(service, params, message_format)
     if service.chat_format.needs_special_tokens(message_format) and asked.skip_special_tokens is None:
         params = replace(params, skip_special_tokens=False)
     if asked.add_special_tokens is not None:
@@ -99,6 +105,16 @@ def _tool_form(service: Service, asked: ChatCompletionRequest, choice: ToolChoic
         all_allowed=len(choice.functions) == len(asked.tools or ()),
         parallel=asked.parallel_tool_calls is not False,
     )
+
+
+def _thinking(service: Service, params: SamplingParams, message_format: MessageFormat) -> SamplingParams:
+    """Parameters that know how the model thinks; those for a chat whose thinking is over have no budget for it."""
+    form = message_format.reasoning
+    if form is None:
+        is_over = service.chat_format.reasoning is not None
+        return replace(params, thinking_token_budget=None) if is_over else params
+    begins_inside = message_format.begins_inside or form.begins_inside
+    return replace(params, reasoning=ReasoningParams(start=form.start, end=form.end, begins_inside=begins_inside))
 
 
 async def _held_to(

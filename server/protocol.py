@@ -31,7 +31,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
@@ -92,6 +91,7 @@ class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    thinking_token_budget: int | None = None
     truncate_prompt_tokens: int | None = None
     repetition_detection: dict[str, Any] | None = None
     logprobs: int | None = None
@@ -290,6 +290,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # false: one call at most
     include_reasoning: bool | None = None  # false: what the model thinks is not shown
+    reasoning_effort: str | None = None  # for chat templates that read it
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -302,7 +303,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
-    reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
@@ -346,7 +346,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
             if generation_prompt is None
             else generation_prompt,
             "continue_final_message": bool(self.continue_final_message),
-            "chat_template_kwargs": self.chat_template_kwargs,
+            "chat_template_kwargs": self.chat_template_kwargs
+            if self.reasoning_effort is None
+            else {"reasoning_effort": self.reasoning_effort, **(self.chat_template_kwargs or {})},
         }
 
     def conversation(self) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
     used |= {"priority", "vllm_xargs", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
-    used |= {"parallel_tool_calls", "include_reasoning"}
+    used |= {"parallel_tool_calls", "include_reasoning", "reasoning_effort"}
     used |= {"return_token_ids", "use_beam_search", "length_penalty", "early_stopping"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
@@ -50,7 +50,7 @@ def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
 
 
 def test_sampling_fields_are_those_of_sampling_params():
-    own = {*SamplingParams.__dataclass_fields__} - {"output_kind"}
+    own = {*SamplingParams.__dataclass_fields__} - {"output_kind", "reasoning"}
     other_names = {*FormFields.__struct_fields__} - {"structured_outputs"}
     assert set(SamplingFields.__struct_fields__) - other_names == own
 

@@ -197,3 +197,57 @@ def test_parse_gives_objects_of_the_users_own_classes(server):
     settings = {**SETTINGS, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
     (call,) = parse(messages=asked, **settings).choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Multiply)
+
+
+SUM = [{"role": "user", "content": "What is 17 + 25?"}]
+
+
+@pytest.mark.parametrize("budget", [0, 1, 7])
+@pytest.mark.parametrize("stream", [False, True])
+def test_thinking_ends_where_its_budget_does(server, budget, stream):
+    """Exactly there, and the answer follows; beside requests without one."""
+    free = {**SETTINGS, "messages": SUM, "logprobs": True}
+    limited = {**free, "stream": stream, "extra_body": {"thinking_token_budget": budget}}
+    answer = server.client.chat.completions.create(n=2, **limited)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    tokens = [
+        entry.token for choice in choices if choice.index == 0 and choice.logprobs for entry in choice.logprobs.content
+    ]
+    assert tokens.index("<think>") == 0
+    assert tokens.index("</think>") == budget + 1
+    assert tokens[-1] == "<|im_end|>"
+    assert server.client.chat.completions.create(**free).choices[0].message.content == "17 + 25 = 42"
+
+
+def test_a_budget_that_is_not_reached_changes_nothing(server):
+    settings = {**SETTINGS, "messages": SUM}
+    free, limited = (
+        server.client.chat.completions.create(**settings, extra_body=extra).choices[0].message
+        for extra in ({}, {"thinking_token_budget": 150})
+    )
+    assert (free.content, free.reasoning) == (limited.content, limited.reasoning)
+
+
+def test_a_form_applies_after_the_thinking(server):
+    settings = {**SETTINGS, "messages": SUM, "extra_body": {"guided_regex": r"17 \+ 25 = [0-9]{2} \."}}
+    free = server.client.chat.completions.create(**{**settings, "extra_body": {}}).choices[0].message
+    held = server.client.chat.completions.create(**settings).choices[0].message
+    assert (held.content, held.reasoning) == ("17 + 25 = 42 .", free.reasoning)
+    cut = server.client.chat.completions.create(
+        **{**settings, "extra_body": {**settings["extra_body"], "thinking_token_budget": 2}}
+    ).choices[0]
+    assert cut.message.content.startswith("17 + 25 = ")
+    assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "thinking_token_budget": 5}, "thinking_token_budget"),
+        ("/v1/chat/completions", {"messages": SUM, "thinking_token_budget": -1}, "thinking_token_budget"),
+        ("/v1/chat/completions", {"messages": SUM, "reasoning_effort": "low"}, "reasoning_effort"),
+    ],
+)
+def test_what_does_not_go_with_thinking_is_refused_by_name(server, route, body, param):
+    response = httpx.post(server.url + route, json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
