@@ -40,6 +40,7 @@ from jax_engine.messages import (
     StepOutputs,
     WakeUp,
 )
+from jax_engine.progress import CompileBar, reports_of_start
 from jax_engine.stats import EngineStats
 
 OnProgress = Callable[[Starting], object]
@@ -64,7 +65,8 @@ class InProcessCore:
         """Load the model and compile; ValueError when the model or the settings cannot be served."""
         from jax_engine.engine_core import EngineCore  # JAX is imported with it
 
-        self._core: EngineCore = EngineCore(config)
+        with CompileBar() as bar, reports_of_start(bar.update) as watch:
+            self._core: EngineCore = EngineCore(config, watch=watch)
         self.info = self._core.info
 
     def send(self, command: Command) -> None:

@@ -11,14 +11,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 
 import msgspec
 import zmq
 
-from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
@@ -38,6 +35,7 @@ from jax_engine.messages import (
     Starting,
     StepOutputs,
 )
+from jax_engine.progress import reports_of_start
 
 COMPILE_REPORT_MS = 500  # how often an idle core reports compile progress
 
@@ -78,26 +76,9 @@ class CoreServer:
                 elif step.outputs or step.stats is not None:
                     self.send_to_all(step)
 
-    @contextmanager
-    def reports_of_start(self) -> Iterator[Callable[[CompiledSteps], None]]:
-        """Until the block ends, tell the front ends now and then how far the step programs are that its function is
-        given. The sockets are another thread's meanwhile.
-        """
-        watched: list[CompiledSteps] = []
-        ended = threading.Event()
-
-        def report() -> None:
-            while not ended.wait(COMPILE_REPORT_MS / 1000):
-                for compiled in watched:
-                    self.send_to_all(Starting(compiled.num_ready, len(compiled.programs), compiled.eta))
-
-        thread = threading.Thread(target=report, name="reports of the start")
-        thread.start()
-        try:
-            yield watched.append
-        finally:
-            ended.set()
-            thread.join()
+    def report_start(self, num_compiled: int, num_planned: int, eta_seconds: float) -> None:
+        """Tell the front ends how far compiling is. Called in another thread, whose the sockets are meanwhile."""
+        self.send_to_all(Starting(num_compiled, num_planned, eta_seconds))
 
     def report_failure(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """An exception hook: tell the front ends, then log as usual."""
@@ -186,7 +167,7 @@ def main() -> None:
     server = CoreServer(sys.argv[1], settings["num_channels"])
     sys.excepthook = server.report_failure
     try:
-        with server.reports_of_start() as watch:
+        with reports_of_start(server.report_start) as watch:
             core = EngineCore(EngineConfig(**settings["config"]), watch=watch)
     except ValueError as error:
         server.send_to_all(Failed(str(error), user_error=True))

@@ -16,6 +16,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError, OnProgress
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import Starting
+from jax_engine.progress import CompileBar
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.chat_format import ChatFormat, chat_format
 from jax_engine.server.errors import ApiError, unavailable
@@ -81,6 +82,7 @@ class Service:
         self.reason = "the engine is starting: the model loads and its step programs compile"
         self._on_failure = on_failure
         self._start_engine: StartEngine = start_engine or partial(AsyncLLM.start, engine_config)
+        self._bar, self._shows_progress = CompileBar(), start_engine is None
         self._progress = Starting()  # of an engine that is not up yet
         self.chat_format = ChatFormat()  # the model's, once the engine is up
         self._engine: AsyncLLM | None = None
@@ -152,6 +154,8 @@ class Service:
 
     def _note_progress(self, progress: Starting) -> None:
         self._progress = progress
+        if self._shows_progress:
+            self._bar.update(progress.programs_compiled, progress.programs_planned, progress.compile_eta_seconds)
         if self.state is State.STARTING and progress.programs_planned:
             done, planned = progress.programs_compiled, progress.programs_planned
             left = f", about {progress.compile_eta_seconds:.0f} s to go" if progress.compile_eta_seconds else ""
@@ -159,7 +163,8 @@ class Service:
 
     async def _start(self) -> None:
         try:
-            engine = await self._start_engine(on_progress=self._note_progress)
+            with self._bar:
+                engine = await self._start_engine(on_progress=self._note_progress)
         except ValueError as error:
             self.fail(str(error), EXIT_USER_ERROR)
         except EngineDeadError as error:

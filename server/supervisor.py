@@ -19,6 +19,7 @@ import msgspec
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError, epitaph
 from jax_engine.model_files import resolve_model_path
+from jax_engine.progress import CompileBar
 from jax_engine.server.cells import ROW_BYTES
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToSupervisor, line
 from jax_engine.server.listening import log_address
@@ -132,7 +133,10 @@ class Supervisor:
             return
         try:
             self._tell_all(Connect(core.folder))
-            await core.wait_until_ready()
+            with CompileBar() as bar:
+                await core.wait_until_ready(
+                    lambda done: bar.update(done.programs_compiled, done.programs_planned, done.compile_eta_seconds)
+                )
             await self._all_connected.wait()
             self._tell_all(Serve())
             while True:
