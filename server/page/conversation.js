@@ -100,8 +100,8 @@ function takeCall(calls, part) {
 }
 
 /**
- * {reasoning, answer, isOpen}: what the server took apart, or else what stands between <think> and </think>, where it
- * was told of no reasoning parser. `isOpen`: the reasoning has not ended.
+ * {reasoning, answer, isOpen}: what the server took apart, or else what stands between <think> and </think>, where the
+ * server knows of no reasoning. `isOpen`: it has not ended.
  */
 export function parts(message) {
   if (message.reasoning) {

@@ -138,6 +138,8 @@ async function loadModels() {
 }
 find("model").addEventListener("change", () => localStorage.setItem(KEY_MODEL, find("model").value));
 
+// Adapters come and go meanwhile.
+document.addEventListener("visibilitychange", () => !document.hidden && wasReady && loadModels());
 find("notice").append(compiling.element);
 find("enter-key").addEventListener("click", () => {
   panels.toggle("settings", true);

@@ -17,6 +17,7 @@ from page_visit import (
     HOSTILE_PIECES,
     LONG,
     NAMELESS,
+    PARTS,
     RENDER,
     SCROLLER,
     SHORT_WAIT,
@@ -40,6 +41,7 @@ def browser() -> Iterator[Browser]:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed (apt-get install chromium)")
     # A browser's sandbox does not work for root, as who tests often run in containers.
     flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    expect.set_options(timeout=SHORT_WAIT)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=found, args=flags)
         yield running
@@ -91,6 +93,12 @@ def test_reasoning_is_folded_and_opens(visit):
     reasoning.locator("summary").click()
     expect(reasoning.locator(".prose")).to_be_visible()
     assert reasoning.locator(".prose").inner_text().strip()
+
+
+def test_reasoning_that_the_server_left_in_the_text_is_folded_too(visit):
+    texts = ["<think>so", "<think>so</think> 42", "so</think>42", "plain <think>"]
+    parted = visit().page.evaluate(PARTS, texts)
+    assert parted == [["so", "", True], ["so", "42", False], ["so", "42", False], ["", "plain <think>", False]]
 
 
 def test_a_tool_call_is_a_card_that_takes_its_result(visit):
@@ -320,16 +328,16 @@ def test_the_live_view_moves(visit, server):
     with generating(server, prompts=["Once upon a time", "One day"], n=40):
         expect(engine.locator(".tile", has_text="Running").locator(".value")).to_have_text("64")
         expect(engine.locator(".tile", has_text="Waiting").locator(".value")).to_have_text("16")
+        expect(tab.page.locator("#status-text")).to_contain_text("64 running")
+        expect(engine.get_by_role("row")).to_have_count(1 + 20 + 16)
+        expect(engine.get_by_role("cell", name="waits").first).to_be_visible()
         expect(pages).not_to_have_attribute("aria-label", re.compile("^0 of "))
         assert engine.locator(".cell-map .own").get_attribute("d")
         expect(steps).not_to_have_attribute("aria-label", before)
         first = steps.locator(".decode").get_attribute("d")
         expect(steps.locator(".decode")).not_to_have_attribute("d", first)
-        expect(engine.get_by_role("row")).to_have_count(1 + 20 + 16)
-        expect(engine.get_by_role("cell", name="waits").first).to_be_visible()
-        expect(tab.page.locator("#status-text")).to_contain_text("64 running")
         expect(engine.locator(".tile .value").nth(2)).not_to_have_text("0")
-    expect(engine.get_by_text("No request is in flight.")).to_be_visible(timeout=SHORT_WAIT)
+    expect(engine.get_by_text("No request is in flight.")).to_be_visible()
 
 
 @contextmanager

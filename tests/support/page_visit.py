@@ -54,6 +54,11 @@ WATCH_FOCUS = """() => {
     if (!shows(target) && !shows(target.closest('.composer') ?? target)) window.withoutRing.push(target.outerHTML);
   });
 }"""
+PARTS = """async (texts) => {
+  const { newAnswer, parts } = await import('/page/conversation.js');
+  const found = texts.map((content) => parts({...newAnswer('demo'), content}));
+  return found.map(({reasoning, answer, isOpen}) => [reasoning, answer, isOpen]);
+}"""
 # What reaches over the window's right edge, unless one can scroll to it within something that does not.
 TOO_WIDE = """() => [...document.querySelectorAll('body, body *')]
   .filter((one) => one.checkVisibility() && !one.closest('.scroll, pre, .visually-hidden, .skip'))
@@ -111,7 +116,7 @@ class Visit:
     def wait_for_answer(self) -> str:
         """The latest answer, once it has ended."""
         latest = self.page.locator(".assistant").last
-        expect(latest.get_by_role("button", name="Regenerate answer")).to_be_visible(timeout=SHORT_WAIT)
+        expect(latest.get_by_role("button", name="Regenerate answer")).to_be_visible()
         return latest.locator(".prose").last.text_content() or ""
 
     def wait_until(self, script: str) -> None:
