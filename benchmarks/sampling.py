@@ -51,7 +51,7 @@ def sampling_rows(num_rows: int, vocab_size: int, **given: Any) -> SamplingRows:
 def full_state(num_rows: int, vocab_size: int) -> FullState:
     """Slots that ask for everything: 1,000 tokens of output and 50 of bias each, and two bad words."""
     generator = np.random.default_rng(0)
-    state = FullState.zeros(num_rows, vocab_size)
+    state = FullState.zeros(num_rows, vocab_size, hidden_size=1)
     counts = np.zeros((num_rows, vocab_size), np.int32)
     tokens = generator.integers(0, vocab_size, (num_rows, 1000))
     np.add.at(counts, (np.arange(num_rows)[:, None], tokens), 1)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from jax_engine.outputs import CompletionOutput as CompletionOutput
     from jax_engine.outputs import Logprob as Logprob
     from jax_engine.outputs import RequestOutput as RequestOutput
+    from jax_engine.pooling_params import PoolingParams as PoolingParams
+    from jax_engine.pooling_requests import EmbeddingRequestOutput as EmbeddingRequestOutput
+    from jax_engine.pooling_requests import PoolingRequestOutput as PoolingRequestOutput
+    from jax_engine.pooling_requests import ScoringRequestOutput as ScoringRequestOutput
     from jax_engine.processor import TextPrompt as TextPrompt
     from jax_engine.processor import TokensPrompt as TokensPrompt
     from jax_engine.sampling_params import RepetitionDetectionParams as RepetitionDetectionParams
@@ -34,12 +38,15 @@ _HOMES = {
     "BeamSearchParams": "beam_search",
     "BeamSearchSequence": "beam_search",
     "CompletionOutput": "outputs",
+    "EmbeddingRequestOutput": "pooling_requests",
     "EngineAsleepError": "output_processor",
     "EngineBusyError": "admin_client",
     "EngineConfig": "config",
     "EngineDeadError": "core_client",
     "Logprob": "outputs",
     "LoRARequest": "lora_request",
+    "PoolingParams": "pooling_params",
+    "PoolingRequestOutput": "pooling_requests",
     "QueueOverflowError": "output_processor",
     "ReasoningParams": "structured_outputs",
     "RequestFailedError": "output_processor",
@@ -47,6 +54,7 @@ _HOMES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "ScoringRequestOutput": "pooling_requests",
     "StructuredOutputsParams": "structured_outputs",
     "TextPrompt": "processor",
     "TokensPrompt": "processor",

@@ -20,6 +20,8 @@ from jax_engine.messages import Abort, AbortNamed, AdapterReply, Add, AdminReply
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
+from jax_engine.pooling_params import RequestParams
+from jax_engine.pooling_requests import prepare_request
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
 from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokenizing costs about 1 µs a character; a longer text does it in a thread, so that it delays no stream by more than
-# this.
+# Tokenizing takes about 1 µs a character: longer texts do it in a thread, so that no stream waits for more than this.
 LONG_TEXT_CHARACTERS = 2000
 
 
@@ -123,12 +124,12 @@ class AsyncLLM:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams,
+        params: RequestParams,
         lora_request: LoRARequest | None = None,
         *,
         priority: int = 0,
     ) -> RequestStream:
-        """Begin a request; its outputs come by the stream.
+        """Begin a request; its outputs come by the stream. With `PoolingParams` there is one, with `pooled`.
 
         Raises:
             ValueError: a bad prompt or parameter, or an id that a running request has.
@@ -142,7 +143,7 @@ class AsyncLLM:
         self,
         request_id: str,
         prompt: Prompt,
-        params: SamplingParams,
+        params: RequestParams,
         lora_request: LoRARequest | None = None,
         *,
         priority: int = 0,
@@ -153,14 +154,15 @@ class AsyncLLM:
             await self.add_lora(lora_request)
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         is_long = isinstance(text, str) and len(text) > LONG_TEXT_CHARACTERS
-        prepare = partial(self._inputs.prepare, request_id, prompt, params, priority=priority, lora=lora_request)
-        if is_long or params.structured_outputs is not None:  # a grammar takes milliseconds to compile, or seconds
+        has_form = isinstance(params, SamplingParams) and params.structured_outputs is not None
+        parts = self._inputs, self.config.pooling, request_id, prompt, params
+        prepare = partial(prepare_request, *parts, priority=priority, lora=lora_request)
+        if is_long or has_form:  # a grammar takes milliseconds to compile, or seconds
             return await asyncio.to_thread(prepare)
         return prepare()
 
     def add_prepared(self, requests: Sequence[PreparedRequest]) -> list[RequestStream]:
-        """Begin requests together: when too many are in flight, none of them is taken, and each stream raises a
-        QueueOverflowError.
+        """Begin requests together; when too many are in flight, none is, and each stream raises a QueueOverflowError.
 
         Raises:
             ValueError: more sequences than may ever be in flight, or an id that a running request has.
@@ -347,14 +349,12 @@ class AsyncLLM:
                 self._core.send(Abort(processed.stopped))
             for state in processed.changed:
                 self._wake(state)
-            # Receiving does not wait while steps are queued, and the streams' readers must run too.
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # receiving does not wait while steps are queued, and readers must run too
 
     def _stream(self, request: PreparedRequest) -> RequestStream:
         request_id = request.request_id
-        stream = RequestStream(self._outputs.add(request), lambda: self._abort(request_id))
-        self._streams[request_id] = stream
-        return stream
+        self._streams[request_id] = RequestStream(self._outputs.add(request), lambda: self._abort(request_id))
+        return self._streams[request_id]
 
     def _wake(self, state: RequestState) -> None:
         request_id = state.request.request_id

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
 from jax_engine.speculative_config import SpeculativeConfig
 
@@ -83,6 +84,8 @@ class EngineConfig:
     # vLLM's dictionary (see `SpeculativeConfig`): tokens are guessed ahead, and checked several in a step.
     speculative_config: dict[str, Any] | None = None
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
+    # How vectors are pooled unless a request says otherwise: {"pooling_type": "LAST", "normalize": true}, "dimensions".
+    pooler_config: dict[str, Any] | None = None
     max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
@@ -164,6 +167,7 @@ class EngineConfig:
                 high=2**62,
                 remedy="leave it out for a default",
             )
+        PoolingParams.of_engine(self.pooler_config)
         self._check_scheduling()
 
     def _check_switches(self) -> None:
@@ -299,6 +303,11 @@ class EngineConfig:
     def speculation(self) -> SpeculativeConfig | None:
         """What `speculative_config` asks for; ValueError for a key or value that it cannot have."""
         return None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config)
+
+    @property
+    def pooling(self) -> PoolingParams:
+        """What requests for vectors leave out of theirs."""
+        return PoolingParams.of_engine(self.pooler_config)
 
     @property
     def host_cache_bytes(self) -> int:

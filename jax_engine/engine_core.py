@@ -69,6 +69,7 @@ class EngineCore:
             step_sizes=limits.step_sizes,
             processor_arguments=argument_defaults(self.runner.placed.processors),
             adapters=self.served_adapters.all,
+            hidden_size=self.runner.placed.hidden_size,
         )
         self.constraints = Constraints()
         self.steps = StepLog()
@@ -230,7 +231,7 @@ class EngineCore:
             rows=counters.token_rows,
             padding=counters.padding_tokens,
         )
-        outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_logprobs(pending, drawn))
+        outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_findings(pending, drawn))
         self.constraints.go_on(chunk.request for chunk in pending.plan.chunks)
         self._wait_us += (ready - start) * 1e6
         self._collect_us += (time.perf_counter() - ready) * 1e6

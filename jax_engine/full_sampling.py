@@ -53,9 +53,10 @@ class FullState:
     latest: Int[Array, "*slots L-1"]  # output tokens, the last at the end, `NO_OUTPUT` in front
     num_prompt: Int[Array, "*slots"]  # tokens
     arguments: Float[Array, "*slots A"]  # of the logits processors
+    vectors: Float[Array, "*slots D"]  # sums of hidden states, of requests that pool
 
     @classmethod
-    def zeros(cls, num_slots: int, vocab_size: int, num_arguments: int = 0) -> "FullState":
+    def zeros(cls, num_slots: int, vocab_size: int, hidden_size: int, num_arguments: int = 0) -> "FullState":
         def zeros(*shape: int, dtype: type = jnp.int32) -> Array:
             return jnp.zeros((num_slots, *shape), dtype)
 
@@ -70,6 +71,7 @@ class FullState:
             latest=zeros(MAX_BAD_WORD_TOKENS - 1),
             num_prompt=zeros(),
             arguments=zeros(num_arguments, dtype=jnp.float32),
+            vectors=zeros(hidden_size, dtype=jnp.float32),
         )
 
     def with_drawn(self, slots: Int[Array, " B"], tokens: Int[Array, " B"], is_kept: Bool[Array, " B"]) -> "FullState":
@@ -93,6 +95,7 @@ class FullInputs:
     controlled: Bool[Array, " B"]  # whether the row's own slot of the `FullState` is in force
     masks: UInt[Array, "B W"]  # as `FullState.allowed`, of this step alone; a token needs both bits
     logprobs: Bool[Array, " B"]  # whether those of the drawn token are to be found
+    pooled_rows: Int[Array, "B 2"]  # of each sequence, those that `pool_rows` adds up
     targets: Int[Array, " T"]  # the token after each token row, if its log-probability is to be found, or else -1
 
     @classmethod
@@ -102,6 +105,7 @@ class FullInputs:
             controlled=jnp.zeros(num_rows, bool),
             masks=jnp.zeros((num_rows, num_words(vocab_size)), jnp.uint32),
             logprobs=jnp.zeros(num_rows, bool),
+            pooled_rows=jnp.zeros((num_rows, 2), jnp.int32),
             targets=jnp.zeros(num_tokens, jnp.int32),
         )
 
@@ -126,6 +130,7 @@ class FullResults:
     tokens: Int[Array, " B"]
     logprobs: RowLogprobs | None = None  # of the tokens
     prompt: RowLogprobs | None = None  # of `FullInputs.targets`
+    pooled: Float[Array, "B D"] | None = None  # sums of hidden states, of `FullInputs.pooled_rows`
 
 
 def sample_full(

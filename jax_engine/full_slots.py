@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from jax_engine.bitmasks import all_tokens, pack_bits
 from jax_engine.full_sampling import ANY_TOKEN, NO_OUTPUT, Ask, FullInputs, FullState
-from jax_engine.logits_processors import LogitsProcessor, argument_defaults
+from jax_engine.logits_processors import argument_defaults
 from jax_engine.logprob_results import asks_logprobs, prompt_targets
 from jax_engine.messages import NO_CONTROLS, TokenControls
 from jax_engine.placed_model import PlacedModel
+from jax_engine.pooling_results import pooled_rows
 from jax_engine.request import Request
 from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 from jax_engine.step_batch import Bucket
@@ -62,7 +63,7 @@ class FullSlots:
         controls = request.asked.controls or NO_CONTROLS
         self._asks[slot] = asks_of(controls)
         if is_controlled:
-            row = slot_row(request, controls, self._placed.vocab_size, self._placed.processors)
+            row = slot_row(request, controls, self._placed)
             self.state = self._write(self.state, np.int32(slot), row)
 
     def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], bucket: Bucket) -> FullInputs:
@@ -88,9 +89,8 @@ class FullSlots:
         logprobs = np.zeros(num_rows, bool)
         logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
         targets = prompt_targets(chunks, bucket.num_tokens)
-        return FullInputs(
-            cast(Array, asks), cast(Array, controlled), masks, cast(Array, logprobs), cast(Array, targets)
-        )
+        arrays = asks, controlled, masks, logprobs, pooled_rows(chunks, num_rows), targets
+        return FullInputs(*(cast(Array, array) for array in arrays))
 
     def _no_masks(self, num_rows: int) -> jax.Array:
         if num_rows not in self._unmasked:
@@ -115,10 +115,9 @@ def asks_of(controls: TokenControls) -> list[bool]:
     ]
 
 
-def slot_row(
-    request: Request, controls: TokenControls, vocab_size: int, processors: Sequence[LogitsProcessor]
-) -> FullState:
+def slot_row(request: Request, controls: TokenControls, placed: PlacedModel) -> FullState:
     """A request's row of the `FullState`, as NumPy arrays: what it asks for, and the tokens that it has."""
+    vocab_size = placed.vocab_size
     prompt, output = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
     bias_tokens = np.full(MAX_LOGIT_BIAS, vocab_size, np.int32)
     bias_values = np.zeros(MAX_LOGIT_BIAS, np.float32)
@@ -132,7 +131,7 @@ def slot_row(
     if tail := output[-len(latest) :]:
         latest[-len(tail) :] = tail
     allowed = controls.allowed_token_ids
-    defaults = argument_defaults(processors)
+    defaults = argument_defaults(placed.processors)
     arguments = [controls.processor_arguments.get(name, default) for name, default in defaults.items()]
     penalties = (controls.presence_penalty, controls.frequency_penalty, controls.repetition_penalty)
     row = {
@@ -146,5 +145,6 @@ def slot_row(
         "latest": latest,
         "num_prompt": np.int32(request.num_prompt),
         "arguments": np.asarray(arguments, np.float32),
+        "vectors": np.zeros(placed.hidden_size, np.float32),
     }
     return FullState(**cast(dict[str, Array], row))

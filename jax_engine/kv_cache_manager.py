@@ -111,7 +111,7 @@ class KVCacheManager:
         Groups without a window must have all of it, others what the token behind it sees. A request that is to learn
         the log-probabilities of its prompt computes all of it.
         """
-        if request.is_unscored:
+        if request.needs_whole_prompt:
             return CachedPrefix()
         if donor is not None and (shared := self._prompt_of(donor, request)) is not None:
             return shared

@@ -4,7 +4,6 @@ import itertools
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,11 +14,19 @@ from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchOutput, BeamSearchParams
 from jax_engine.core_client import InProcessCore
 from jax_engine.interrupts import interrupts_between_steps
-from jax_engine.llm_settings import engine_config
+from jax_engine.llm_settings import engine_config, prompt_list
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import Abort, Add, AdminReply, IsSleeping, Profile, Sleep, StepOutputs, WakeUp
 from jax_engine.output_processor import EngineAsleepError, OutputProcessor
 from jax_engine.outputs import RequestOutput
+from jax_engine.pooling_params import PoolingParams
+from jax_engine.pooling_requests import (
+    EmbeddingRequestOutput,
+    PoolingRequestOutput,
+    ScoringRequestOutput,
+    paired,
+    prepare_pooling,
+)
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
 from jax_engine.progress import Progress
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams, integer
@@ -99,7 +106,7 @@ class LLM:
             RequestFailedError: the engine core gave a request up.
             KeyboardInterrupt: Ctrl-C; what was running is aborted, and the engine can be used again.
         """
-        prepared = self._prepare(_prompt_list(prompts), sampling_params, "prompts", priority, lora_request)
+        prepared = self._prepare(prompt_list(prompts), sampling_params, "prompts", priority, lora_request)
         return self._run(prepared, use_tqdm=use_tqdm)
 
     def chat(
@@ -149,7 +156,7 @@ class LLM:
         """
         if concurrency_limit is not None:
             integer("concurrency_limit", concurrency_limit, low=1, high=2**31 - 1, remedy="None searches all at once")
-        given, runs = _prompt_list(prompts), []
+        given, runs = prompt_list(prompts), []
         adapters = self._adapters(lora_request, len(given), "prompts")
         for index, (prompt, lora) in enumerate(zip(given, adapters, strict=True)):
             try:
@@ -163,6 +170,57 @@ class LLM:
                     self._advance(open_runs)
                     bar.update(sum(run.done for run in open_runs))
         return [run.sequences() for run in runs]
+
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: Adapters = None,
+    ) -> list[PoolingRequestOutput]:
+        """A vector of each prompt, pooled from its hidden states; in the order of the prompts.
+
+        What `pooling_params` leave out is the engine's `pooler_config`: by default the last token's, of length 1.
+        Errors are those of `generate`.
+        """
+        params = (pooling_params or PoolingParams()).with_defaults(self.config.pooling)
+        given = prompt_list(prompts)
+        adapters, prepared = self._adapters(lora_request, len(given), "prompts"), []
+        for index, (prompt, lora) in enumerate(zip(given, adapters, strict=True)):
+            try:
+                prepared.append(prepare_pooling(self._inputs, next(self._request_ids), prompt, params, lora=lora))
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}" if len(given) > 1 else str(error)) from error
+        outputs = self._run(prepared, use_tqdm=use_tqdm)
+        return [PoolingRequestOutput.of(output, params) for output in outputs]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: Adapters = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The same with each vector as a list of numbers."""
+        encoded = self.encode(prompts, pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        return [EmbeddingRequestOutput.of(one) for one in encoded]
+
+    def score(
+        self,
+        data_1: Prompt | Sequence[Prompt],
+        data_2: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: LoRARequest | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike texts are, as the cosine between their vectors: one text with each of `data_2`, or pair by pair."""
+        first, second = prompt_list(data_1), prompt_list(data_2)
+        pairs = paired(len(first), len(second), ("data_1", "data_2"))
+        encoded = self.encode([*first, *second], pooling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+        return [ScoringRequestOutput.of(encoded[one], encoded[len(first) + other]) for one, other in pairs]
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The Hugging Face tokenizer."""
@@ -334,11 +392,3 @@ class LLM:
             if state.error is not None:
                 raise state.error
             progress.finish(state)
-
-
-def _prompt_list(prompts: Any) -> list[Prompt]:
-    """One prompt or several, as a list; a sequence of whole numbers is one prompt of token ids."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]  # type: ignore[list-item]
-    items = list(prompts)
-    return [items] if items and isinstance(items[0], Integral) else items

@@ -1,12 +1,14 @@
-"""The settings that `LLM` takes: those of `EngineConfig`, and vLLM's others as far as they ask for nothing."""
+"""What `LLM` takes: `EngineConfig`'s settings, vLLM's others as far as they ask for nothing, one prompt or several."""
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
 from jax_engine.config import EngineConfig
+from jax_engine.processor import Prompt
 
 # vLLM's settings that this engine does not have, with the values that ask for what it does anyway.
 NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -59,3 +61,11 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"LLM has no setting {name!r}; {hint}")
     return EngineConfig(**{name: value for name, value in settings.items() if name in known})
+
+
+def prompt_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list; a sequence of whole numbers is one prompt of token ids."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]  # type: ignore[list-item]
+    items = list(prompts)
+    return [items] if items and isinstance(items[0], Integral) else items

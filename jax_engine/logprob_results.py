@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from jax_engine.full_sampling import FullResults
 from jax_engine.logprobs import RowLogprobs
 from jax_engine.messages import TokenLogprobs
-from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs
+from jax_engine.pooling_results import asks_pooling
+from jax_engine.step_plan import NO_FINDINGS, Chunk, ChunkFindings
 
 
 def asks_logprobs(chunk: Chunk) -> bool:
@@ -23,6 +24,7 @@ def what_is_asked(results: FullResults, chunks: Sequence[Chunk]) -> FullResults:
         results.tokens,
         results.logprobs if any(map(asks_logprobs, chunks)) else None,
         results.prompt if any(chunk.scored for chunk in chunks) else None,
+        results.pooled if any(map(asks_pooling, chunks)) else None,
     )
 
 
@@ -42,13 +44,13 @@ def prompt_targets(chunks: Sequence[Chunk], num_rows: int) -> NDArray[np.int32]:
 
 def read_logprobs(
     asked: FullResults, chunks: Sequence[Chunk], tokens: Sequence[Sequence[int]]
-) -> list[ChunkLogprobs] | None:
+) -> list[ChunkFindings] | None:
     """What a step found for each of its ordered chunks, which drew these tokens; None if nobody asked. Waits for it."""
     if asked.logprobs is None and asked.prompt is None:
         return None
     drawn = None if asked.logprobs is None else _Rows(asked.logprobs)
     prompt = None if asked.prompt is None else _Rows(asked.prompt)
-    results, first_row = [NO_LOGPROBS] * len(chunks), 0
+    results, first_row = [NO_FINDINGS] * len(chunks), 0
     has_drafts, next_row = any(chunk.drafts for chunk in chunks), 0  # then each chunk has a row for each draw
     for index, chunk in enumerate(chunks):
         row = next_row if has_drafts else index
@@ -62,7 +64,7 @@ def read_logprobs(
                 start = first_row + scored.start - 1 - chunk.start
                 own = chunk.request.tokens[scored.start : scored.stop]
                 of_prompt = prompt.read(start, own, controls.num_prompt_logprobs)
-            results[index] = ChunkLogprobs(of_tokens, of_prompt)
+            results[index] = ChunkFindings(of_tokens, of_prompt)
         first_row += chunk.length
     return results
 

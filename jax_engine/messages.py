@@ -25,6 +25,7 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
     logit_bias: dict[int, float] = {}  # msgspec copies it
     bad_words: tuple[tuple[int, ...], ...] = ()  # as tokens, each with and without a space in front
     processor_arguments: dict[str, float] = {}
+    pooling: str | None = None  # of `POOLING_TYPES`: the prompt's vector is asked for, and the token drawn is nobody's
 
     @property
     def is_constant(self) -> bool:
@@ -87,6 +88,11 @@ class CoreRequest(msgspec.Struct, array_like=True, frozen=True):
         """Whether its steps are of the FULL sampling mode."""
         return self.controls is not None or self.structured is not None
 
+    @property
+    def pools(self) -> bool:
+        """Whether a vector is asked for, and no tokens."""
+        return self.controls is not None and self.controls.pooling is not None
+
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Log-probabilities at one position: of its own token, and then of the likeliest in order."""
@@ -110,6 +116,7 @@ class CoreOutput(msgspec.Struct, array_like=True, frozen=True, gc=False):
     error: str | None = None  # what went wrong, with finish_reason "error", "refused" or "asleep"
     logprobs: list[TokenLogprobs] | None = None  # one for each new token, if asked for
     prompt_logprobs: list[TokenLogprobs] | None = None  # of the prompt from its second token on, with the first output
+    pooled: bytes | None = None  # the vector of a pooling request, float32
 
 
 class StepOutputs(msgspec.Struct, array_like=True, frozen=True, tag="step"):
@@ -225,6 +232,7 @@ class Ready(msgspec.Struct, array_like=True, frozen=True, tag="ready"):
     step_sizes: tuple[int, ...] = ()  # token rows of the step programs, ascending
     processor_arguments: dict[str, float] = {}  # what requests may give to logits processors, with the defaults
     adapters: tuple[LoRARequest, ...] = ()  # that clients may name
+    hidden_size: int = 0
 
 
 class Starting(msgspec.Struct, array_like=True, frozen=True, tag="starting"):

@@ -192,6 +192,7 @@ class RequestState:
         ]
         self._texts = texts
         self._prompt_logprobs: list[LogprobsAtPosition | None] | None = None  # with deltas, until they were taken
+        self._pooled: bytes | None = None
         self._num_cached_tokens = 0
         self._first_scheduled_time: float | None = None
         self._first_token_time: float | None = None
@@ -210,6 +211,7 @@ class RequestState:
             self._last_token_time = now
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = [None, *(by_token(position, self._texts) for position in output.prompt_logprobs)]
+        self._pooled = self._pooled or output.pooled
         self._first_scheduled_time = self._first_scheduled_time or output.first_scheduled_time
         if completion.index == 0:  # the others may find what this one has computed
             self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
@@ -240,6 +242,7 @@ class RequestState:
             ),
             num_cached_tokens=self._num_cached_tokens,
             prompt_logprobs=prompt_logprobs,
+            pooled=self._pooled,
         )
 
 

@@ -58,3 +58,4 @@ class RequestOutput(msgspec.Struct, frozen=True):
     # One for each prompt token, None for the first, if `SamplingParams.prompt_logprobs` asks; with deltas, in the first
     # output alone.
     prompt_logprobs: list[LogprobsAtPosition | None] | None = None
+    pooled: bytes | None = None  # of a pooling request: its vector in float32, whole and not normalized

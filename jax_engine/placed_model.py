@@ -49,6 +49,7 @@ class PlacedModel:
     geometry: CacheGeometry
     placement: Placement
     vocab_size: int
+    hidden_size: int
     num_logprobs: int  # of the likeliest tokens, that a step finds if it is asked for any
     row_block: int | None = None  # rows of a step that run together; None: all
     processors: tuple[LogitsProcessor, ...] = ()
@@ -102,7 +103,8 @@ class PlacedModel:
             page_shape=ops.page_shape,
             placement=placement,
         )
-        parts = structure, geometry, placement, config.vocab_size, min(max_logprobs, config.vocab_size)
+        sizes = config.vocab_size, config.hidden_size, min(max_logprobs, config.vocab_size)
+        parts = structure, geometry, placement, *sizes
         if not deterministic:
             return cls(*parts, processors=processors)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
@@ -174,7 +176,7 @@ class PlacedModel:
         return jitted.lower(leaves, state, full, buffer, inputs)
 
     def _full_zeros(self, num_slots: int) -> FullState:
-        return FullState.zeros(num_slots, self.vocab_size, len(argument_names(self.processors)))
+        return FullState.zeros(num_slots, self.vocab_size, self.hidden_size, len(argument_names(self.processors)))
 
     def _whole(self, shapes: Shapes) -> Shapes:
         """Shapes, each with a copy on every device."""

@@ -120,6 +120,7 @@ class InputProcessor:
         self._checker: GrammarChecker | None = None
         self._checker_lock = threading.Lock()
         self._info = info
+        self.hidden_size = info.hidden_size
         self._seed = seed
         self._scheduling_policy = scheduling_policy
         self.max_logprobs = max_logprobs

@@ -114,6 +114,12 @@ class Request:
         """Whether tokens of the prompt have to be run for their log-probabilities, even if the cache has them."""
         return self.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
 
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether all of the prompt is to be run, even if the cache has it."""
+        controls = self.asked.controls
+        return self.is_unscored or (controls is not None and controls.pooling in ("MEAN", "CLS"))
+
     def score(self, start: int, length: int) -> range:
         """Which prompt tokens' log-probabilities a planned range finds that no step before has: each is found once."""
         if not self.is_unscored:
@@ -167,7 +173,7 @@ class Request:
         elif num_output >= asked.min_tokens and (token in asked.eos_token_ids or token in asked.stop_token_ids):
             self.finish_reason = "stop"
         elif num_output >= asked.max_tokens:
-            self.finish_reason = "length"
+            self.finish_reason = "stop" if asked.pools else "length"
         elif (
             asked.repetition is not None
             and num_output >= asked.min_tokens

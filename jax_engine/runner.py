@@ -37,6 +37,7 @@ from jax_engine.planner import (
     plan_memory,
     step_programs,
 )
+from jax_engine.pooling_results import with_pooled
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import tensor_mesh
@@ -51,7 +52,7 @@ from jax_engine.step_batch import (
     page_updates_of,
     write_block_tables,
 )
-from jax_engine.step_plan import Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
+from jax_engine.step_plan import Chunk, ChunkFindings, SchedulerLimits, StepPlan
 from jax_engine.step_program import DeviceState, Program
 from jax_engine.weights import Weights
 
@@ -222,9 +223,14 @@ class Runner:
         self.counters.padding_tokens += token_rows - num_tokens
         self.counters.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
 
-    def collect_logprobs(self, pending: PendingTokens, drawn: Sequence[Sequence[int]]) -> list[ChunkLogprobs] | None:
-        """Wait for the log-probabilities that a step's chunks ask for; `drawn` are its tokens. None if none does."""
-        return read_logprobs(pending.full, pending.plan.chunks, drawn) if pending.full is not None else None
+    def collect_findings(self, pending: PendingTokens, drawn: Sequence[Sequence[int]]) -> list[ChunkFindings] | None:
+        """Wait for the log-probabilities and vectors that a step's chunks ask for; `drawn` are its tokens. None if none
+        does.
+        """
+        if pending.full is None:
+            return None
+        findings = read_logprobs(pending.full, pending.plan.chunks, drawn)
+        return with_pooled(findings, pending.full.pooled, pending.plan.chunks)
 
     def shutdown(self) -> None:
         """Stop compiling, log what padding there was, and let go of device memory."""

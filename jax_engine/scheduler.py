@@ -19,7 +19,7 @@ from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
 from jax_engine.request import Constraint, Request, digest_function
 from jax_engine.speculative_config import SpeculativeConfig
-from jax_engine.step_plan import NO_LOGPROBS, Chunk, ChunkLogprobs, SchedulerLimits, StepPlan
+from jax_engine.step_plan import NO_FINDINGS, Chunk, ChunkFindings, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
 
 _urgency = attrgetter("urgency")
@@ -145,15 +145,13 @@ class Scheduler:
         return StepPlan(step.chunks, self.cache.take_copies(), self.adapters.take_loads())
 
     def commit(
-        self, plan: StepPlan, drawn: Sequence[Sequence[int]], logprobs: Sequence[ChunkLogprobs] | None = None
+        self, plan: StepPlan, drawn: Sequence[Sequence[int]], findings: Sequence[ChunkFindings] | None = None
     ) -> list[CoreOutput]:
-        """Take what a step drew for each chunk (ignored where it was to draw nothing), and the log-probabilities that
-        it found, and report what is new.
-        """
+        """Take what a step drew for each chunk, where it was to draw, and found besides; returns what is new."""
         outputs = []
         for index, (chunk, tokens) in enumerate(zip(plan.chunks, drawn, strict=True)):
             request = chunk.request
-            found = logprobs[index] if logprobs else NO_LOGPROBS
+            found = findings[index] if findings else NO_FINDINGS
             if found.prompt and request.prompt_logprobs is not None:
                 request.prompt_logprobs += found.prompt
             if not chunk.num_draws or request.finish_reason is not None:
@@ -170,7 +168,7 @@ class Scheduler:
             outputs.append(
                 CoreOutput(
                     request_id=request.asked.request_id,
-                    new_token_ids=list(tokens),
+                    new_token_ids=list(tokens) if found.pooled is None else [],
                     finish_reason=reason,
                     stop_reason=tokens[-1] if reason == "stop" and tokens[-1] in request.asked.stop_token_ids else None,
                     first_scheduled_time=request.first_scheduled_time,
@@ -178,6 +176,7 @@ class Scheduler:
                     num_preemptions=request.num_preemptions,
                     logprobs=found.drawn and found.drawn[: len(tokens)],
                     prompt_logprobs=request.take_prompt_logprobs(),
+                    pooled=found.pooled,
                     error=request.constraint.error if request.constraint is not None else None,
                 )
             )
@@ -215,7 +214,7 @@ class Scheduler:
 
     def _append(self, request: Request, tokens: Sequence[int], num_draws: int) -> str | None:
         """Give a request the tokens that a step drew for it, one by one; the finish reason if the last one ends it."""
-        self.num_generation_tokens += len(tokens)
+        self.num_generation_tokens += len(tokens) * (not request.asked.pools)
         reasons = [request.append(token) for token in tokens]
         ends = next((index for index, reason in enumerate(reasons, 1) if reason is not None), num_draws)
         assert len(tokens) == ends <= num_draws, f"host and device disagree on where {request.asked.request_id} ends"

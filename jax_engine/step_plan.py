@@ -25,14 +25,15 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     drafts: Sequence[int] = ()  # the range's tokens behind its first, which are guessed: one is drawn behind each
 
 
-class ChunkLogprobs(msgspec.Struct, frozen=True, gc=False):
-    """The log-probabilities that a step found for one chunk."""
+class ChunkFindings(msgspec.Struct, frozen=True, gc=False):
+    """What a step found for one chunk beside its tokens."""
 
-    drawn: list[TokenLogprobs] | None = None  # of the tokens drawn, if the request asks
+    drawn: list[TokenLogprobs] | None = None  # log-probabilities of the tokens drawn, if the request asks
     prompt: list[TokenLogprobs] | None = None  # of the prompt's tokens at `Chunk.scored`
+    pooled: bytes | None = None  # the vector of a pooling request, float32
 
 
-NO_LOGPROBS = ChunkLogprobs()
+NO_FINDINGS = ChunkFindings()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from jax_engine.logits_processors import LogitsProcessor
 from jax_engine.logprobs import RowLogprobs, prompt_block, prompt_logprobs
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.pooling import pool_rows
 from jax_engine.row_blocks import by_blocks
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sharding import Placement
@@ -180,9 +181,12 @@ def full_step_function(
         results = draw_tokens(model, hidden[last_rows], batch, draw, rows, placement, row_block)
         latest = results.tokens[batch.last_draft_rows] if draft_rows else results.tokens
         prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
+        vectors, pooled = pool_rows(
+            hidden, full.vectors, batch.slots, inputs.pooled_rows, in_order=row_block is not None
+        )
         new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, latest))
         new_full = full.with_drawn(batch.slots, latest, (batch.num_draws > 0) & inputs.controlled)
-        return new_state, new_full, replace(results, prompt=prompt)
+        return new_state, replace(new_full, vectors=vectors), replace(results, prompt=prompt, pooled=pooled)
 
     return step
 

@@ -202,6 +202,12 @@ STEP_FLAGS = (
         type=json_object,
         metavar="JSON",
     ),
+    Flag(
+        "pooler_config",
+        'how prompts become vectors, as JSON: {"pooling_type": "MEAN", "normalize": true}; or LAST, CLS',
+        type=json_object,
+        metavar="JSON",
+    ),
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
