@@ -19,7 +19,7 @@ from jax_engine.server.validation import decode, unknown_parameter
 LEVEL = {"name": "level", "schema": {"type": "integer", "enum": [1, 2], "default": 1}}
 TAGS = {"name": "tags", "schema": {"type": "array", "items": {"enum": ["weights", "kv_cache"]}}}
 # The clients' ids, in front of which some answers' ids have more.
-ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_", "msg_")
+ID_PREFIXES = ("cmpl-", "chatcmpl-", "resp_", "msg_", "embd-", "pool-", "score-", "rerank-")
 
 
 class AbortRequests(msgspec.Struct, forbid_unknown_fields=True):

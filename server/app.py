@@ -25,6 +25,8 @@ from jax_engine.server.openai_routes import openai_router
 from jax_engine.server.operations_routes import operations_router
 from jax_engine.server.page_routes import page_router
 from jax_engine.server.plain_routes import plain_router
+from jax_engine.server.pooling_protocol import ClassifyRequest, EmbeddingRequest, RerankRequest, ScoreRequest
+from jax_engine.server.pooling_routes import pooling_router
 from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
 from jax_engine.server.response_schemas import describe_answers
 from jax_engine.server.responses_protocol import ResponsesRequest
@@ -41,6 +43,7 @@ ROUTERS = (
     anthropic_router,
     lora_router,
     plain_router,
+    pooling_router,
     operations_router,
     admin_router,
     tokenizer_router,
@@ -57,6 +60,10 @@ BODIES = (
     LoadLoRAAdapterRequest,
     UnloadLoRAAdapterRequest,
     AbortRequests,
+    EmbeddingRequest,
+    ScoreRequest,
+    RerankRequest,
+    ClassifyRequest,
     TokenizeRequest,
     DetokenizeRequest,
 )

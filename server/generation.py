@@ -16,6 +16,7 @@ from jax_engine.beam_stream import BeamStream
 from jax_engine.core_client import EngineDeadError
 from jax_engine.output_processor import EngineAsleepError, QueueOverflowError, RequestFailedError
 from jax_engine.outputs import CompletionOutput, RequestOutput
+from jax_engine.pooling_params import RequestParams
 from jax_engine.processor import PreparedRequest, Prompt
 from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
@@ -113,7 +114,7 @@ async def generation(
     service: Service,
     record: RequestRecord,
     prompts: Sequence[Prompt],
-    params: SamplingParams,
+    params: RequestParams,
     receive: Receive,
     *,
     priority: int,

@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from jax_engine.config import EngineConfig
 from jax_engine.outputs import RequestMetrics
-from jax_engine.sampling_params import SamplingParams
+from jax_engine.pooling_params import RequestParams
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.histogram import Histogram, one_two_five
 from jax_engine.server.http_metrics import HttpMetrics
@@ -79,7 +79,7 @@ class Metrics(Collector):
 
     def observe_finished(
         self,
-        params: SamplingParams,
+        params: RequestParams,
         times: RequestMetrics,
         now: float,
         *,

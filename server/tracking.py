@@ -7,7 +7,7 @@ from typing import Any
 
 from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from jax_engine.sampling_params import SamplingParams
+from jax_engine.pooling_params import RequestParams
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.reasoning_tokens import ReasoningCounter
 
@@ -15,7 +15,7 @@ from jax_engine.server.reasoning_tokens import ReasoningCounter
 class PromptTracker:
     """Counts one prompt's outputs on their way to the client. Mutable; owned by the handler of its request."""
 
-    def __init__(self, metrics: Metrics, params: SamplingParams, counter: ReasoningCounter | None = None) -> None:
+    def __init__(self, metrics: Metrics, params: RequestParams, counter: ReasoningCounter | None = None) -> None:
         """`counter` counts the reasoning of answers that may have some."""
         self.num_reasoning_tokens = 0
         self.num_prompt_tokens = 0

@@ -126,8 +126,8 @@ def check_neutral(name: str, value: object, neutral: tuple[Any, ...]) -> None:
         raise not_supported(name, value, neutral)
 
 
-def checked_prompts(value: object) -> list[str | list[int]]:
-    """OpenAI's four forms of `prompt` as one list."""
+def checked_prompts(value: object, *, name: str = "prompt") -> list[str | list[int]]:
+    """OpenAI's four forms of `prompt`, or of the field `name`, as one list."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -135,11 +135,11 @@ def checked_prompts(value: object) -> list[str | list[int]]:
             return [value]
         if all(isinstance(item, str) or _is_token_ids(item) for item in value):
             if len(value) > MAX_PROMPTS:
-                message = f"prompt has {len(value)} entries; at most {MAX_PROMPTS} are allowed: send several requests"
-                raise ApiError(400, message, param="prompt", code="invalid_value")
+                message = f"{name} has {len(value)} entries; at most {MAX_PROMPTS} are allowed: send several requests"
+                raise ApiError(400, message, param=name, code="invalid_value")
             return value
     wanted = "a string, a list of strings, a list of token ids or a list of such lists, and not empty"
-    raise ApiError(400, f"prompt={_shown(value)} must be {wanted}", param="prompt", code="invalid_type")
+    raise ApiError(400, f"{name}={_shown(value)} must be {wanted}", param=name, code="invalid_type")
 
 
 def _is_token_ids(value: object) -> bool:
