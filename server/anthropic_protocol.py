@@ -13,7 +13,7 @@ import msgspec
 from jax_engine.server.errors import ApiError
 from jax_engine.server.extra_fields import ExtraFields, renamed
 from jax_engine.server.protocol import ChatCompletionRequest
-from jax_engine.server.validation import check_neutral, converted, decode, not_supported
+from jax_engine.server.validation import check_neutral, converted, decode
 
 # Field -> the values, besides null, at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -28,7 +28,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "workspace_id": (),
 }
 # A chat's parameters -> what this protocol calls them.
-NAMES = {"stop": "stop_sequences", "prompt": "messages", "reasoning_effort": "output_config.effort"}
+NAMES = {
+    "stop": "stop_sequences",
+    "prompt": "messages",
+    "reasoning_effort": "output_config.effort",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
 
 
 class TextBlock(msgspec.Struct, tag="text", forbid_unknown_fields=True):
@@ -225,7 +230,7 @@ class CountTokensRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
         if isinstance(thinking, ThinkingDisabled) or thinking.display == "omitted":
             fields["include_reasoning"] = False
         if isinstance(thinking, ThinkingEnabled):
-            raise not_supported("thinking.type", "enabled", ("adaptive", "disabled"))
+            fields["thinking_token_budget"] = thinking.budget_tokens
         return fields
 
 

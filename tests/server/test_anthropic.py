@@ -168,6 +168,16 @@ def test_thinking_is_left_out_where_it_is_not_wanted(claude, server):
     assert kinds == {None, "text_delta"}
 
 
+def test_thinking_has_a_budget(claude):
+    free = claude.messages.create(messages=QUESTION, thinking={"type": "adaptive"}, **ASKING)
+    held = claude.messages.create(messages=QUESTION, thinking={"type": "enabled", "budget_tokens": 5}, **ASKING)
+    thoughts = [message.content[0].thinking for message in (free, held)]
+    assert thoughts[0].startswith(thoughts[1])
+    assert 0 < len(thoughts[1]) < len(thoughts[0])
+    assert held.usage.output_tokens_details.thinking_tokens < free.usage.output_tokens_details.thinking_tokens
+    assert held.content[-1].type == "text"
+
+
 class Visit(BaseModel):
     city: Literal["Paris", "Rome"]
     far: bool
@@ -197,7 +207,8 @@ REFUSED = {
     "an unknown field": ({"stop_sequence": ["a"]}, "did you mean 'stop_sequences'?"),
     "a bad stop sequence": ({"stop_sequences": [""]}, "stop_sequences"),
     "too high": ({"temperature": -1}, "temperature=-1"),
-    "a budget": ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type="),
+    "a negative budget": ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens=-1"),
+    "an effort that the template does not read": ({"output_config": {"effort": "low"}}, "output_config.effort="),
     "a container": ({"container": "abc"}, 'container="abc" is not supported'),
     "too much": ({"messages": [{"role": "user", "content": "one two " * 5000}]}, "messages makes a prompt of"),
 }
