@@ -245,6 +245,8 @@ def test_a_phone_needs_no_horizontal_scrolling(visit):
             tab.page.get_by_role("button", name=panel, exact=True).click()
         assert tab.page.evaluate(TOO_WIDE) == []
         if panel:
+            sheet = tab.page.get_by_role("complementary", name=panel)
+            assert sheet.evaluate("(sheet) => sheet.getBoundingClientRect().width") == 375
             tab.page.keyboard.press("Escape")
             expect(tab.page.get_by_role("button", name=panel, exact=True)).to_be_focused()
 
