@@ -50,74 +50,93 @@ then, from any OpenAI client (base URL http://HOST:8000/v1), or:
 The server answers at once and says on /health when it is ready. SIGTERM ends it in good order.
 """
 
-HTTP_FLAGS = (
-    Flag("host", "address to listen on; 127.0.0.1 for this machine alone", metavar="ADDRESS"),
-    Flag("port", "port to listen on; 0 takes a free one", type=int, metavar="PORT"),
-    Flag("uds", "path of a Unix socket to listen on instead", metavar="PATH"),
-    Flag("root_path", "what a proxy in front puts before every path: /llm", metavar="PATH"),
-    Flag("ssl_certfile", "certificate chain (PEM): the server speaks HTTPS", metavar="FILE"),
-    Flag("ssl_keyfile", "its key (PEM), if that is another file", metavar="FILE"),
-    Flag("ssl_ca_certs", "who may have signed the certificates of clients (PEM)", metavar="FILE"),
-    Flag(
-        "ssl_cert_reqs",
-        "certificates of clients: 0 not asked for, 1 checked if given, 2 demanded",
-        type=int,
-        metavar="0|1|2",
+# Fields of `ServerSettings`, by the title that they stand under in the help.
+HTTP_GROUPS = {
+    "server": (
+        Flag("host", "address to listen on; 127.0.0.1 for this machine alone", metavar="ADDRESS"),
+        Flag("port", "port to listen on; 0 takes a free one", type=int, metavar="PORT"),
+        Flag("uds", "path of a Unix socket to listen on instead", metavar="PATH"),
+        Flag("root_path", "what a proxy in front puts before every path: /llm", metavar="PATH"),
+        Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
+        Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     ),
-    Flag(
-        "allowed_origins",
-        'web pages of other origins whose scripts may call the server, as a JSON list; "[]" for none',
-        type=string_list,
-        metavar="JSON",
+    "encryption": (
+        Flag("ssl_certfile", "certificate chain (PEM): the server speaks HTTPS", metavar="FILE"),
+        Flag("ssl_keyfile", "its key (PEM), if that is another file", metavar="FILE"),
+        Flag("ssl_ca_certs", "who may have signed the certificates of clients (PEM)", metavar="FILE"),
+        Flag(
+            "ssl_cert_reqs",
+            "certificates of clients: 0 not asked for, 1 checked if given, 2 demanded",
+            type=int,
+            metavar="0|1|2",
+        ),
     ),
-    Flag("allowed_methods", "methods that they may use, as a JSON list", type=string_list, metavar="JSON"),
-    Flag("allowed_headers", "headers that they may send, as a JSON list", type=string_list, metavar="JSON"),
-    Flag("allow_credentials", "let browsers send cookies with such calls; by default not", type=bool),
-    Flag("limit_concurrency", "connections at once, one more is a 503; by default any number", type=count, metavar="N"),
-    Flag("h11_max_incomplete_event_size", "largest request head: 64K", type=count, metavar="BYTES"),
-    Flag("h11_max_header_count", "headers that a request may have", type=count, metavar="N"),
-    Flag(
-        "receive_timeout",
-        "seconds that a client has to send its headers, and again for the body",
-        type=float,
-        metavar="SECONDS",
+    "browsers": (
+        Flag(
+            "allowed_origins",
+            'web pages of other origins whose scripts may call the server, as a JSON list; "[]" for none',
+            type=string_list,
+            metavar="JSON",
+        ),
+        Flag("allowed_methods", "methods that they may use, as a JSON list", type=string_list, metavar="JSON"),
+        Flag("allowed_headers", "headers that they may send, as a JSON list", type=string_list, metavar="JSON"),
+        Flag("allow_credentials", "let browsers send cookies with such calls; by default not", type=bool),
     ),
-    Flag(
-        "request_timeout",
-        "seconds after which a request is ended, with a 504; by default it may take any time",
-        type=float,
-        metavar="SECONDS",
+    "limits": (
+        Flag(
+            "limit_concurrency",
+            "connections at once, one more is a 503; by default any number",
+            type=count,
+            metavar="N",
+        ),
+        Flag("h11_max_incomplete_event_size", "largest request head: 64K", type=count, metavar="BYTES"),
+        Flag("h11_max_header_count", "headers that a request may have", type=count, metavar="N"),
+        Flag(
+            "receive_timeout",
+            "seconds that a client has to send its headers, and again for the body",
+            type=float,
+            metavar="SECONDS",
+        ),
+        Flag(
+            "request_timeout",
+            "seconds after which a request is ended, with a 504; by default it may take any time",
+            type=float,
+            metavar="SECONDS",
+        ),
+        Flag(
+            "timeout_keep_alive",
+            "seconds that a connection may wait for its next request",
+            type=float,
+            metavar="SECONDS",
+        ),
+        Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
+        Flag(
+            "response_store_bytes",
+            "room for answers of /v1/responses that clients come back to: 64M; 0 stores none",
+            type=count,
+            metavar="BYTES",
+        ),
     ),
-    Flag("log_format", "of each line in the log", choices=LOG_FORMATS),
-    Flag("enable_log_requests", "log a line for each request; by default it does", type=bool),
-    Flag("disable_log_stats", "no line about the throughput every ten seconds", type=bool),
-    Flag(
-        "timeout_keep_alive",
-        "seconds that a connection may wait for its next request",
-        type=float,
-        metavar="SECONDS",
+    "log": (
+        Flag("log_format", "of each line in the log", choices=LOG_FORMATS),
+        Flag("enable_log_requests", "log a line for each request; by default it does", type=bool),
+        Flag("disable_log_stats", "no line about the throughput every ten seconds", type=bool),
     ),
-    Flag("max_request_body_bytes", "largest request body: 16M", type=count, metavar="BYTES"),
-    Flag(
-        "response_store_bytes",
-        "room for answers of /v1/responses that clients come back to: 64M; 0 stores none",
-        type=count,
-        metavar="BYTES",
+    "routes": (
+        Flag(
+            "allow_runtime_lora_updating",
+            "let clients load LoRA adapters from this machine's folders, and unload them; by default not",
+            type=bool,
+        ),
+        Flag(
+            "enable_admin_routes",
+            "let clients put the engine to sleep, wake it up and abort any request; by default not",
+            type=bool,
+        ),
+        Flag("enable_tokenizer_info_endpoint", "answer GET /tokenizer_info; by default it does not", type=bool),
     ),
-    Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
-    Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
-    Flag(
-        "allow_runtime_lora_updating",
-        "let clients load LoRA adapters from this machine's folders, and unload them; by default not",
-        type=bool,
-    ),
-    Flag(
-        "enable_admin_routes",
-        "let clients put the engine to sleep, wake it up and abort any request; by default not",
-        type=bool,
-    ),
-    Flag("enable_tokenizer_info_endpoint", "answer GET /tokenizer_info; by default it does not", type=bool),
-)
+}
+HTTP_FLAGS = tuple(flag for flags in HTTP_GROUPS.values() for flag in flags)
 # What decides how requests are answered, wherever they come from.
 ANSWER_FLAGS = (
     Flag(
@@ -141,14 +160,13 @@ NAME_FLAGS = (
     ),
     Flag("chat_template", "Jinja chat template instead of the tokenizer's own", metavar="FILE"),
 )
-SERVE_FLAGS = (
-    Flag("api_key", "ask clients for this key; several may be given", metavar="KEY", repeated=True),
-    Flag("log_level", "how much to log", choices=LEVELS, default="info"),
-)
+API_KEY = Flag("api_key", "ask clients for this key; several may be given", metavar="KEY", repeated=True)
+LOG_LEVEL = Flag("log_level", "how much to log", choices=LEVELS, default="info")
 
 
 def command_line() -> CommandLine:
     """All commands."""
+    http = {title: with_defaults(flags, ServerSettings) for title, flags in HTTP_GROUPS.items()}
     answer_flags = (*NAME_FLAGS, *with_defaults(ANSWER_FLAGS, ServerSettings))
     serve = Command(
         "serve",
@@ -157,7 +175,9 @@ def command_line() -> CommandLine:
         usage="[MODEL] [options]",
         argument=MODEL,
         groups={
-            "server": (*with_defaults(HTTP_FLAGS, ServerSettings), *SERVE_FLAGS),
+            **http,
+            "server": (*http["server"], API_KEY),
+            "log": (LOG_LEVEL, *http["log"]),
             "answers": answer_flags,
             **engine_groups(),
         },

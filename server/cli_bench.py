@@ -173,6 +173,8 @@ def run_serve(options: Options) -> int:
 
     server, load = given_or_default(options, SERVER_FLAGS), given_or_default(options, LOAD_FLAGS)
     num_prompts, rate = load["num_prompts"], float(load["request_rate"])
+    if load["max_concurrency"] is not None:
+        integer("max_concurrency", load["max_concurrency"], low=1, high=2**20, remedy="leave it out for no limit")
     requests = workload(
         num_prompts,
         input_len=load["random_input_len"],

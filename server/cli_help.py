@@ -1,5 +1,6 @@
 """The help of the commands: panels of rich, coloured in a terminal and plain elsewhere."""
 
+import json
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -63,7 +64,8 @@ def _explained(flag: Flag) -> str:
     if flag.repeated:
         text += " [repeatable]"
     if flag.type is not bool and flag.default not in (None, "", ()):
-        text += f" (default:{NO_BREAK}{flag.default})"
+        default = json.dumps(flag.default) if flag.takes_json else flag.default
+        text += f" (default:{NO_BREAK}{default})"
     return text
 
 

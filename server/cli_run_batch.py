@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import EngineDeadError
+from jax_engine.sampling_params import integer
 from jax_engine.server.batch_files import (
     BatchError,
     BatchResponse,
@@ -141,12 +142,15 @@ def run_batch(
 ) -> int:
     """Answer every line of the input that the output does not answer yet; returns the exit code.
 
-    0: every line has a result, be it an error's; 1: the engine died; 128 and the signal's number: stopped. In all of
-    these cases the next run goes on where this one ended.
+    0: every line has a result, be it an error's; 1: the engine died, or the output cannot take more; 128 and the
+    signal's number: stopped. In all of these cases the next run goes on where this one ended.
 
     Raises:
         ValueError: a file or a setting that nothing can be begun with.
     """
+    if max_concurrency is not None:
+        remedy = "leave it out for twice --max-num-seqs"
+        integer("max_concurrency", max_concurrency, low=1, high=2**20, remedy=remedy)
     if input_file.resolve() == output_file.resolve():
         raise ValueError(f"--output-file {output_file} is the input; give another one")
     asked = keys_of(input_file)
@@ -169,9 +173,12 @@ def run_batch(
         )
     summary = counts.summary(kept=kept, remaining=num_asked - kept - counts.answered, seconds=seconds)
     text = msgspec.json.format(msgspec.json.encode(summary), indent=2).decode()
-    if summary_file is not None:
-        summary_file.write_text(text + "\n")
     print(text)
+    if summary_file is not None:
+        try:
+            summary_file.write_text(text + "\n")
+        except OSError as error:
+            raise ValueError(f"--summary {summary_file} cannot be written: {error.strerror}") from error
     return exit_code
 
 
@@ -201,7 +208,7 @@ async def _run(run: BatchRun, config: EngineConfig, settings: ServerSettings, nu
                 for worker in workers:
                     worker.cancel()
                 await asyncio.wait(workers)
-    except EngineDeadError as error:
+    except (EngineDeadError, OSError) as error:  # of the output: its disk is full
         print(f"jax-engine run-batch: error: {error}", file=sys.stderr)
         exit_code = EXIT_ENGINE_DEAD
     except asyncio.CancelledError:

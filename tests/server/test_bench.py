@@ -96,6 +96,7 @@ def test_a_chat_is_asked_in_words_and_its_first_chunk_is_no_answer():
         (("--percentile-metrics", "ttft,tps"), "--percentile-metrics 'tps' must be of ttft,tpot,itl,e2el"),
         (("--metric-percentiles", "100"), "--metric-percentiles"),
         (("--goodput", "itl:5"), "--goodput 'itl:5' must be ttft:MS"),
+        (("--max-concurrency", "0"), "--max-concurrency 0 must be a whole number"),
         (("--random-range-ratio", "2"), "--random-range-ratio 2"),
         (("--base-url", "localhost"), "must look like http://localhost:8000"),
         (("--base-url", "http://127.0.0.1:9", "--num-prompts", "1"), "http://127.0.0.1:9 cannot be measured"),

@@ -63,6 +63,21 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path, capsys, content, wo
     assert file.read_text() == content
 
 
+def test_settings_that_cannot_be_begun_with_leave_no_file(tmp_path, capsys):
+    asked, file = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked.write_text(line("a"))
+    for given, words in (
+        (("-i", str(asked), "-o", str(file), "--max-concurrency", "0"), "--max-concurrency 0 must be"),
+        (("-i", str(asked), "-o", str(asked)), "is the input"),
+        (("-i", str(file), "-o", str(asked)), f"--input-file {file} cannot be read"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["run-batch", *given])
+        assert words in capsys.readouterr().err
+    assert not file.exists()
+    assert asked.read_text() == line("a")
+
+
 def test_a_stream_has_no_place_in_a_line():
     check_not_streamed(b'{"prompt": "a", "stream": false}')
     with pytest.raises(ValueError, match=r"body\.stream=true"):
