@@ -84,7 +84,7 @@ def build_app(service: Service) -> FastAPI:
         app.include_router(router)
         service.metrics.http.count_routes(router.routes)
     app.root_path = service.settings.root_path
-    app.add_middleware(Gate, settings=service.settings, http_metrics=service.metrics.http)
+    app.add_middleware(Gate, settings=service.settings, http_metrics=service.metrics.http, tracer=service.tracer)
     allow_origins(app, service.settings)
     app.add_exception_handler(HTTPException, routing_error(app))
     app.add_exception_handler(RequestValidationError, invalid_query)

@@ -121,6 +121,11 @@ HTTP_GROUPS = {
         Flag("log_format", "of each line in the log", choices=LOG_FORMATS),
         Flag("enable_log_requests", "log a line for each request; by default it does", type=bool),
         Flag("disable_log_stats", "no line about the throughput every ten seconds", type=bool),
+        Flag(
+            "otlp_traces_endpoint",
+            "OpenTelemetry collector (OTLP over HTTP) that gets a trace of each request: http://host:4318/v1/traces",
+            metavar="URL",
+        ),
     ),
     "routes": (
         Flag(
@@ -215,7 +220,9 @@ def run_serve(options: Options) -> int:
     log_level = options["log_level"] or "info"
     set_up_logging(log_level, settings.log_format)
     from jax_engine.server.listening import listening_sockets, tls_context
+    from jax_engine.server.tracing import check_tracing
 
+    check_tracing(settings)
     tls_context(settings)  # before anything slow: a file may be missing, and the port in use
     with listening_sockets(settings) as listening:
         if settings.api_server_count > 1:

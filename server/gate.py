@@ -19,6 +19,7 @@ from jax_engine.server.http_metrics import HttpMetrics
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
 from jax_engine.server.page_files import page_files
 from jax_engine.server.settings import ServerSettings
+from jax_engine.server.tracing import Tracer
 from jax_engine.server.tracking import RequestRecord
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,12 @@ REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 class Gate:
     """ASGI middleware around the whole app."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServerSettings, http_metrics: HttpMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, settings: ServerSettings, http_metrics: HttpMetrics, tracer: Tracer | None
+    ) -> None:
         self._app = app
         self._http_metrics = http_metrics
+        self._tracer = tracer
         # Hashes are compared: they are all of one length, and are no use to who reads them in a memory dump.
         self._key_hashes = tuple(sha256(key.encode()).digest() for key in settings.api_keys)
         self._log_requests = settings.enable_log_requests
@@ -50,6 +54,7 @@ class Gate:
         path, headers = get_route_path(scope), dict(scope["headers"])
         request_id = request_id_of(headers.get(b"x-request-id"))
         record = RequestRecord(request_id)
+        span = None if self._tracer is None else self._tracer.begin(headers)
         scope.setdefault("state", {})["record"] = record
         # Anthropic's clients read it under a name of their own.
         id_headers = (b"x-request-id", b"request-id") if is_anthropic(path) else (b"x-request-id",)
@@ -89,6 +94,8 @@ class Gate:
                 record.note = "not answered in full"
             # The path as it was sent: decoded, it could hold a line end and forge lines of the log.
             sent_path = scope["raw_path"].decode("ascii", "replace")
+            if self._tracer is not None and span is not None:
+                self._tracer.end(span, record, status)
             fields = record.fields(scope["method"], sent_path, status)
             logger.log(level, "%s", record.line(fields), extra={"fields": fields})
 

@@ -9,6 +9,8 @@ from jax_engine.server.frames import EVENT_STREAM, JSON_LINES
 from jax_engine.server.schemas import REF_TEMPLATE
 
 JSON, TEXT = "application/json", "text/plain"
+# A stream's schema says no more: tools disagree whether it is that of the whole text or of each event.
+STREAMS = {EVENT_STREAM: "server-sent events with JSON data", JSON_LINES: "a JSON object a line"}
 FinishReason = Literal["stop", "length", "tool_calls", "abort", "error", "repetition"] | None
 
 
@@ -261,7 +263,7 @@ def describe_answers(document: dict[str, Any]) -> None:
             kind, stream = ANSWERS.get(f"{method} {path}", ANSWERS[path])
             content = {TEXT: {"schema": {"type": "string"}}} if kind is None else {JSON: {"schema": by_kind[str(kind)]}}
             if stream is not None:
-                content[stream] = {"schema": {"type": "string"}}
+                content[stream] = {"schema": {"description": STREAMS[stream]}}
             operation["responses"] = {
                 "200": {"description": "the answer", "content": content},
                 "4XX": {"description": "the request is at fault", **refusal},

@@ -24,6 +24,7 @@ from jax_engine.server.in_flight import InFlight
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.throughput_log import log_throughput
+from jax_engine.server.tracing import make_tracer
 from jax_engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Service:
         self.settings = settings
         memory = memory or CellMemory.alone()
         self._logs_stats = memory.is_first and not settings.disable_log_stats
+        self.tracer = make_tracer(settings)
         self._background: list[asyncio.Task[None]] = []  # ends with the service
         self.metrics = Metrics(settings.model_name, memory, engine_config=engine_config)
         self.in_flight = InFlight(self.metrics.server_load, settings.request_timeout)
@@ -101,6 +103,8 @@ class Service:
             await asyncio.wait({self._starting})
         if self._engine is not None:
             await self._engine.shutdown()
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.shutdown)
 
     def engine(self) -> AsyncLLM:
         """The engine, ready to serve; ApiError 503 when it is not."""

@@ -58,6 +58,7 @@ class ServerSettings:
     log_format: str = "text"  # or json
     enable_log_requests: bool = True  # a line for each request
     disable_log_stats: bool = False  # no line about the throughput every ten seconds
+    otlp_traces_endpoint: str | None = None  # URL of an OpenTelemetry collector (OTLP over HTTP); None: no traces
     allow_runtime_lora_updating: bool = False  # clients may load adapters from folders of this machine, and unload them
     enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info shows the tokenizer's configuration
     enable_admin_routes: bool = False  # clients may put the engine to sleep, wake it and abort any request
@@ -73,6 +74,11 @@ class ServerSettings:
             raise ValueError("api_key has an empty entry; give a key or leave the option out")
         if not self.served_model_names or not all(self.served_model_names):
             raise ValueError("served_model_name has an empty entry; name the model or leave the option out")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(
+                f"otlp_traces_endpoint={endpoint!r} must be a URL of OTLP over HTTP, such as http://host:4318/v1/traces"
+            )
         choice("log_format", self.log_format, LOG_FORMATS)
         self._check_addresses()
         self._check_limits()

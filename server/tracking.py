@@ -24,7 +24,8 @@ class PromptTracker:
         self.first_token_time: float | None = None
         self.finish_reasons: dict[int, str] = {}
         self._metrics = metrics
-        self._params = params
+        self.params = params
+        self._times: RequestMetrics | None = None  # the latest
         self._token_times: dict[int, float] = {}  # of each completion's latest token
         self._closed = False
         self._counter = counter
@@ -42,6 +43,7 @@ class PromptTracker:
         self.num_cached_tokens = output.num_cached_tokens
         times = output.metrics
         assert times is not None
+        self._times = times
         if self.first_token_time is None and times.first_token_time is not None:
             self.first_token_time = times.first_token_time
             self._metrics.time_to_first_token.observe(times.first_token_time - times.arrival_time)
@@ -56,7 +58,7 @@ class PromptTracker:
         if output.finished:
             self._closed = True
             self._metrics.observe_finished(
-                self._params,
+                self.params,
                 times,
                 now,
                 prompt_tokens=self.num_prompt_tokens,
@@ -64,11 +66,26 @@ class PromptTracker:
                 output_tokens=self.output_tokens.values(),
             )
 
+    def latencies(self) -> dict[str, float]:
+        """Seconds that the prompt and its completions spent, by vLLM's names; empty before the first token."""
+        times = self._times
+        if times is None:
+            return {}
+        scheduled, first, last = times.first_scheduled_time, times.first_token_time, times.last_token_time
+        if scheduled is None or first is None or last is None:
+            return {}
+        return {
+            "time_in_queue": scheduled - times.arrival_time,
+            "time_in_model_prefill": first - scheduled,
+            "time_in_model_decode": last - first,
+            "time_in_model_inference": last - scheduled,
+        }
+
     def close(self) -> None:
         """Count what was dropped: completions that never ended, because the client left or the engine failed."""
         if not self._closed:
             self._closed = True
-            for _ in range(self._params.n - len(self.finish_reasons)):
+            for _ in range(self.params.n - len(self.finish_reasons)):
                 self._metrics.count_finished("abort")
 
     def refuse(self) -> None:
