@@ -91,6 +91,12 @@ class OutputWriter:
             yield from self._part(part)
         yield from self._end_item(status)
 
+    def stop(self) -> None:
+        """Nothing follows any more, whatever has been begun."""
+        for item in self.items:
+            if item["status"] == "in_progress":
+                item["status"] = "incomplete"
+
     def _part(self, part: Part) -> Iterator[Event]:
         match part:
             case ReasoningDelta():
@@ -253,6 +259,7 @@ class LiveResponse:
     def fail(self, error: ApiError) -> Event:
         """The last event of a response that cannot go on."""
         self.status = "failed"
+        self._writer.stop()
         code = "server_error" if error.status >= 500 else "invalid_prompt"
         self._error = {"code": code, "message": error.message}
         return {"type": "response.failed", "response": self.content()}
@@ -260,6 +267,7 @@ class LiveResponse:
     def cancel(self) -> None:
         """Nobody wants the rest."""
         self.status = "cancelled"
+        self._writer.stop()
 
 
 class ResponseFrames(Frames):

@@ -103,6 +103,15 @@ class AllowedTools(msgspec.Struct, tag="allowed_tools", forbid_unknown_fields=Tr
     tools: list[FunctionChoice]
 
 
+class PromptCacheOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How OpenAI's prefixes are cached; here all are, and the answer is the same."""
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: str | None = None
+    prewarm: Literal[False] | None = None
+    comparison_response_id: None = None
+
+
 class ResponseStreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What a stream carries besides its events."""
 
@@ -140,7 +149,7 @@ class ResponsesRequest(ExtraFields, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    prompt_cache_options: Any = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
     service_tier: Any = None
     conversation: Any = None

@@ -218,6 +218,7 @@ def test_an_answer_in_the_background_can_be_cancelled(server):
         create(server, previous_response_id=begun)
     assert server.client.responses.cancel(begun).status == "cancelled"
     cancelled = server.client.responses.retrieve(begun)
+    assert {item.status for item in cancelled.output} <= {"completed", "incomplete"}
     assert (cancelled.status, cancelled.usage.output_tokens < 1500) == ("cancelled", True)
     server.wait_for(server.all_pages_are_free, what="its pages becoming free")
 
@@ -291,6 +292,7 @@ REFUSED = {
     "what cannot be included": ({"include": ["file_search_call.results"]}, "include[0]"),
     "another server's reasoning": ({"input": [{"type": "reasoning", "encrypted_content": "?"}]}, "input[0]"),
     "a tool that is not there": ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+    "an answer of nothing": ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm"),
     "a conversation": ({"conversation": "conv_1"}, "conversation"),
     "another name": ({"max_tokens": 3}, "max_tokens"),
     "no room": ({"max_output_tokens": 0}, "max_output_tokens"),
