@@ -1,4 +1,4 @@
-"""What drawing a step's tokens costs in each sampling mode, beside greedy's: rows of logits in, tokens out.
+"""What drawing a step's tokens costs in each sampling mode, beside XLA's argmax: rows of logits in, tokens out.
 
     python benchmarks/sampling.py [--rows 64] [--vocab-size 131072] [--repeats 15]
 
@@ -10,6 +10,7 @@ of 0.6 but not at 1: the case named "flat" is that one, which top-p has to bisec
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax_engine.bitmasks import num_words
 from jax_engine.full_sampling import Ask, FullRows, FullState, sample_full
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 
+PEER = "XLA's argmax"  # what greedy decoding usually does
 SETTINGS: dict[str, dict[str, Any]] = {
     "greedy, full": {"temperature": 0.0},
     "temperature": {},
@@ -60,7 +62,8 @@ def full_state(num_rows: int, vocab_size: int) -> FullState:
     bad_words = np.full(state.bad_words.shape, -1)
     bad_words[:, :, -1] = vocab_size
     bad_words[:, :2, -1] = tokens[:, :2]
-    return FullState(
+    return replace(
+        state,
         allowed=jnp.full((num_rows, num_words(vocab_size)), 0xFFFFFFFE, jnp.uint32),
         in_prompt=jnp.full((num_rows, num_words(vocab_size)), 1 << 7, jnp.uint32),
         counts=jnp.asarray(counts),
@@ -68,19 +71,20 @@ def full_state(num_rows: int, vocab_size: int) -> FullState:
         bias_tokens=jnp.asarray(bias, jnp.int32),
         bias_values=jnp.ones(state.bias_values.shape),
         bad_words=jnp.asarray(bad_words, jnp.int32),
-        latest=state.latest,
-        num_prompt=state.num_prompt,
-        arguments=state.arguments,
     )
 
 
 def cases(num_rows: int, vocab_size: int) -> dict[str, Callable[..., Any]]:
-    """What to time, by name; greedy's own mode first. Each takes `logits`, which it may write over, as in a step."""
+    """What to time, by name: XLA's argmax and each mode. Each takes `logits`, which it may write over, as in a step."""
     state = full_state(num_rows, vocab_size)
     greedy = jax.jit(partial(sample, mode=SamplingMode.GREEDY), donate_argnames="logits")
     full = jax.jit(partial(sample_full, num_logprobs=20), donate_argnames="logits")
     everything = jnp.full((num_rows, num_words(vocab_size)), 0xFFFFFFFF, jnp.uint32)
-    found: dict[str, Callable[..., Any]] = {"greedy": partial(greedy, rows=sampling_rows(num_rows, vocab_size))}
+    argmax = jax.jit(lambda logits: jnp.argmax(logits, axis=-1))
+    found: dict[str, Callable[..., Any]] = {
+        PEER: argmax,
+        "greedy": partial(greedy, rows=sampling_rows(num_rows, vocab_size)),
+    }
     for name, settings in SETTINGS.items():
         given = dict(settings)
         asks = np.isin(np.arange(len(Ask)), given.pop("asks", []))
@@ -107,7 +111,8 @@ def main() -> None:
             best[name] = min(best[name], time.perf_counter() - start)
     print(f"{arguments.rows} rows, vocabulary {arguments.vocab_size}, {jax.devices()[0].device_kind}")
     for name, seconds in best.items():
-        print(f"{name:<18} {seconds * 1e3:8.2f} ms  {seconds / best['greedy']:5.2f} x greedy")
+        ratios = f"{seconds / best[PEER]:5.2f} x argmax {seconds / best['greedy']:6.2f} x greedy"
+        print(f"{name:<18} {seconds * 1e3:8.2f} ms {ratios}")
 
 
 if __name__ == "__main__":
