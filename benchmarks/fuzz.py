@@ -28,7 +28,9 @@ NEEDED = frozenset({"prompt", "messages", "input", "tokens", "max_tokens"})  # t
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 WIDTHS = ("n", "best_of")
 NAMES = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
-NO_ANSWER = frozenset({"/tokenize", "/detokenize", "/v1/messages/count_tokens"})  # nothing is generated there
+NO_ANSWER = frozenset(
+    {"/tokenize", "/detokenize", "/v1/messages/count_tokens", "/v1/embeddings", "/pooling"}
+)  # nothing is generated there
 # Not asked: what ends the server's readiness for everybody.
 LEFT_OUT = frozenset({"/sleep", "/wake_up", "/abort_requests", "/start_profile", "/stop_profile"})
 

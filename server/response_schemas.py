@@ -209,6 +209,65 @@ class TokenizerInfo(TypedDict):
     chat_template: str | None
 
 
+class PromptUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(TypedDict):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str  # base64
+
+
+class Pooled(TypedDict):
+    object: Literal["pooling"]
+    index: int
+    data: list[float] | str  # base64
+
+
+class Score(TypedDict):
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class Rank(TypedDict):
+    index: int
+    relevance_score: float
+
+
+class EmbeddingList(TypedDict):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: PromptUsage
+
+
+class PooledList(TypedDict):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Pooled]
+    usage: PromptUsage
+
+
+class ScoreList(TypedDict):
+    id: str
+    object: Literal["list"]
+    model: str
+    data: list[Score]
+    usage: PromptUsage
+
+
+class Ranking(TypedDict):
+    id: str
+    model: str
+    results: list[Rank]
+    usage: PromptUsage
+
+
 # What a route, or one of its methods, answers with status 200: a type of JSON, or None for any text; and how it
 # streams, if it can.
 ANSWERS: dict[str, tuple[Any, str | None]] = {
@@ -233,6 +292,14 @@ ANSWERS: dict[str, tuple[Any, str | None]] = {
     "/version": (Version, None),
     "/load": (Load, None),
     "/metrics": (None, None),
+    "/v1/embeddings": (EmbeddingList, None),
+    "/pooling": (PooledList, None),
+    "/score": (ScoreList, None),
+    "/v1/score": (ScoreList, None),
+    "/rerank": (Ranking, None),
+    "/v1/rerank": (Ranking, None),
+    "/v2/rerank": (Ranking, None),
+    "/classify": (dict[str, Any], None),  # none that is served so far
     "/engine_state": (dict[str, Any], None),
     "/reset_prefix_cache": (Reset, None),
     "/sleep": (Sleeping, None),

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tracking import RequestRecord
 
@@ -91,14 +92,14 @@ def attributes(record: RequestRecord, model: str) -> dict[str, Any]:
         "gen_ai.request.id": record.request_id,
         "gen_ai.request.n": params.n,
         "gen_ai.request.max_tokens": params.max_tokens,
-        "gen_ai.request.temperature": params.temperature,
-        "gen_ai.request.top_p": params.top_p,
         "gen_ai.usage.num_sequences": params.n * len(record.trackers),
         "gen_ai.usage.prompt_tokens": usage["prompt_tokens"],
         "gen_ai.usage.completion_tokens": usage["completion_tokens"],
         "gen_ai.latency.e2e": time.monotonic() - record.started,
         "gen_ai.latency.time_to_first_token": min(firsts) - record.started if firsts else None,
     }
+    if isinstance(params, SamplingParams):
+        found |= {"gen_ai.request.temperature": params.temperature, "gen_ai.request.top_p": params.top_p}
     for tracker in record.trackers:
         for name, seconds in tracker.latencies().items():
             name = f"gen_ai.latency.{name}"
