@@ -1,13 +1,15 @@
-"""Speculative decoding by n-grams: what it gains where answers repeat what was said, and costs where they do not.
+"""Speculative decoding: what it gains where answers are easy to guess, and costs where they are not.
 
     python benchmarks/speculative.py                       # the built-in model, one stream and eight
     python benchmarks/speculative.py --streams 1 --num-speculative-tokens 4 --json out.json
+    python benchmarks/speculative.py --method draft_model --num-speculative-tokens 4
 
 Two engines that differ in `speculative_config` alone take turns, request by request, so that a busy machine slows both.
 Both must give the same tokens. Loads, all of the built-in model's tasks:
 
 - `asked again`: short answers, each asked for a second time in the same conversation. The answer has been given before.
 - `tool calls`: a call is to be made, with arguments that the prompt holds.
+- `tasks`: questions of all tasks in turn.
 - `drafts fail`: answers drawn at temperature 2, in which n-grams recur and nothing follows twice.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 
 from accuracy import prompt_ids
 from jax_engine import LLM, SamplingParams, TokensPrompt
-from jax_engine.models.demo.generator import held_out_samples, task_named
+from jax_engine.models.demo.generator import TASKS, held_out_samples, task_named
 from jax_engine.models.demo.samples import Sample
 from jax_engine.server.bench_figures import format_table, write_json
 
@@ -54,12 +56,12 @@ class Result:
 
 def main() -> None:
     options = parse_arguments()
-    speculation = {
-        "method": "ngram",
-        "num_speculative_tokens": options.num_speculative_tokens,
-        "prompt_lookup_max": options.prompt_lookup_max,
-        "prompt_lookup_min": options.prompt_lookup_min,
-    }
+    speculation = {"method": options.method, "num_speculative_tokens": options.num_speculative_tokens}
+    if options.method == "ngram":
+        lookup = {"prompt_lookup_max": options.prompt_lookup_max, "prompt_lookup_min": options.prompt_lookup_min}
+        speculation |= lookup
+    else:
+        speculation["model"] = options.draft_model
     with ExitStack() as stack:
         plain, drafting = (
             stack.enter_context(
@@ -78,7 +80,16 @@ def main() -> None:
         results = [
             measure(plain, drafting, load, streams, options.rounds) for load in loads for streams in options.streams
         ]
-    header = ["load", "streams", "plain, tokens/s", "n-grams, tokens/s", "gain", "drafted", "accepted", "by position"]
+    header = [
+        "load",
+        "streams",
+        "plain, tokens/s",
+        "drafts, tokens/s",
+        "gain",
+        "drafted",
+        "accepted",
+        "by position",
+    ]
     print(format_table(header, [[*list(asdict(result).values())[:-1], positions(result)] for result in results]))
     if options.json:
         write_json(options.json, {"results": [asdict(result) for result in results]})
@@ -91,6 +102,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load", action="append", metavar="NAME", help="only this one; may be given several times")
     parser.add_argument("--prompts", default=24, help="of each load (default: %(default)s)", **number)
     parser.add_argument("--rounds", default=3, help="over all prompts, after one to warm up", **number)
+    parser.add_argument("--method", choices=("ngram", "draft_model"), default="ngram", help="default: %(default)s")
+    parser.add_argument("--draft-model", default="demo-draft", metavar="MODEL", help="default: %(default)s")
     parser.add_argument("--num-speculative-tokens", default=7, help="default: %(default)s", **number)
     parser.add_argument("--prompt-lookup-max", default=4, help="default: %(default)s", **number)
     parser.add_argument("--prompt-lookup-min", default=2, help="default: %(default)s", **number)
@@ -114,9 +127,11 @@ def make_loads(llm: LLM, count: int) -> list[Load]:
         for sample, output in zip(repeated, outputs, strict=True)
     ]
     calls = [TokensPrompt(prompt_token_ids=prompt_ids(llm, sample)) for sample in samples_of(("tool calls",), count)]
+    mixed = samples_of([task.name for task in TASKS], count)
     return [
         Load("asked again", again, greedy),
         Load("tool calls", calls, greedy),
+        Load("tasks", [TokensPrompt(prompt_token_ids=prompt_ids(llm, sample)) for sample in mixed], greedy),
         Load("drafts fail", [TokensPrompt(prompt_token_ids=ids) for ids in first], wild),
     ]
 

@@ -51,15 +51,19 @@ class Admin:
     def _sleep(self, level: int) -> None:
         if "kv_cache" not in self._asleep:
             assert self._scheduler.cache.reset(), "no request holds pages"
+            if self._scheduler.drafts is not None:
+                self._scheduler.drafts.proposer.reset()
             self._runner.drop_state()
         if "weights" not in self._asleep or level > 1:
-            self._runner.weights.put_away(keep=level == 1)
+            for weights in self._runner.all_weights:
+                weights.put_away(keep=level == 1)
         self._asleep = {"weights", "kv_cache"}
         logger.info("asleep, level %d: the devices' memory is free", level)
 
     def _wake_up(self, tags: tuple[str, ...]) -> None:
         if "weights" in self._asleep and "weights" in tags:
-            if not self._runner.weights.bring_back():
+            were_kept = [weights.bring_back() for weights in self._runner.all_weights]
+            if not all(were_kept):
                 self._scheduler.adapters.forget_all()
             self._asleep.remove("weights")
         if "kv_cache" in self._asleep and "kv_cache" in tags:

@@ -26,6 +26,11 @@ def pack_bits(tokens: Iterable[int], vocab_size: int) -> NDArray[np.uint32]:
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32, copy=False)
 
 
+def has_bit(mask: NDArray[np.uint32], token: int) -> bool:
+    """Whether a token is in a bitmask."""
+    return bool(mask[token // WORD_BITS] >> np.uint32(token % WORD_BITS) & np.uint32(1))
+
+
 def ids_of(mask: NDArray[np.uint32]) -> NDArray[np.int64]:
     """The tokens of a bitmask, in ascending order."""
     return np.flatnonzero(np.unpackbits(mask.astype("<u4").view(np.uint8), bitorder="little"))

@@ -49,6 +49,7 @@ class CompiledSteps:
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self._can_draft: set[bool] = set()  # in the FULL mode, or not
         self._with_drafts = [program for program in self.programs if program.draft_rows]
+        self._of_draft_model = sorted(program for program in self.programs if program.num_drafts)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
@@ -150,6 +151,7 @@ class CompiledSteps:
         """
         if full not in self._can_draft:
             programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
+            programs += self._of_draft_model
             if not programs or any(program not in self._executables for program in programs):
                 return False
             self._can_draft.add(full)
@@ -171,6 +173,12 @@ class CompiledSteps:
             self.num_in_request_path += 1
             self._compile(largest)
         return largest, self._executables[largest]
+
+    def find_draft(self, num_tokens: int, num_sequences: int) -> tuple[Program, jax.stages.Compiled]:
+        """The smallest program of the draft model that holds so much, which `can_draft` has allowed."""
+        fitting = (program for program in self._of_draft_model if program.bucket.holds(num_tokens, num_sequences))
+        program = next(fitting)
+        return program, self._executables[program]
 
     def is_coming(self, mode: SamplingMode) -> bool:
         """Whether no program is ready for steps of a mode and a background thread compiles one, next from now on. Steps
@@ -277,8 +285,9 @@ def compile_order(programs: Iterable[Program]) -> list[Program]:
     """
     ascending, modes = sorted(programs), list(SamplingMode)
 
-    def kind(program: Program) -> tuple[bool, bool, int, int]:
-        return program.mode is SamplingMode.FULL, program.draft_rows > 0, program.num_steps, -modes.index(program.mode)
+    def kind(program: Program) -> tuple[bool, bool, bool, int, int]:
+        is_full, drafts = program.mode is SamplingMode.FULL, program.num_drafts > 0
+        return is_full, drafts or program.draft_rows > 0, drafts, program.num_steps, -modes.index(program.mode)
 
     return [
         program

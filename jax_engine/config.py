@@ -235,10 +235,15 @@ class EngineConfig:
         speculation = self.speculation
         if speculation is None:
             return
-        for name, value in (("num_scheduler_steps", 1), ("deterministic", False), ("logits_processors", ())):
+        for name, value, reason in (
+            ("num_scheduler_steps", 1, "both draw several tokens a step"),
+            ("deterministic", False, "its one step program draws one token for each sequence"),
+            ("logits_processors", (), "their steps draw one token for each sequence"),
+        ):
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} must be {value} with speculative_config; leave one of them out"
+                    f"{name}={getattr(self, name)} must be {value} with speculative_config ({reason}); "
+                    "leave one of them out"
                 )
         if speculation.num_speculative_tokens >= self.token_budget:
             raise ValueError(
@@ -308,6 +313,11 @@ class EngineConfig:
     def pooling(self) -> PoolingParams:
         """What requests for vectors leave out of theirs."""
         return PoolingParams.of_engine(self.pooler_config)
+
+    @property
+    def draft_model(self) -> str | None:
+        """What `speculative_config` calls a draft model, if it asks for one."""
+        return None if self.speculation is None else self.speculation.model
 
     @property
     def host_cache_bytes(self) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.bitmasks import all_tokens, pack_bits
+from jax_engine.bitmasks import all_tokens, has_bit, pack_bits
 from jax_engine.grammars import error_of, make_mask, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
@@ -59,6 +59,12 @@ class GrammarConstraint:
         self._making: Future[None] | None = None
 
     @property
+    def allows_drafts(self) -> bool:
+        """Whether the masks behind drafts can be made, and take no long time."""
+        is_thinking = self._thinking is not None and not self._thinking.is_over
+        return self.matcher is not None and not is_thinking and not self.is_slow
+
+    @property
     def is_behind(self) -> bool:
         """Whether the mask of the next token is neither made nor being made."""
         return self._making is None
@@ -68,11 +74,28 @@ class GrammarConstraint:
         """Whether the mask of the next token is made."""
         return self._making is not None and self._making.done()
 
-    def fill(self, row: NDArray[np.uint32]) -> None:
-        """Write the bitmask of the tokens that may come next; waits until it is made."""
+    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int] = ()) -> None:
+        """Write the bitmasks of the tokens that may come next, and behind each draft, as far as they are allowed; waits
+        until the first is made.
+        """
         assert self._making is not None
         self._making.result()
-        row[:] = self._mask[: len(row)]
+        matcher, mask = self.matcher, self._mask
+        rows[0] = mask[: rows.shape[1]]
+        if not drafts:
+            return
+        assert matcher is not None and (self._thinking is None or self._thinking.is_over), "`allows_drafts` said so"
+        start, num_taken = time.perf_counter(), 0
+        for draft in drafts:
+            # One that ends the output needs nothing behind it.
+            if not has_bit(mask & self._goes_on, draft) or not matcher.consume_token(draft):
+                break
+            num_taken += 1
+            mask = self._held(make_mask(matcher, self._vocab_size), self._num_tokens + num_taken)
+            rows[num_taken] = mask[: rows.shape[1]]
+        if num_taken:
+            matcher.rollback(num_taken)
+            self.is_slow = time.perf_counter() - start > num_taken * SLOW_SECONDS
 
     def advance(self, tokens: list[int]) -> None:
         """Take tokens that the request was given; the next mask is made by `Constraints.make_masks`."""
@@ -91,8 +114,7 @@ class GrammarConstraint:
         if self._thinking is not None:
             new = self._thinking.take(new)
         mask = all_tokens(1, self._vocab_size)[0] if self.matcher is None else self._follow(self.matcher, new)
-        if self._num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
-            mask = held
+        mask = self._held(mask, self._num_tokens)
         self._mask = mask if self._thinking is None else self._thinking.mask(mask)
         self.is_slow = time.perf_counter() - start > SLOW_SECONDS
 
@@ -102,6 +124,12 @@ class GrammarConstraint:
             self.error = error_of(matcher) or "the grammar does not allow the token that was drawn"
         mask = make_mask(matcher, self._vocab_size)
         self.error = self.error or error_of(matcher) or None
+        return mask
+
+    def _held(self, mask: NDArray[np.uint32], num_tokens: int) -> NDArray[np.uint32]:
+        """A mask without what ends the output, before `min_tokens` and where others are left."""
+        if num_tokens < self._min_tokens and (held := mask & self._goes_on).any():
+            return held
         return mask
 
 

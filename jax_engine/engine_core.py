@@ -216,23 +216,24 @@ class EngineCore:
         pending.tokens.block_until_ready()
         ready = time.perf_counter()
         self._step_seconds = ready - self._device_since
-        if pending.plan.num_steps == 1:
-            self.scheduler.cache.load_rule.observe(pending.plan.num_tokens, self._step_seconds)
+        plan = pending.resolve()
+        if plan.num_steps == 1:
+            self.scheduler.cache.load_rule.observe(plan.num_tokens, self._step_seconds)
         if self.scheduler.drafts is not None:
-            self.scheduler.drafts.observe(pending.plan, ready - self._period_since, is_ahead=is_ahead)
+            self.scheduler.drafts.observe(plan, ready - self._period_since, is_ahead=is_ahead)
         self._device_since = self._period_since = ready
         drawn = self.runner.collect(pending)
         counters = self.runner.counters
         self.steps.add(
-            pending.plan.chunks,
+            plan.chunks,
             ended=time.monotonic(),
             seconds=self._step_seconds,
             draft_rows=pending.program.draft_rows,
             rows=counters.token_rows,
             padding=counters.padding_tokens,
         )
-        outputs = self.scheduler.commit(pending.plan, drawn, self.runner.collect_findings(pending, drawn))
-        self.constraints.go_on(chunk.request for chunk in pending.plan.chunks)
+        outputs = self.scheduler.commit(plan, drawn, self.runner.collect_findings(pending, drawn))
+        self.constraints.go_on(chunk.request for chunk in plan.chunks)
         self._wait_us += (ready - start) * 1e6
         self._collect_us += (time.perf_counter() - ready) * 1e6
         return outputs

@@ -74,15 +74,28 @@ class FullState:
             vectors=zeros(hidden_size, dtype=jnp.float32),
         )
 
-    def with_drawn(self, slots: Int[Array, " B"], tokens: Int[Array, " B"], is_kept: Bool[Array, " B"]) -> "FullState":
-        """With a token more in the output of each slot that keeps one."""
-        num_slots = self.num_prompt.shape[0]
-        kept = jnp.where(is_kept, slots, num_slots)
-        latest = jnp.concatenate([self.latest.at[slots].get(mode="clip")[:, 1:], tokens[:, None]], axis=1)
+    def with_drawn(
+        self,
+        slots: Int[Array, " B"],
+        drawn: Int[Array, " D"],
+        owners: Int[Array, " D"],
+        firsts: Int[Array, " B"],
+        num_kept: Int[Array, " B"],
+    ) -> "FullState":
+        """With the tokens that each sequence keeps in its slot's output: `num_kept` of those `drawn`, from `firsts` on;
+        `owners` are the sequences that they were drawn for.
+        """
+        num_slots, size = self.num_prompt.shape[0], drawn.shape[0]
+        is_kept = jnp.arange(size) - firsts[owners] < num_kept[owners]
+        kept = jnp.where(is_kept, slots[owners], num_slots)
+        # The latest first: of what is kept, and then of what was there.
+        places = (firsts + num_kept)[:, None] - 1 - jnp.arange(self.latest.shape[1])
+        latest = self.latest.at[slots].get(mode="clip")
+        latest = put_behind(latest, drawn[jnp.clip(places, 0, size - 1)], num_kept)
         return replace(
             self,
-            counts=self.counts.at[kept, tokens].add(1, mode="drop"),
-            latest=self.latest.at[kept].set(latest, mode="drop"),
+            counts=self.counts.at[kept, drawn].add(1, mode="drop"),
+            latest=self.latest.at[jnp.where(num_kept > 0, slots, num_slots)].set(latest, mode="drop"),
         )
 
 
@@ -93,17 +106,18 @@ class FullInputs:
 
     asks: Bool[Array, " asks"]  # by `Ask`: whether any row does
     controlled: Bool[Array, " B"]  # whether the row's own slot of the `FullState` is in force
-    masks: UInt[Array, "B W"]  # as `FullState.allowed`, of this step alone; a token needs both bits
-    logprobs: Bool[Array, " B"]  # whether those of the drawn token are to be found
+    masks: UInt[Array, "D W"]  # of each row drawn from: as `FullState.allowed`, in this step; a token needs both bits
+    logprobs: Bool[Array, " B"]  # whether those of the drawn tokens are to be found
     pooled_rows: Int[Array, "B 2"]  # of each sequence, those that `pool_rows` adds up
     targets: Int[Array, " T"]  # the token after each token row, if its log-probability is to be found, or else -1
 
     @classmethod
-    def zeros(cls, num_rows: int, num_tokens: int, vocab_size: int) -> "FullInputs":
+    def zeros(cls, num_rows: int, num_draws: int, num_tokens: int, vocab_size: int) -> "FullInputs":
+        """For a step of so many sequences, rows to draw from, and token rows."""
         return cls(
             asks=jnp.zeros(len(Ask), bool),
             controlled=jnp.zeros(num_rows, bool),
-            masks=jnp.zeros((num_rows, num_words(vocab_size)), jnp.uint32),
+            masks=jnp.zeros((num_draws, num_words(vocab_size)), jnp.uint32),
             logprobs=jnp.zeros(num_rows, bool),
             pooled_rows=jnp.zeros((num_rows, 2), jnp.int32),
             targets=jnp.zeros(num_tokens, jnp.int32),
@@ -120,6 +134,8 @@ class FullRows:
     controlled: Bool[Array, " B"]
     masks: UInt[Array, "B W"]
     logprobs: Bool[Array, " B"]
+    # Output that the slot's state does not have yet: drafts, the latest first, padded with the vocabulary's size.
+    drafts: Int[Array, "B K"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -175,7 +191,7 @@ def mask_and_penalize(logits: Float[Array, "B V"], rows: FullRows, state: FullSt
     penalty once are subtracted. And minus infinity for tokens that a mask takes.
     """
     vocab_size = logits.shape[1]
-    counts = _of_slots(state.counts, rows, 0)
+    counts = output_counts(rows, state)
     is_seen = (counts > 0) | unpack_bits(_of_slots(state.in_prompt, rows, np.uint32(0)), vocab_size)
     presence, frequency = (_of_slots(state.penalties[:, column], rows, 0.0)[:, None] for column in (0, 1))
     repetition = _of_slots(state.penalties[:, 2], rows, 1.0)[:, None]
@@ -188,7 +204,11 @@ def mask_and_penalize(logits: Float[Array, "B V"], rows: FullRows, state: FullSt
 def drop_bad_words(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
     """Minus infinity for the last token of each bad word whose other tokens are those that the output ends with."""
     words = _of_slots(state.bad_words, rows, logits.shape[1])
-    latest = _of_slots(state.latest, rows, NO_OUTPUT)[:, None]
+    latest = _of_slots(state.latest, rows, NO_OUTPUT)
+    if rows.drafts is not None:
+        num_drafts = jnp.sum(rows.drafts < logits.shape[1], axis=1)
+        latest = put_behind(latest, rows.drafts, num_drafts)
+    latest = latest[:, None]
     is_next = jnp.all((words[:, :, :-1] == ANY_TOKEN) | (words[:, :, :-1] == latest), axis=-1)
     dropped = jnp.where(is_next, words[:, :, -1], logits.shape[1])
     return logits.at[jnp.arange(logits.shape[0])[:, None], dropped].set(-jnp.inf, mode="drop")
@@ -200,7 +220,7 @@ def run_processors(
     """The logits after each processor in turn."""
     positions, num_prompt = rows.sampling.positions, _of_slots(state.num_prompt, rows, 0)
     seen = ProcessorState(
-        output_counts=_of_slots(state.counts, rows, 0),
+        output_counts=output_counts(rows, state),
         in_prompt=unpack_bits(_of_slots(state.in_prompt, rows, np.uint32(0)), logits.shape[1]),
         positions=positions,
         num_output_tokens=positions - num_prompt,
@@ -210,6 +230,23 @@ def run_processors(
         arguments = {name: _of_slots(columns[name], rows, value) for name, value in processor.arguments}
         logits = processor.function(logits, seen, **arguments)
     return logits
+
+
+def output_counts(rows: FullRows, state: FullState) -> Int[Array, "B V"]:
+    """How often each token is in the output in front of the row."""
+    counts = _of_slots(state.counts, rows, 0)
+    if rows.drafts is None:
+        return counts
+    return counts.at[jnp.arange(counts.shape[0])[:, None], rows.drafts].add(1, mode="drop")
+
+
+def put_behind(latest: Int[Array, "B N"], new: Int[Array, "B K"], num_new: Int[Array, " B"]) -> Int[Array, "B N"]:
+    """The latest tokens of each row, the last at the end, after `num_new` more; `new` has the latest of those first."""
+    size = latest.shape[1]
+    age = jnp.broadcast_to(jnp.arange(size), latest.shape)
+    later = jnp.take_along_axis(new, jnp.minimum(age, new.shape[1] - 1), axis=1)
+    earlier = jnp.take_along_axis(latest, jnp.clip(size - 1 - (age - num_new[:, None]), 0, size - 1), axis=1)
+    return jnp.where(age < num_new[:, None], later, earlier)[:, ::-1]
 
 
 def _same(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:

@@ -17,8 +17,8 @@ from jax_engine.placed_model import PlacedModel
 from jax_engine.pooling_results import pooled_rows
 from jax_engine.request import Request
 from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
-from jax_engine.step_batch import Bucket
 from jax_engine.step_plan import Chunk
+from jax_engine.step_program import Program
 
 
 class FullSlots:
@@ -66,31 +66,34 @@ class FullSlots:
             row = slot_row(request, controls, self._placed)
             self.state = self._write(self.state, np.int32(slot), row)
 
-    def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], bucket: Bucket) -> FullInputs:
+    def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], program: Program) -> FullInputs:
         """What a step over these ordered chunks takes beside its packed buffer.
 
         Made of NumPy arrays: the step's executable puts them where it wants them.
         """
-        num_rows = bucket.num_sequences
+        num_rows = program.bucket.num_sequences
         controlled = np.zeros(num_rows, bool)
         controlled[: len(slots)] = self._is_controlled[slots]
         asks: NDArray[np.bool_] = np.logical_or.reduce(self._asks[slots], axis=0)
-        constraints = [
-            (row, chunk.request.constraint)
-            for row, chunk in enumerate(chunks)
-            if chunk.num_draws and chunk.request.constraint is not None
-        ]
-        masks = self._no_masks(num_rows)
-        if constraints:
-            filled = all_tokens(num_rows, self._placed.vocab_size)
-            for row, constraint in constraints:
-                constraint.fill(filled[row])
-            masks, asks[Ask.MASKS] = cast(Array, filled), True
+        masks = self._no_masks(program.draft_rows or num_rows)
+        if any(chunk.num_draws and chunk.request.constraint is not None for chunk in chunks):
+            masks, asks[Ask.MASKS] = cast(Array, self._fill_masks(chunks, program)), True
         logprobs = np.zeros(num_rows, bool)
         logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
-        targets = prompt_targets(chunks, bucket.num_tokens)
+        targets = prompt_targets(chunks, program.bucket.num_tokens)
         arrays = asks, controlled, masks, logprobs, pooled_rows(chunks, num_rows), targets
         return FullInputs(*(cast(Array, array) for array in arrays))
+
+    def _fill_masks(self, chunks: Sequence[Chunk], program: Program) -> NDArray[np.uint32]:
+        """The masks of the rows that are drawn from: with drafts, several of a chunk, one chunk's after another's."""
+        filled = all_tokens(program.draft_rows or program.bucket.num_sequences, self._placed.vocab_size)
+        next_row = 0
+        for index, chunk in enumerate(chunks):
+            row = next_row if program.draft_rows else index
+            if chunk.num_draws and chunk.request.constraint is not None:
+                chunk.request.constraint.fill(filled[row : row + 1 + len(chunk.drafts)], chunk.drafts)
+            next_row += chunk.num_draws
+        return filled
 
     def _no_masks(self, num_rows: int) -> jax.Array:
         if num_rows not in self._unmasked:

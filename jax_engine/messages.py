@@ -27,12 +27,6 @@ class TokenControls(msgspec.Struct, array_like=True, frozen=True):
     processor_arguments: dict[str, float] = {}
     pooling: str | None = None  # of `POOLING_TYPES`: the prompt's vector is asked for, and the token drawn is nobody's
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether each token is drawn under the same of it, whichever come before."""
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        return penalties == (0, 0, 1) and not self.bad_words and not self.processor_arguments
-
 
 NO_CONTROLS = TokenControls()
 

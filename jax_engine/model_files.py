@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jax_engine.models.demo import DEMO_DIR
+from jax_engine.models.demo import DEMO_DIR, DEMO_DRAFT_DIR
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -25,13 +25,16 @@ class ModelLoadError(ValueError):
 
 
 def resolve_model_path(name: str | Path | None, *, revision: str | None = None) -> Path:
-    """The folder of a model: the built-in one for None or "demo", an existing folder, else a download from the hub.
+    """The folder of a model: the built-in one for None or "demo" and its draft for "demo-draft", an existing folder,
+    else a download from the hub.
 
     `revision` is a branch, tag or commit of the hub repository. Files that were downloaded before are not fetched
     again, and are enough when there is no network.
     """
     if name is None or str(name) == "demo":
         return DEMO_DIR
+    if str(name) == "demo-draft":
+        return DEMO_DRAFT_DIR
     path = Path(name).expanduser()
     if path.is_dir():
         return path

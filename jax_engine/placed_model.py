@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from jax_engine.draft_program import draft_function
 from jax_engine.full_sampling import FullInputs, FullState
 from jax_engine.loader import ModelStructure, Parameter
 from jax_engine.logits_processors import LogitsProcessor, argument_names
@@ -54,6 +55,8 @@ class PlacedModel:
     row_block: int | None = None  # rows of a step that run together; None: all
     processors: tuple[LogitsProcessor, ...] = ()
     compiler_options: tuple[tuple[str, bool], ...] = ()
+    draft: "PlacedModel | None" = None  # a smaller model, which drafts for this one
+    num_drafts: int = 0  # tokens that are drafted for a sequence in one step, at most, by whatever method
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class PlacedModel:
         max_logprobs: int = 20,
         processors: tuple[LogitsProcessor, ...] = (),
         adapters: AdapterShape | None = None,
+        num_drafts: int = 0,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh`, or on one device without one.
 
@@ -106,7 +110,7 @@ class PlacedModel:
         sizes = config.vocab_size, config.hidden_size, min(max_logprobs, config.vocab_size)
         parts = structure, geometry, placement, *sizes
         if not deterministic:
-            return cls(*parts, processors=processors)
+            return cls(*parts, processors=processors, num_drafts=num_drafts)
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
         return cls(*parts, row_block(platform), processors, options)
@@ -125,9 +129,9 @@ class PlacedModel:
         """The device state as `jax.ShapeDtypeStruct`s."""
         whole, pages = self.placement.of(), self.placement.of((None, None, None, "kv_heads"))
         state = jax.eval_shape(lambda: self._zeros(size))
-        cache = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, pages), state.cache)
+        caches = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, pages), (state.cache, state.draft_cache))
         state = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), state)
-        return replace(state, cache=cache)
+        return replace(state, cache=caches[0], draft_cache=caches[1])
 
     def full_state_shapes(self, num_slots: int) -> FullState:
         """What the FULL mode keeps for the slots, as `jax.ShapeDtypeStruct`s; a copy on every device."""
@@ -144,11 +148,7 @@ class PlacedModel:
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0
     ) -> jax.stages.Lowered:
         """Trace the step program of a bucket; its arguments are those of `step_function` or `full_step_function`."""
-        leaves = tuple(
-            _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
-            for parameter in self.structure.parameters
-        )
-        state, whole = self.state_shapes(size), self.placement.of()
+        leaves, state, whole = self._leaf_shapes(), self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
         on_mesh, options = self.placement.mesh is not None, dict(self.compiler_options)
         if mode is not SamplingMode.FULL:
@@ -160,8 +160,8 @@ class PlacedModel:
             return jitted.lower(leaves, state, buffer)
         assert num_steps == 1, "a step of the FULL mode runs the model once"
         full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
-        tokens = layout.bucket.num_tokens
-        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(rows, tokens, self.vocab_size)))
+        sizes = rows, draft_rows or rows, layout.bucket.num_tokens, self.vocab_size
+        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(*sizes)))
         full_step = full_step_function(
             self.structure,
             layout,
@@ -170,10 +170,27 @@ class PlacedModel:
             num_logprobs=self.num_logprobs,
             processors=self.processors,
             draft_rows=draft_rows,
+            num_drafts=self.num_drafts,
         )
         full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
         jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)
         return jitted.lower(leaves, state, full, buffer, inputs)
+
+    def lower_draft(self, layout: BatchLayout, size: StateSize) -> jax.stages.Lowered:
+        """Trace a program of the draft model; its arguments are those of `draft_function`."""
+        assert self.draft is not None
+        state, whole = self.state_shapes(size), self.placement.of()
+        function = draft_function(self.draft.structure, layout, self.draft.placement, num_drafts=self.num_drafts)
+        shardings = (_shardings(state), whole) if self.placement.mesh is not None else None
+        buffer = _shape((layout.size,), jnp.int32, whole)
+        jitted = jax.jit(function, donate_argnums=1, out_shardings=shardings)
+        return jitted.lower(self.draft._leaf_shapes(), state, buffer)
+
+    def _leaf_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(
+            _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
+            for parameter in self.structure.parameters
+        )
 
     def _full_zeros(self, num_slots: int) -> FullState:
         return FullState.zeros(num_slots, self.vocab_size, self.hidden_size, len(argument_names(self.processors)))
@@ -184,13 +201,17 @@ class PlacedModel:
         return jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), shapes)
 
     def _zeros(self, size: StateSize) -> DeviceState:
-        return DeviceState.zeros(
+        state = DeviceState.zeros(
             self.geometry.shape(size.num_pages),
             jnp.dtype(self.geometry.dtype),
             num_slots=size.num_slots,
             num_groups=self.geometry.layout.num_groups,
             max_pages=size.max_pages,
         )
+        if self.draft is None:
+            return state
+        cache = self.draft.geometry
+        return state.with_draft_cache(cache.shape(size.num_pages), jnp.dtype(cache.dtype), num_drafts=self.num_drafts)
 
 
 def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
@@ -199,3 +220,14 @@ def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | N
 
 def _shardings(shapes: Shapes) -> Shapes:
     return jax.tree.map(lambda leaf: leaf.sharding, shapes)
+
+
+def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
+    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the
+    checkpoint's.
+    """
+    if asked != "auto":
+        return jnp.dtype(asked)
+    if platform == "cpu":
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(stored if stored in ("bfloat16", "float16") else jnp.bfloat16)

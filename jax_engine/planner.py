@@ -28,6 +28,7 @@ MAX_FULL_PROGRAMS = 6  # in the FULL mode, which few do
 FULL_SIZE_STEP = 4  # its step sizes grow by this factor
 MAX_LOOP_PROGRAMS = 8  # beside them, where decodes loop on the device
 MAX_DRAFT_PROGRAMS = 8  # beside them, for steps with drafted tokens
+MAX_DRAFT_MODEL_PROGRAMS = 6  # of a model that drafts them; in place of as many of `MAX_PROGRAMS`
 SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next one: rows of small steps are cheap
 
 
@@ -39,6 +40,7 @@ class CacheGeometry:
     page_shape: PageShape  # of one layer
     dtype: np.dtype
     num_parts: int = 1  # devices that the key and value heads are split over
+    draft_bytes: int = 0  # memory, on each device, of the page of the same number in the draft model's cache
 
     @classmethod
     def of(
@@ -70,6 +72,11 @@ class CacheGeometry:
     def page_bytes(self) -> int:
         """Memory of a page on each device."""
         return int(np.prod(self.shape(1))) * self.dtype.itemsize // self.num_parts
+
+    @property
+    def planned_bytes(self) -> int:
+        """Memory that a page takes on each device in all caches."""
+        return self.page_bytes + self.draft_bytes
 
     def pages_for(self, num_tokens: int) -> int:
         """Entries of one cache group's block table."""
@@ -147,8 +154,33 @@ def _modes(size: int, max_num_seqs: int) -> Sequence[SamplingMode]:
     return LOOPING_MODES if size <= max_num_seqs else LOOPING_MODES[-1:]
 
 
+def programs_of(config: EngineConfig, *, row_block: int | None, only_full: bool) -> tuple[Program, ...]:
+    """Every program there will be of an engine; `row_block` and `only_full` as in `step_programs`."""
+    limits, speculation = (config.max_num_seqs, config.token_budget), config.speculation
+    with_drafts: tuple[Program, ...] = ()
+    of_draft_model: tuple[Program, ...] = ()
+    if speculation is not None:
+        with_drafts = draft_programs(*limits, speculation.num_speculative_tokens)
+        if config.draft_model is not None:
+            of_draft_model = draft_model_programs(*limits, speculation.num_speculative_tokens)
+    plain = step_programs(
+        *limits,
+        row_block=row_block,
+        num_steps=config.num_scheduler_steps,
+        only_full=only_full,
+        max_programs=MAX_PROGRAMS - len(of_draft_model),
+    )
+    return *plain, *with_drafts, *of_draft_model
+
+
 def step_programs(
-    max_num_seqs: int, token_budget: int, *, row_block: int | None = None, num_steps: int = 1, only_full: bool = False
+    max_num_seqs: int,
+    token_budget: int,
+    *,
+    row_block: int | None = None,
+    num_steps: int = 1,
+    only_full: bool = False,
+    max_programs: int = MAX_PROGRAMS,
 ) -> tuple[Program, ...]:
     """Every step program there will be: step sizes, each with all the sequences that it can hold, in their modes.
 
@@ -165,7 +197,7 @@ def step_programs(
     if only_full:
         sizes = step_sizes(max_num_seqs, token_budget)
         return tuple(Program(Bucket(size, min(size, max_num_seqs)), SamplingMode.FULL) for size in sizes)
-    kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget)]
+    kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget, max_programs=max_programs)]
     if num_steps > 1:
         loop_sizes = step_sizes(max_num_seqs, max_num_seqs, max_programs=MAX_LOOP_PROGRAMS)
         kinds += [(num_steps, size) for size in loop_sizes]
@@ -192,6 +224,20 @@ def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tup
     kinds = [*((size, LOOPING_MODES[-1]) for size in ladder), *((size, SamplingMode.FULL) for size in ends)]
     return tuple(
         Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds
+    )
+
+
+def draft_model_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
+    """Programs of the draft model: two tokens of each sequence, as are new to it after all its drafts were right, for
+    one sequence and powers of two times as many; and the token budget, for prompts. At most `MAX_DRAFT_MODEL_PROGRAMS`.
+    """
+    most = min(2 * max_num_seqs, token_budget)
+    ladder = sorted({*(min(2**power, most) for power in range(1, most.bit_length() + 1)), token_budget})
+    while len(ladder) > MAX_DRAFT_MODEL_PROGRAMS:
+        _thin(ladder, (ladder[0], token_budget))
+    return tuple(
+        Program(Bucket(size, min(-(-size // 2) if size < token_budget else size, max_num_seqs)), mode, num_drafts=count)
+        for size, mode, count in ((size, SamplingMode.SAMPLE, num_drafts) for size in ladder)
     )
 
 
@@ -230,7 +276,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
         reason = "the default on a CPU; kv_cache_memory_bytes sets it"
     else:
         budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
-    fits = max(0, budget) // geometry.page_bytes
+    fits = max(0, budget) // geometry.planned_bytes
     # Pages that have left a window stay useful as prefixes, so the bound is what sequences fill, not what they hold.
     useful = geometry.pages_for(context) * geometry.layout.num_groups * config.max_num_seqs
     least = geometry.most_pages(context, config.token_budget)
@@ -239,7 +285,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
         if config.max_model_len is None and holds >= min(context, 2048):
             logger.warning("max_model_len lowered from %d to %d: the cache has room for no more", context, holds)
             return MemoryPlan(fits, holds, reason)
-        needed = least * geometry.page_bytes
+        needed = least * geometry.planned_bytes
         raise ValueError(
             f"max_model_len={context} needs {needed / 2**20:.1f} MiB of KV cache for one sequence, and there are "
             f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; "

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,8 +42,14 @@ class Constraint(Protocol):
     def is_ready(self) -> bool:
         """Whether `fill` need not wait."""
 
-    def fill(self, row: NDArray[np.uint32]) -> None:
-        """Write the bitmask of the tokens that may come next: bit v % 32 of word v // 32 for token v."""
+    @property
+    def allows_drafts(self) -> bool:
+        """Whether `fill` can tell what may come behind drafts, in a short time."""
+
+    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int] = ()) -> None:
+        """Write bitmasks `[1 + drafts, words]` of the tokens that may come next, and behind each of some drafts: bit
+        v % 32 of word v // 32 for token v. Rows behind a draft that may not come are left as they are.
+        """
 
     def advance(self, tokens: list[int]) -> None:
         """Take tokens that the request was given."""

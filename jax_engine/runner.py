@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from jax_engine.adapter_store import AdapterStore
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
+from jax_engine.draft_model import DraftModel, PendingDrafts, Surroundings
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_config, load_leaves
@@ -27,15 +27,14 @@ from jax_engine.model_files import resolve_model_path
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
-from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.placed_model import PlacedModel, StateSize, resolve_dtype
 from jax_engine.planner import (
     MemoryPlan,
-    draft_programs,
     host_pages,
     longest_context,
     memory_for_pages,
     plan_memory,
-    step_programs,
+    programs_of,
 )
 from jax_engine.pooling_results import with_pooled
 from jax_engine.row_blocks import whole_blocks
@@ -67,6 +66,11 @@ class PendingTokens:
     tokens: jax.Array  # [steps, rows]
     program: Program
     full: FullResults | None = None  # of a program of the FULL mode: what is asked for
+    drafts: PendingDrafts | None = None  # what was drafted for it on the device
+
+    def resolve(self) -> StepPlan:
+        """The plan with the drafts themselves. Waits for them."""
+        return self.plan if self.drafts is None else StepPlan(self.drafts.resolve(self.plan.chunks))
 
 
 @dataclass
@@ -98,22 +102,28 @@ class Runner:
         model_config = model_config.with_max_model_len(longest_context(config, model_config))
         config.check_whole_prompts(model_config.max_model_len)
         self._is_remote = device.platform != "cpu"  # tokens must travel to the host
-        page_size = config.block_size or (64 if self._is_remote else 16)
         devices = config.tensor_parallel_size
+        shared: Surroundings = {
+            "platform": device.platform,
+            "mesh": tensor_mesh(devices, jax.devices()) if devices > 1 else None,
+            "attention_backend": config.attention_backend,
+            "dtype": resolve_dtype(config.dtype, model_config.dtype, device.platform),
+            "page_size": config.block_size or (64 if self._is_remote else 16),
+            "scan_layers": self._is_remote if config.scan_layers is None else config.scan_layers,
+        }
         self.placed = PlacedModel.of(
             model_class,
             model_config,
-            platform=device.platform,
-            mesh=tensor_mesh(devices, jax.devices()) if devices > 1 else None,
-            attention_backend=config.attention_backend,
-            dtype=resolve_dtype(config.dtype, model_config.dtype, device.platform),
-            page_size=page_size,
-            scan_layers=self._is_remote if config.scan_layers is None else config.scan_layers,
+            **shared,
             deterministic=config.deterministic,
             max_logprobs=config.max_logprobs,
             processors=load_processors(config.logits_processors),
             adapters=AdapterShape(config.max_loras, config.max_lora_rank) if config.enable_lora else None,
+            num_drafts=config.speculation.num_speculative_tokens if config.speculation else 0,
         )
+        self.draft = DraftModel(config, self.placed, shared) if config.draft_model is not None else None
+        if self.draft is not None:
+            self.placed = self.draft.target
         self.adapters = AdapterStore(self.placed, max_rank=config.max_lora_rank, max_adapters=config.num_cpu_loras)
         self.vocab_size = model_config.vocab_size
         self._num_slots = config.max_num_seqs
@@ -155,6 +165,7 @@ class Runner:
             step_sizes=self.step_sizes,
             windows=self._geometry.layout.windows,
             draft_sizes=tuple(sorted({program.bucket.num_tokens for program in self._programs if program.draft_rows})),
+            draft_context=self.draft.max_len if self.draft is not None else 0,
         )
 
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -166,6 +177,11 @@ class Runner:
         for slot, lora in plan.adapter_loads:
             self.weights.leaves = self.adapters.write(self.weights.leaves, slot, lora)
         self._take_parameters(chunks)
+        drafts: PendingDrafts | None = None
+        if self.draft is not None and any(chunk.fill for chunk in chunks):
+            self._state, drafts = self.draft.launch(self.compiled, self._state, chunks, self._parameters)
+            if any(chunk.drafts and chunk.request.constraint is not None for chunk in chunks):
+                chunks, drafts = drafts.resolve(chunks), None  # masks depend on them
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
         mode = self._parameters.mode(slots)
@@ -177,7 +193,7 @@ class Runner:
         if len(updates) > layout.num_page_updates:
             self._write_pages(updates[layout.num_page_updates :])
         buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
-        inputs = self._full.inputs(chunks, slots, program.bucket) if program.mode is SamplingMode.FULL else None
+        inputs = self._full.inputs(chunks, slots, program) if program.mode is SamplingMode.FULL else None
         packed = time.perf_counter()
         full: FullResults | None = None
         if inputs is not None:
@@ -189,13 +205,13 @@ class Runner:
         else:
             self._state, tokens = executable(self.weights.leaves, self._state, buffer)
         if self._is_remote:
-            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full))
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full, drafts and drafts.tokens))
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
-        return PendingTokens(StepPlan(chunks), tokens, program, full)
+        return PendingTokens(StepPlan(chunks), tokens, program, full, drafts)
 
     def collect(self, pending: PendingTokens) -> list[list[int]]:
         """Wait for a step; the tokens of each of its chunks."""
@@ -243,24 +259,15 @@ class Runner:
     def _choose_programs(self, config: EngineConfig) -> None:
         """The step programs there will be, and the sizes and layouts of their steps."""
         block = self.placed.row_block
-        self._programs = step_programs(
-            config.max_num_seqs,
-            config.token_budget,
-            row_block=block,
-            num_steps=config.num_scheduler_steps,
-            only_full=bool(self.placed.processors),
-        )
-        if config.speculation is not None:
-            num_drafts = config.speculation.num_speculative_tokens
-            self._programs += draft_programs(config.max_num_seqs, config.token_budget, num_drafts)
-        buckets = sorted({program.bucket for program in self._programs})
+        self._programs = programs_of(config, row_block=block, only_full=bool(self.placed.processors))
+        buckets = sorted({program.bucket for program in self._programs if not program.num_drafts})
         largest = buckets[-1].num_tokens
         mode = SamplingMode.FULL if self.placed.processors else SamplingMode.SAMPLE
         # A step in blocks of rows costs those that it fills.
         token_counts = {
             program.bucket.num_tokens
             for program in self._programs
-            if program.num_steps == 1 and program.mode is mode and not program.draft_rows
+            if program.num_steps == 1 and program.mode is mode and not (program.draft_rows or program.num_drafts)
         }
         self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(token_counts))
         num_adapters = config.max_loras if config.enable_lora else 0
@@ -315,6 +322,8 @@ class Runner:
                     seed=config.seed,
                 )
             )
+            if self.draft is not None:
+                self.draft.load(config)
             if self._is_remote:
                 compiling.result()  # an accelerator's compiler may try kernels out, in memory that the state would fill
             self.weights.leaves = self.adapters.warm_up(self.weights.leaves)
@@ -322,6 +331,11 @@ class Runner:
             compiling.result()
         finally:
             pool.shutdown(wait=False)
+
+    @property
+    def all_weights(self) -> tuple[Weights, ...]:
+        """Those of the model, and of the draft model if there is one."""
+        return (self.weights,) if self.draft is None else (self.weights, self.draft.weights)
 
     def drop_state(self) -> None:
         """Free the device memory of everything but the weights, and the pages in host memory; for `renew_state`."""
@@ -355,30 +369,23 @@ class Runner:
         provisional = MemoryPlan(self._geometry.most_pages(context, config.token_budget), context, "provisional")
         programs = CompiledSteps(self._programs, lambda program: self._lower(program, provisional))
         largest = programs.compile_largest_of_each()
-        cache_bytes = provisional.num_pages * self._geometry.page_bytes
+        cache_bytes = provisional.num_pages * self._geometry.planned_bytes
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:
             raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
         utilization = config.gpu_memory_utilization
         available = min(memory_for_pages(program, limit, utilization, cache_bytes) for program in largest)
         available -= self.adapters.staging_bytes  # on its way to a slot
+        available -= self.draft.num_bytes if self.draft is not None else 0
         available -= staging_pages(host=config.host_cache_bytes > 0) * self._geometry.page_bytes
         return plan_memory(config, model, self._geometry, available)
 
     def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
-        layout, size = self._layouts[program.bucket], self._state_size(memory)
+        size = self._state_size(memory)
+        if program.num_drafts and self.draft is not None:
+            return self.draft.lower(program, size)
+        layout = self._layouts[program.bucket]
         return self.placed.lower(layout, program.mode, size, num_steps=program.num_steps, draft_rows=program.draft_rows)
 
     def _state_size(self, memory: MemoryPlan) -> StateSize:
         return StateSize(memory.num_pages, self._num_slots, self._geometry.pages_for(memory.max_model_len))
-
-
-def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
-    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the
-    checkpoint's.
-    """
-    if asked != "auto":
-        return jnp.dtype(asked)
-    if platform == "cpu":
-        return jnp.dtype(jnp.float32)
-    return jnp.dtype(stored if stored in ("bfloat16", "float16") else jnp.bfloat16)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from jax_engine.adapter_slots import AdapterSlots
-from jax_engine.drafting import Drafts
+from jax_engine.drafting import NO_DRAFTS, Drafts, PlannedDrafts
 from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.prompt_groups import PromptGroups
-from jax_engine.request import Constraint, Request, digest_function
+from jax_engine.request import NO_POSITIONS, Constraint, Request, digest_function
 from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import NO_FINDINGS, Chunk, ChunkFindings, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
@@ -31,7 +31,7 @@ class _Step:
 
     tokens: int  # of the budget, not spent and not kept for a running request's next token
     num_steps: int = 1  # tokens that a decode draws
-    drafts: dict[str, Sequence[int]] = field(default_factory=dict)  # by request
+    drafts: PlannedDrafts = NO_DRAFTS
     chunks: list[Chunk] = field(default_factory=list)
     is_short: bool = False  # of pages: somebody has given way or waits for one
     is_blocked: bool = False  # the most urgent waiting request cannot start
@@ -66,9 +66,7 @@ class Scheduler:
             ),
         )
         self.groups = PromptGroups()
-        self.drafts = None
-        if speculation is not None:
-            self.drafts = Drafts(speculation, step_sizes=limits.step_sizes, draft_sizes=limits.draft_sizes)
+        self.drafts = None if speculation is None else Drafts.of(speculation, limits)
         self._digest = digest_function(limits.hash_algorithm)
         self.requests: dict[str, Request] = {}
         self.waiting = WaitingQueue()
@@ -109,10 +107,8 @@ class Scheduler:
 
     def wants_drafts(self) -> bool:
         """Whether the next plan is better made once the tokens of the one before it are known, to have drafts."""
-        if self.drafts is None:
-            return False
         room = self.limits.token_budget - len(self.running)
-        return bool(self.drafts.choose(len(self.running), room, num_pending=1))
+        return self.drafts is not None and bool(self.drafts.choose(len(self.running), room, num_pending=1))
 
     def schedule(self, max_steps: int = 1, *, can_draft: bool = False) -> StepPlan | None:
         """Spend one step's token budget by urgency. Every running request's next token has its place in it before any
@@ -128,12 +124,12 @@ class Scheduler:
         for request in (*self.groups.begin_step(), *self.adapters.begin_step()):
             self.waiting.add(request)
         num_decodes = sum(request.num_uncomputed == 1 for request in self.running)
-        drafts = {}
+        drafts = NO_DRAFTS
         if can_draft and self.drafts is not None:
             drafts = self.drafts.plan(self.running, self.cache, self.limits.token_budget)
-        budget = self.limits.token_budget if drafts else self._step_budget(num_decodes)
-        num_kept = num_decodes + sum(map(len, drafts.values()))
-        step = _Step(tokens=budget - num_kept, num_steps=self._num_steps(max_steps), drafts=drafts)
+        budget = self.limits.token_budget if drafts.tokens else self._step_budget(num_decodes)
+        num_free = budget - num_decodes - sum(map(len, drafts.tokens.values()))
+        step = _Step(num_free, self._num_steps(max_steps), drafts)
         for request in tuple(self.running):
             if request.slot >= 0 and self.waiting:  # without a slot, it has given way
                 self._admit(step, before=request)
@@ -247,7 +243,7 @@ class Scheduler:
         """
         num_uncomputed = request.num_uncomputed
         is_decode = num_uncomputed == 1
-        drafts = step.drafts.get(request.asked.request_id, ()) if step.drafts else ()
+        drafts, fill = step.drafts.of(request)
         length = 1 + len(drafts) if is_decode else self._chunk_length(num_uncomputed, step.tokens)
         if not length or (request.constraint is not None and not request.constraint.is_ready):
             return
@@ -259,7 +255,10 @@ class Scheduler:
             self._give_way(step, self._victim(less_urgent))
         length = min(length, room)
         step.tokens -= 0 if is_decode else length
-        step.chunks.append(self._chunk(request, length, num_steps=step.num_steps, drafts=drafts[: length - 1]))
+        chunk = self._chunk(request, length, num_steps=step.num_steps, drafts=drafts[: length - 1], fill=fill)
+        step.chunks.append(chunk)
+        if fill and self.drafts is not None:
+            self.drafts.proposer.launch(request, fill, length - 1)
 
     def _admit(self, step: "_Step", before: Request | None = None) -> None:
         """Start waiting requests in order of urgency while budget, slots and pages last; those alone that are more
@@ -335,6 +334,7 @@ class Scheduler:
         takes_slot: bool = False,
         num_steps: int = 1,
         drafts: Sequence[int] = (),
+        fill: range = NO_POSITIONS,
     ) -> Chunk:
         """Plan a request's next `length` tokens, the last of them `drafts`, for which there are pages, as for the
         tokens drawn on the way.
@@ -348,7 +348,7 @@ class Scheduler:
         self.num_prompt_tokens += max(0, min(request.num_computed, request.num_prompt) - start)
         request.num_pending += num_draws
         new_pages, scored = request.pages[first_new_page:], request.score(start, length)
-        return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored, drafts)
+        return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored, drafts, fill)
 
     def _victim(self, candidates: Sequence[Request]) -> Request:
         """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""
@@ -362,7 +362,7 @@ class Scheduler:
     def _give_way(self, step: "_Step", victim: Request) -> None:
         """Preempt a request that is not in this step yet."""
         # The place that was kept for it.
-        step.tokens += (victim.num_uncomputed == 1) + len(step.drafts.pop(victim.asked.request_id, ()))
+        step.tokens += (victim.num_uncomputed == 1) + len(step.drafts.tokens.pop(victim.asked.request_id, ()))
         step.is_short = True
         self._preempt(victim)
 

@@ -42,6 +42,7 @@ class BatchLayout:
     num_slots: int
     num_groups: int = 1  # cache groups
     num_adapters: int = 0  # slots of adapters
+    num_more_updates: int = 0  # page updates beyond those of the step's own tokens
 
     @property
     def num_page_updates(self) -> int:
@@ -50,7 +51,8 @@ class BatchLayout:
 
         Cached pages of admitted requests may be more; those beyond go by `write_block_tables`.
         """
-        return self.num_groups * (self.bucket.num_tokens // self.page_size + self.bucket.num_sequences)
+        of_tokens = self.bucket.num_tokens // self.page_size + self.bucket.num_sequences
+        return self.num_groups * of_tokens + self.num_more_updates
 
     @property
     def num_table_rows(self) -> int:
@@ -107,22 +109,6 @@ class StepBatch:
     def last_rows(self) -> Int[Array, " B"]:
         """The last token row of each sequence, which its next token is drawn from."""
         return jnp.maximum(self.query_starts[1:] - 1, 0)
-
-    @property
-    def last_draft_rows(self) -> Int[Array, " B"]:
-        """Which of the rows that `draft_rows` lists is each sequence's last; anything where it has none."""
-        return jnp.maximum(jnp.cumsum(self.num_draws) - 1, 0)
-
-    def draft_rows(self, size: int) -> tuple[Int[Array, " D"], Int[Array, " D"], Int[Array, " D"]]:
-        """The last `num_draws` token rows of each sequence, one sequence after another in `size` (static) rows; any row
-        beyond them. With the sequence of each and the position of the token behind it.
-        """
-        ends = jnp.cumsum(self.num_draws)
-        index = jnp.arange(size, dtype=jnp.int32)
-        last = self.num_draws.shape[0] - 1
-        sequence = jnp.minimum(jnp.searchsorted(ends, index, side="right"), last).astype(jnp.int32)
-        before_last = jnp.maximum(ends[sequence] - 1 - index, 0)  # rows between it and its sequence's last one
-        return self.last_rows[sequence] - before_last, sequence, self.kv_lengths[sequence] - before_last
 
     @classmethod
     def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":

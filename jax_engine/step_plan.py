@@ -10,6 +10,8 @@ from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import TokenLogprobs
 from jax_engine.request import NO_POSITIONS, Request
 
+TAKE_DRAFT = -2  # in place of a draft: the first token that the draft model drafts for the request; -3 the second, ...
+
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence of every step: a dataclass costs 5 times
     """A range of one request's tokens, `start` to `start + length`, and the pages it is the first to need."""
@@ -23,6 +25,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):  # made for every sequence o
     new_pages: list[int]  # those that enter the block tables, cached ones included
     scored: range = NO_POSITIONS  # of the prompt's tokens whose log-probabilities it finds, from the rows before them
     drafts: Sequence[int] = ()  # the range's tokens behind its first, which are guessed: one is drawn behind each
+    fill: range = NO_POSITIONS  # of the request's tokens that the draft model takes in, to draft behind them
 
 
 class ChunkFindings(msgspec.Struct, frozen=True, gc=False):
@@ -87,3 +90,4 @@ class SchedulerLimits:
     step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget
     windows: tuple[int, ...] = (0,)  # of each cache group, in tokens; 0: none
     draft_sizes: tuple[int, ...] = ()  # token counts that steps with drafts are padded to, ascending
+    draft_context: int = 0  # tokens of a sequence that a draft model can see

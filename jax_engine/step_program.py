@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_engine.decode_loop import decode_loop
+from jax_engine.draft_rows import DraftRows
 from jax_engine.full_sampling import FullInputs, FullResults, FullRows, FullState, sample_full
 from jax_engine.loader import ModelStructure
 from jax_engine.logits_processors import LogitsProcessor
@@ -25,6 +26,7 @@ from jax_engine.row_blocks import by_blocks
 from jax_engine.sampler import SamplingMode, SamplingRows, sample
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch, write_block_tables
+from jax_engine.step_plan import TAKE_DRAFT
 
 Rows = TypeVar("Rows")  # pytrees of arrays with one entry for each row
 Results = TypeVar("Results")
@@ -38,6 +40,8 @@ class DeviceState:
     cache: KVPages
     block_tables: Int[Array, "rows M"]  # pages of the sequence in each slot, one cache group's slots after another's
     last_tokens: Int[Array, " slots"]  # the token each slot drew last
+    draft_cache: KVPages | None = None  # of a draft model, in pages of the same numbers
+    drafts: Int[Array, "slots K"] | None = None  # what it drafted last
 
     @classmethod
     def zeros(
@@ -49,6 +53,11 @@ class DeviceState:
             jnp.zeros(num_slots, jnp.int32),
         )
 
+    def with_draft_cache(self, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_drafts: int) -> "DeviceState":
+        """With room for what a draft model keeps: a cache, and `num_drafts` tokens a slot."""
+        drafts = jnp.zeros((self.last_tokens.shape[0], num_drafts), jnp.int32)
+        return replace(self, draft_cache=KVPages.zeros(cache_shape, dtype), drafts=drafts)
+
 
 @dataclass(frozen=True, order=True)
 class Program:
@@ -58,16 +67,19 @@ class Program:
     mode: SamplingMode
     num_steps: int = 1  # above 1: a loop over decodes, of up to so many tokens a row
     draft_rows: int = 0  # above 0: tokens are drawn from so many rows, several a sequence where that has drafts
+    num_drafts: int = 0  # above 0: of the draft model, which drafts up to so many tokens (`draft_program.py`)
 
     def __str__(self) -> str:
+        if self.num_drafts:
+            return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences of the draft model"
         loop = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
         drafts = f", {self.draft_rows} rows with drafts" if self.draft_rows else ""
         return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}{drafts}"
 
     def can_do(self, mode: SamplingMode) -> bool:
-        """Whether it serves steps of a mode: its own and those before it."""
+        """Whether it serves steps of a mode: its own and those before it. One of the draft model serves none."""
         modes = list(SamplingMode)
-        return modes.index(self.mode) >= modes.index(mode)
+        return not self.num_drafts and modes.index(self.mode) >= modes.index(mode)
 
     def holds(self, num_tokens: int, num_sequences: int, num_steps: int, draft_rows: int) -> bool:
         is_of_kind = (self.num_steps > 1, self.draft_rows > 0) == (num_steps > 1, draft_rows > 0)
@@ -131,13 +143,14 @@ def step_function(
         else:
             last_rows, rows = batch.last_rows, batch.sampling
             if draft_rows:
-                last_rows, owners, positions = batch.draft_rows(draft_rows)
-                rows = replace(_of(rows, owners), positions=positions)
+                drafted = DraftRows.of(batch, draft_rows)
+                last_rows, rows = drafted.rows, drafted.sampling(batch)
             cache, latest = run(tokens, state.cache, sequences, last_rows, rows)
             drawn = latest[None]
             if draft_rows:
-                latest = latest[batch.last_draft_rows]
-        return DeviceState(cache, block_tables, keep_tokens(state, batch, latest)), drawn
+                latest = latest[drafted.lasts]
+        last_tokens = keep_tokens(state, batch, latest)
+        return replace(state, cache=cache, block_tables=block_tables, last_tokens=last_tokens), drawn
 
     return step
 
@@ -151,10 +164,12 @@ def full_step_function(
     num_logprobs: int,
     processors: tuple[LogitsProcessor, ...] = (),
     draft_rows: int = 0,
+    num_drafts: int = 0,
 ) -> FullStepFunction:
     """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
     `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`, with the
-    log-probabilities of the `num_logprobs` likeliest tokens where any are asked for.
+    log-probabilities of the `num_logprobs` likeliest tokens where any are asked for. With `draft_rows`, a sequence has
+    at most `num_drafts` drafts.
     """
 
     def step(
@@ -172,34 +187,36 @@ def full_step_function(
         def draw(logits: Float[Array, "R V"], rows: FullRows) -> FullResults:
             return sample_full(logits, rows, full, inputs.asks, num_logprobs=num_logprobs, processors=processors)
 
-        last_rows = batch.last_rows
-        rows = FullRows(batch.sampling, batch.slots, inputs.controlled, inputs.masks, inputs.logprobs)
-        if draft_rows:
-            last_rows, owners, positions = batch.draft_rows(draft_rows)
-            rows = _of(rows, owners)
-            rows = replace(rows, sampling=replace(rows.sampling, positions=positions))
-        results = draw_tokens(model, hidden[last_rows], batch, draw, rows, placement, row_block)
-        latest = results.tokens[batch.last_draft_rows] if draft_rows else results.tokens
+        drafted = DraftRows.of(batch, draft_rows) if draft_rows else DraftRows.one_each(batch)
+        of, vocab_size = drafted.owners, full.counts.shape[1]
+        rows = FullRows(
+            drafted.sampling(batch),
+            batch.slots[of],
+            inputs.controlled[of],
+            inputs.masks,
+            inputs.logprobs[of],
+            drafted.before(tokens, num_drafts=num_drafts, no_token=vocab_size) if draft_rows else None,
+        )
+        results = draw_tokens(model, hidden[drafted.rows], batch, draw, rows, placement, row_block)
+        num_kept = jnp.where(inputs.controlled, drafted.num_kept(tokens, results.tokens, batch.num_draws), 0)
         prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
         vectors, pooled = pool_rows(
             hidden, full.vectors, batch.slots, inputs.pooled_rows, in_order=row_block is not None
         )
-        new_state = DeviceState(cache, block_tables, keep_tokens(state, batch, latest))
-        new_full = full.with_drawn(batch.slots, latest, (batch.num_draws > 0) & inputs.controlled)
+        last_tokens = keep_tokens(state, batch, results.tokens[drafted.lasts])
+        new_state = replace(state, cache=cache, block_tables=block_tables, last_tokens=last_tokens)
+        new_full = full.with_drawn(batch.slots, results.tokens, of, drafted.firsts, num_kept)
         return new_state, replace(new_full, vectors=vectors), replace(results, prompt=prompt, pooled=pooled)
 
     return step
 
 
-def _of(rows: Rows, index: Int[Array, " D"]) -> Rows:
-    """These of the rows."""
-    return jax.tree.map(lambda column: column[index], rows)
-
-
 def take_batch(
     state: DeviceState, batch: StepBatch, layout: BatchLayout
 ) -> tuple[Int[Array, "rows M"], SequenceTable, Int[Array, " T"]]:
-    """The block tables with a step's page updates, its sequences, and its tokens, those of the step before included."""
+    """The block tables with a step's page updates, its sequences, and its tokens, those that only the device knows
+    included.
+    """
     block_tables = write_block_tables(state.block_tables, batch.page_updates)
     first_rows = layout.num_slots * jnp.arange(layout.num_groups)[:, None]
     sequences = SequenceTable.build(
@@ -211,8 +228,12 @@ def take_batch(
     )
     if batch.adapters is not None:
         sequences = sequences.with_adapters(batch.adapters, layout.num_adapters)
-    last = jnp.append(state.last_tokens, 0)[jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]]
-    return block_tables, sequences, jnp.where(batch.tokens == TAKE_LAST, last, batch.tokens)
+    slots = jnp.append(batch.slots, layout.num_slots)[sequences.token_sequences]
+    tokens = jnp.where(batch.tokens == TAKE_LAST, jnp.append(state.last_tokens, 0)[slots], batch.tokens)
+    if state.drafts is not None:
+        drafted = state.drafts.at[slots, jnp.maximum(TAKE_DRAFT - tokens, 0)].get(mode="clip")
+        tokens = jnp.where(tokens <= TAKE_DRAFT, drafted, tokens)
+    return block_tables, sequences, tokens
 
 
 def keep_tokens(state: DeviceState, batch: StepBatch, latest: Int[Array, " B"]) -> Int[Array, " slots"]:

@@ -38,32 +38,33 @@ class StepTimes:
     def __init__(self, plain_sizes: Sequence[int], drafted_sizes: Sequence[int]) -> None:
         """Sizes of step programs, in token rows, ascending."""
         self._sizes = {False: tuple(plain_sizes), True: tuple(drafted_sizes)}
-        self._means: dict[tuple[bool, int], _Mean] = {}
+        self._means: dict[tuple[bool, int, int], _Mean] = {}
 
-    def observe(self, num_rows: int, seconds: float, *, drafted: bool) -> None:
-        """Take note of a step of decodes."""
-        key = self._key(num_rows, drafted)
+    def observe(self, num_rows: int, seconds: float, *, drafted: bool, drafted_in_turn: int = 0) -> None:
+        """Take note of a step of decodes. `drafted_in_turn` is how often the draft model ran for it."""
+        key = self._key(num_rows, drafted, drafted_in_turn)
         if key in self._means:
             self._means[key].observe(seconds)
         else:
             self._means[key] = _Mean(seconds)
 
-    def ratio(self, num_rows: int, num_plain_rows: int) -> float:
+    def ratio(self, num_rows: int, num_plain_rows: int, drafted_in_turn: int = 0) -> float:
         """How much longer a step of so many rows with drafts takes than one without: infinitely until enough plain ones
         have been timed, and then 1 until those with drafts have been, which trying them does.
         """
-        drafted, plain = self._means.get(self._key(num_rows, True)), self._means.get(self._key(num_plain_rows, False))
+        drafted = self._means.get(self._key(num_rows, True, drafted_in_turn))
+        plain = self._means.get(self._key(num_plain_rows, False))
         if plain is None or plain.count < NUM_FIRST:
             return math.inf
         return drafted.seconds / plain.seconds if drafted is not None and drafted.count >= NUM_FIRST else 1.0
 
-    def doubt(self, num_rows: int) -> None:
+    def doubt(self, num_rows: int, drafted_in_turn: int = 0) -> None:
         """The time of such a step with drafts has kept them from being tried: it may be shorter by now."""
-        mean = self._means.get(self._key(num_rows, True))
+        mean = self._means.get(self._key(num_rows, True, drafted_in_turn))
         if mean is not None:
             mean.seconds *= 1 - DOUBT
 
-    def _key(self, num_rows: int, drafted: bool) -> tuple[bool, int]:
+    def _key(self, num_rows: int, drafted: bool, drafted_in_turn: int = 0) -> tuple[bool, int, int]:
         sizes = self._sizes[drafted]
         index = bisect_left(sizes, num_rows)
-        return drafted, sizes[index] if index < len(sizes) else num_rows
+        return drafted, sizes[index] if index < len(sizes) else num_rows, drafted_in_turn

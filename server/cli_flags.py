@@ -198,7 +198,8 @@ STEP_FLAGS = (
     Flag(
         "speculative_config",
         'guess tokens ahead and check several in a step, as JSON: {"method": "ngram", "num_speculative_tokens": 4, '
-        '"prompt_lookup_max": 4, "prompt_lookup_min": 2}; answers are the same',
+        '"prompt_lookup_max": 4, "prompt_lookup_min": 2} or {"method": "draft_model", "model": "demo-draft", '
+        '"num_speculative_tokens": 4}; answers are the same',
         type=json_object,
         metavar="JSON",
     ),

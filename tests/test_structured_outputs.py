@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plans import Untimed
 from tiny_engine import TINY, core_request
 
 from jax_engine import (
@@ -20,7 +21,7 @@ from jax_engine import (
     constraints,
     grammar_checker,
 )
-from jax_engine.bitmasks import ids_of
+from jax_engine.bitmasks import ALL_TOKENS, has_bit, ids_of
 from jax_engine.constraints import GrammarConstraint
 from jax_engine.grammar_checker import GrammarChecker
 from jax_engine.grammars import new_matcher
@@ -266,13 +267,78 @@ def test_a_mask_is_made_elsewhere_once_one_took_long(vocabulary, checker, monkey
     decode = load_tokenizer(resolve_model_path("demo")).decode
     for _ in range(3):
         assert constraint.is_slow
-        row = np.zeros(1024 // 32, np.uint32)
-        constraint.fill(row)
+        rows = np.zeros((1, 1024 // 32), np.uint32)
+        constraint.fill(rows)
         assert constraint.is_ready
-        texts = {decode([int(token)]): int(token) for token in ids_of(row) if token != EOS}
+        texts = {decode([int(token)]): int(token) for token in ids_of(rows[0]) if token != EOS}
         assert {"a", "b", "c"} <= texts.keys()
         assert all(re.fullmatch("[a-c]+", text) for text in texts)
         constraint.advance([texts["b"]])
         assert not constraint.is_ready
         owner.make_masks([constraint])
     owner.shutdown()
+
+
+def test_masks_behind_drafts_are_those_of_the_tokens_one_by_one(vocabulary, checker):
+    """Also before `min_tokens`; a draft that may not come has none behind it, and nothing is left behind of them."""
+    grammar = checker.grammar(StructuredOutputsParams(regex="a(b|cd)*e?"))
+    asked = core_request("r", [1], 9, eos_token_ids=(EOS,), structured=StructuredRequest(grammar, min_tokens=3))
+    decode = load_tokenizer(resolve_model_path("demo")).decode
+    ids = {decode([token]): token for token in range(1024)}
+
+    def constraint() -> GrammarConstraint:
+        made = GrammarConstraint(new_matcher(grammar, vocabulary), asked, vocabulary)
+        constraints.Constraints().make_masks([made])
+        return made
+
+    def rows_of(made: GrammarConstraint, drafts: list[int]) -> np.ndarray:
+        rows = np.full((1 + len(drafts), 1024 // 32), ALL_TOKENS)
+        made.fill(rows, drafts)
+        return rows
+
+    ahead, one_by_one = constraint(), constraint()
+    drafts = [ids[text] for text in "abbcd"]
+    rows = rows_of(ahead, drafts)
+    for index, draft in enumerate(drafts):
+        assert (rows[index] == rows_of(one_by_one, [])[0]).all()
+        one_by_one.advance([draft])
+        constraints.Constraints().make_masks([one_by_one])
+    assert (rows[-1] == rows_of(one_by_one, [])[0]).all()
+    assert not has_bit(rows[2], EOS)
+    assert has_bit(rows[3], EOS)
+    cut = rows_of(ahead, [ids["a"], ids["e"], ids["b"], ids["b"]])
+    assert (cut[:2] == rows[:2]).all()
+    assert (cut[3:] == ALL_TOKENS).all(), "behind e comes no b"
+    ahead.advance(drafts[:2])
+    constraints.Constraints().make_masks([ahead])
+    assert (rows_of(ahead, []) == rows[2]).all()
+    assert ahead.error is None
+
+
+def test_drafts_change_no_token_of_what_follows_a_grammar(settings, llm):
+    """The draft model is the model, which knows of no grammar: what it drafts is often allowed, and often not."""
+    forms: list[dict[str, Any]] = [
+        {"regex": "[ -~\\n]{20,}"},
+        {"json": NUMBERED},
+        {"choice": ["yes", "no, never at all"]},
+        {"regex": "(ab?){4,12}"},
+    ]
+    params = [
+        *(held(form, max_tokens=40, temperature=number % 2, min_tokens=2) for number, form in enumerate(forms)),
+        SamplingParams(temperature=0, max_tokens=30, repetition_penalty=1.2, bad_words=["a", " the"]),
+        SamplingParams(temperature=0, max_tokens=30),
+    ]
+    speculation = {"method": "draft_model", "model": settings["model"], "num_speculative_tokens": 3}
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "kv_cache_memory_bytes": 64 * 2**10}
+    changes = {"speculative_config": speculation, "compile_before_ready": True, **limits}
+    with LLM(**(settings | changes)) as drafting:
+        drafting._running_core()._core.scheduler.drafts.times = Untimed((), ())
+        for number, one in enumerate(params):
+            with_drafts = drafting.generate(PROMPTS[number % 3], one, use_tqdm=False)[0].outputs[0]
+            without = llm.generate(PROMPTS[number % 3], one, use_tqdm=False)[0].outputs[0]
+            assert (with_drafts.token_ids, with_drafts.finish_reason) == (without.token_ids, without.finish_reason)
+        together = drafting.generate([PROMPTS[number % 3] for number in range(6)], params, use_tqdm=False)
+        alone = llm.generate([PROMPTS[number % 3] for number in range(6)], params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in together] == [output.outputs[0].token_ids for output in alone]
+        stats = drafting.get_metrics()
+        assert 40 < stats.spec_accepted_tokens_total < stats.spec_draft_tokens_total

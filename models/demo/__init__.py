@@ -4,3 +4,6 @@ from pathlib import Path
 
 DEMO_DIR: Path = Path(__file__).parent
 """The checkpoint's folder, in Hugging Face's layout."""
+
+DEMO_DRAFT_DIR: Path = DEMO_DIR / "draft"
+"""That of its draft model."""

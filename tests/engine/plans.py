@@ -4,9 +4,9 @@ from random import Random
 
 from tiny_engine import core_request
 
-from jax_engine.drafting import Drafts, Proposal
+from jax_engine.drafting import Drafts
 from jax_engine.messages import CoreRequest
-from jax_engine.request import Request
+from jax_engine.proposers import Proposal, Proposer
 from jax_engine.scheduler import Scheduler
 from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
@@ -60,26 +60,18 @@ def drawn_by(chunk: Chunk) -> list[int]:
 class Untimed(StepTimes):
     """Steps with drafts are as fast as others, on a busy machine too."""
 
-    def ratio(self, num_rows: int, num_plain_rows: int) -> float:
+    def ratio(self, num_rows: int, num_plain_rows: int, drafted_in_turn: int = 0) -> float:
         return 1.0
 
 
-class RandomProposer:
-    """Drafts for any running request at any time, each right with some chance. Of the protocol `Proposer`; `drafts` is
-    for the scheduler.
-    """
+class RandomProposer(Proposer):
+    """Drafts for any running request at any time, each right with some chance; `drafts` is for the scheduler."""
 
     def __init__(self, scheduler: Scheduler, random: Random) -> None:
         self._scheduler, self._random = scheduler, random
         self.chance = random.choice([0.3, 0.8, 1.0])
         self.drafts = Drafts(SpeculativeConfig.of({"method": "ngram", "num_speculative_tokens": 6}))
         self.drafts.proposer, self.drafts.times = self, Untimed((), ())
-
-    def learn(self, request: Request) -> None:
-        pass
-
-    def forget(self, request: Request) -> None:
-        pass
 
     def propose(self) -> list[Proposal]:
         proposals = []

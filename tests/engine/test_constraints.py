@@ -10,8 +10,9 @@ class Slow:
 
     error = None
     is_ready = True
+    allows_drafts = True
 
-    def fill(self, row) -> None:
+    def fill(self, rows, drafts=()) -> None:
         raise AssertionError("nothing is run here")
 
     def advance(self, tokens: list[int]) -> None:

@@ -14,10 +14,12 @@ from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.qwen3 import Qwen3ForCausalLM
 from jax_engine.planner import (
     CacheGeometry,
+    draft_model_programs,
     draft_programs,
     largest_padding,
     memory_for_pages,
     plan_memory,
+    programs_of,
     step_programs,
     step_sizes,
 )
@@ -105,6 +107,20 @@ def test_every_step_with_drafts_fits_one_of_few_programs(max_num_seqs, extra, nu
         rows = max(program.draft_rows for program in programs if program.mode is mode)
         assert rows >= min(budget, max_num_seqs * (1 + num_drafts))
         assert any(program.bucket.holds(budget, max_num_seqs) for program in programs if program.mode is mode)
+
+
+@given(max_num_seqs=st.integers(1, 4096), extra=st.integers(0, 2**20), num_drafts=st.integers(1, 32))
+def test_a_draft_model_has_programs_for_all_that_it_is_given_and_all_are_few(max_num_seqs, extra, num_drafts):
+    budget = max(max_num_seqs + extra, num_drafts + 1)
+    programs = draft_model_programs(max_num_seqs, budget, num_drafts)
+    assert len(programs) <= 6
+    assert all(program.num_drafts == num_drafts for program in programs)
+    for num_tokens, num_sequences in ((1, 1), (min(2 * max_num_seqs, budget), max_num_seqs), (budget, max_num_seqs)):
+        assert any(program.bucket.holds(num_tokens, num_sequences) for program in programs)
+    speculation = {"method": "draft_model", "model": "m", "num_speculative_tokens": num_drafts}
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+    config = EngineConfig(speculative_config=speculation, **limits)
+    assert len(set(programs_of(config, row_block=None, only_full=False))) <= 40
 
 
 def test_steps_in_blocks_of_rows_have_one_program():

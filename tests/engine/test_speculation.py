@@ -14,9 +14,10 @@ from tiny_engine import TINY, VOCAB_SIZE, collect, core_request
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
-from jax_engine.drafting import Drafts, NgramProposer, Proposal
+from jax_engine.drafting import Drafts
 from jax_engine.messages import Abort, Add, CoreOutput, CoreRequest, TokenControls, TokenLogprobs
 from jax_engine.ngram import NgramHistory
+from jax_engine.proposers import NgramProposer, Proposal, Proposer
 from jax_engine.request import Request
 from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_times import StepTimes
@@ -28,17 +29,11 @@ FEW_PAGES = {"kv_cache_memory_bytes": 14 * PAGE_BYTES, "max_model_len": 96}
 SEEDED = {"temperature": 1.0, "top_p": 0.9}
 
 
-class Oracle:
-    """Drafts what plain decoding is known to say, each token with a chance to be wrong. Of the protocol `Proposer`."""
+class Oracle(Proposer):
+    """Drafts what plain decoding is known to say, each token with a chance to be wrong."""
 
     def __init__(self, core: InProcessCore, answers: dict[str, list[int]], chance: float, random: Random) -> None:
         self._core, self._answers, self._chance, self._random = core, answers, chance, random
-
-    def learn(self, request: Request) -> None:
-        pass
-
-    def forget(self, request: Request) -> None:
-        pass
 
     def propose(self) -> list[Proposal]:
         proposals = []
@@ -97,6 +92,9 @@ def requests(core: InProcessCore) -> list[CoreRequest]:
     ]
     penalized = TokenControls(presence_penalty=0.5, frequency_penalty=0.2, repetition_penalty=1.3, logit_bias={3: 2.0})
     full.append(core_request("penalized", prompt(0, 12), 30, **SEEDED, controls=penalized))
+    plain = tokens_of(outputs["free 0"])
+    words = tuple(tuple(plain[start : start + length]) for start, length in ((3, 1), (5, 2), (9, 3), (14, 4)))
+    full.append(core_request("bad words", prompt(0, 3), 24, controls=TokenControls(bad_words=words)))
     return [*free, *ending, *full, *(core_request(f"{count} tokens", prompt(9, 6), count) for count in (1, 2, 3))]
 
 
@@ -165,7 +163,7 @@ def test_tokens_are_those_of_plain_decoding_whatever_is_drafted(drafting, reques
 
 
 @settings(max_examples=8, deadline=None)
-@given(chosen=st.sets(st.integers(0, 21), min_size=1), random=st.randoms(use_true_random=False))
+@given(chosen=st.sets(st.integers(0, 22), min_size=1), random=st.randoms(use_true_random=False))
 def test_ngrams_change_no_token_in_any_mix(drafting, requests, expected, chosen, random):
     some = [requests[index] for index in chosen]
     random.shuffle(some)
