@@ -151,8 +151,8 @@ def finished(pooled: bytes, params: PoolingParams) -> Vector:
 
 def similarity(first: Vector, second: Vector) -> float:
     """The cosine of the angle between two vectors; 0 where one has no direction."""
-    lengths = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / lengths if lengths else 0.0
+    lengths = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    return min(1.0, max(-1.0, float(first @ second) / lengths)) if lengths else 0.0
 
 
 def paired(num_first: int, num_second: int, names: tuple[str, str]) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from adapters import write_adapter, write_base, write_merged
 from jax_engine import LLM, LoRARequest, PoolingParams, RequestOutput, SamplingParams
 from jax_engine.messages import Add, CoreOutput
 from jax_engine.pooling_params import POOLING_TYPES
-from jax_engine.pooling_requests import finished, prepare_pooling, vector_of
+from jax_engine.pooling_requests import finished, prepare_pooling, similarity, vector_of
 from jax_engine.processor import PreparedRequest
 
 BUDGET, PAGE, VOCABULARY = 16, 8, 101
@@ -229,3 +229,11 @@ def test_the_engine_has_defaults() -> None:
     for wrong, message in wrongs:
         with pytest.raises(ValueError, match=message):
             PoolingParams.of_engine(wrong)
+
+
+def test_a_score_is_never_more_than_one() -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, 32)).astype(np.float32)
+    scores = [similarity(vector, 3 * vector) for vector in vectors]
+    assert_close(scores, np.ones(200))
+    assert max(scores) <= 1
+    assert similarity(vectors[0], np.zeros(32, np.float32)) == 0
