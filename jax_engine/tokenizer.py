@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jax_engine.chat_templates import failed_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -95,8 +97,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        content_format: str = "string",
     ) -> str:
-        """Text of a chat by the tokenizer's template, or by `chat_template`.
+        """Text of a chat by the tokenizer's template, or by `chat_template`, which gets the content of messages as one
+        string, or with `content_format` "openai" as a list of parts.
 
         The text already holds the special tokens that the template writes: encode it without adding any.
 
@@ -119,6 +123,10 @@ class Tokenizer:
                 f"chat_template_kwargs has {', '.join(reserved)}, which the renderer sets itself; remove it"
             )
         conversation = [_plain_message(index, message) for index, message in enumerate(_non_empty(messages))]
+        if content_format == "openai":
+            conversation = [
+                _in_parts(plain, message.get("content")) for plain, message in zip(conversation, messages, strict=True)
+            ]
         try:
             return str(
                 self.hugging_face.apply_chat_template(
@@ -132,7 +140,11 @@ class Tokenizer:
                 )
             )
         except Exception as error:  # a template is a program of the model's or the user's: it can fail in any way
-            raise ValueError(f"the chat template failed on these messages: {error or type(error).__name__}") from error
+            line = failed_line(error)
+            where = "" if line is None else f", at its line {line}"
+            raise ValueError(
+                f"the chat template failed on these messages{where}: {error or type(error).__name__}"
+            ) from error
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -194,6 +206,15 @@ def _plain_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     if plain.get("tool_calls"):
         plain["tool_calls"] = [_plain_tool_call(index, call) for call in plain["tool_calls"]]
     return plain
+
+
+def _in_parts(plain: dict[str, Any], content: object) -> dict[str, Any]:
+    """A checked message whose content, as it was given, is a list of text parts."""
+    if plain.get("content") is None:
+        return plain
+    given = content if isinstance(content, list | tuple) else [plain["content"]]
+    parts = [{"type": "text", "text": part if isinstance(part, str) else part["text"]} for part in given]
+    return {**plain, "content": parts}
 
 
 def _part_text(index: int, part: object) -> str:

@@ -4,6 +4,8 @@ import logging
 import re
 from dataclasses import dataclass
 
+from jax_engine.chat_templates import content_format_of
+from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.message_parts import MessageFormat
 from jax_engine.server.parsers.names import (
     AUTO,
@@ -69,6 +71,30 @@ def chat_format(settings: ServerSettings, tokenizer: Tokenizer) -> ChatFormat:
     reasoning = REASONING_PARSERS[chosen["reasoning"]] if chosen["reasoning"] != NONE else None
     tool_parser = TOOL_PARSERS[chosen["tool calls"]] if chosen["tool calls"] != NONE else None
     return ChatFormat(reasoning, tool_parser, special, template)
+
+
+def rendered_chat(tokenizer: Tokenizer, settings: ServerSettings, asked: ChatCompletionRequest) -> str:
+    """The text of a chat's prompt; ApiError 400 for what cannot be rendered."""
+    if asked.chat_template is not None and not settings.trust_request_chat_template:
+        message = "chat_template is not taken from requests; leave it out, or start the server with "
+        raise ApiError(
+            400, message + "--trust-request-chat-template", param="chat_template", code="unsupported_parameter"
+        )
+    template = asked.chat_template or settings.chat_template
+    arguments, content_format = asked.template_arguments(), settings.chat_template_content_format
+    given = {**(settings.default_chat_template_kwargs or {}), **(arguments.pop("chat_template_kwargs") or {})}
+    if content_format == AUTO:
+        content_format = content_format_of(template or template_text(tokenizer))
+    try:
+        return tokenizer.render_chat(
+            asked.conversation(),
+            chat_template=template,
+            chat_template_kwargs=given,
+            content_format=content_format,
+            **arguments,
+        )
+    except ValueError as error:
+        raise bad_request(error) from None
 
 
 def template_text(tokenizer: Tokenizer) -> str:

@@ -15,6 +15,7 @@ from jax_engine.processor import TextPrompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import ChatAnswers
 from jax_engine.server.body import read_body
+from jax_engine.server.chat_format import rendered_chat
 from jax_engine.server.chat_frames import ChatFrames, called, chat_message
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.generation import GenerationStream, generation
@@ -72,12 +73,10 @@ async def prepared_chat(service: Service, asked: ChatCompletionRequest) -> Prepa
             f"reasoning_effort={asked.reasoning_effort!r} means nothing to this model's chat template; leave it out"
         )
         raise ApiError(400, message, param="reasoning_effort", code="unsupported_parameter")
-    try:
-        prompt = engine.render_chat(
-            asked.conversation(), chat_template=settings.chat_template, **asked.template_arguments()
-        )
-    except ValueError as error:
-        raise bad_request(error) from None
+    prompt: TextPrompt = {
+        "prompt": rendered_chat(engine.tokenizer, settings, asked),
+        "add_special_tokens": False,  # the template has written them
+    }
     message_format = service.chat_format.message_format(prompt["prompt"], asked)
     params = asked.sampling_params(engine.get_default_sampling_params())
     beams = asked.beam_search_params(params)

@@ -17,13 +17,14 @@ from jax_engine.server.cli_flags import (
     count,
     engine_config,
     engine_groups,
+    json_object,
     string_list,
     with_defaults,
 )
 from jax_engine.server.cli_parser import Command, CommandLine, fail, run_command_line
 from jax_engine.server.logs import LEVELS, set_up_logging
 from jax_engine.server.parsers.names import AUTO, NONE, REASONING_PARSERS, TOOL_PARSERS
-from jax_engine.server.settings import BUILT_IN_MODEL_NAME, ServerSettings
+from jax_engine.server.settings import BUILT_IN_MODEL_NAME, CONTENT_FORMATS, ServerSettings
 
 TOP_EPILOG = """\
 examples:
@@ -145,6 +146,17 @@ HTTP_FLAGS = tuple(flag for flags in HTTP_GROUPS.values() for flag in flags)
 # What decides how requests are answered, wherever they come from.
 ANSWER_FLAGS = (
     Flag(
+        "chat_template_content_format",
+        "how the chat template takes the content of messages: openai: a list of parts; auto: as it reads it",
+        choices=CONTENT_FORMATS,
+    ),
+    Flag(
+        "trust_request_chat_template",
+        "let clients send chat templates, which are programs; by default not",
+        type=bool,
+    ),
+    Flag("default_chat_template_kwargs", "JSON of variables for the chat template", type=json_object, metavar="JSON"),
+    Flag(
         "tool_call_parser",
         "how the model writes tool calls; auto: as its chat template shows; none: calls stay text",
         choices=(AUTO, NONE, *TOOL_PARSERS),
@@ -163,7 +175,7 @@ NAME_FLAGS = (
         metavar="NAME",
         nargs="+",
     ),
-    Flag("chat_template", "Jinja chat template instead of the tokenizer's own", metavar="FILE"),
+    Flag("chat_template", "Jinja chat template, or a file of one, instead of the tokenizer's", metavar="TEMPLATE"),
 )
 API_KEY = Flag("api_key", "ask clients for this key; several may be given", metavar="KEY", repeated=True)
 LOG_LEVEL = Flag("log_level", "how much to log", choices=LEVELS, default="info")
@@ -243,12 +255,14 @@ def answer_settings(options: Options, config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def read_template(path: str | None) -> str | None:
-    """The text of a chat template's file."""
+def read_template(given: str | None) -> str | None:
+    """A chat template, which is what a file holds or, where `given` is no name of one, what it says itself."""
+    if given is None or any(mark in given for mark in "{}\n"):
+        return given
     try:
-        return None if path is None else Path(path).read_text(encoding="utf-8")
+        return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--chat-template {path} cannot be read: {error}") from error
+        raise ValueError(f"--chat-template {given} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ def plain_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = {name: value for name, value in message.items() if value is not None}
         if kept.get("role") == "developer":
             kept["role"] = "system"
+        if (reasoning := kept.get("reasoning_content", kept.get("reasoning"))) is not None:
+            kept |= {"reasoning_content": reasoning, "reasoning": reasoning}  # templates read either
         if "content" not in kept:
             if not kept.get("tool_calls"):
                 raise _invalid(f"messages[{index}].content", "is missing; send a string or a list of text parts")

@@ -34,7 +34,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
-    "chat_template": (),
     "suffix": ("",),
 }
 # Bookkeeping of OpenAI's service: accepted, and without effect on the answer.
@@ -293,6 +292,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     reasoning_effort: str | None = None  # for chat templates that read it
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None  # only where the operator trusts clients with it
     chat_template_kwargs: dict[str, Any] | None = None
 
     logprobs: bool | None = None  # a switch here, the number being top_logprobs
@@ -306,7 +306,6 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fiel
     verbosity: Any = None
     web_search_options: Any = None
     moderation: Any = None
-    chat_template: Any = None
 
     def check(self) -> None:
         GenerationRequest.check(self)

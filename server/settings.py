@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from jax_engine.config import choice
 from jax_engine.log_lines import LOG_FORMATS
@@ -13,6 +15,7 @@ DEFAULT_PORT = 8000
 DEFAULT_MAX_REQUEST_BODY_BYTES = 16 * 2**20
 DEFAULT_RESPONSE_STORE_BYTES = 64 * 2**20
 DEFAULT_SHUTDOWN_TIMEOUT = 30.0
+CONTENT_FORMATS = (AUTO, "string", "openai")
 BUILT_IN_MODEL_NAME = "demo"
 # What a Unix socket's address has room for on every system that has such sockets.
 MAX_UDS_BYTES = 100
@@ -43,6 +46,9 @@ class ServerSettings:
     allow_credentials: bool = False  # browsers may send cookies along
     served_model_names: tuple[str, ...] = (BUILT_IN_MODEL_NAME,)  # the first one stands in responses and metrics
     chat_template: str | None = None  # Jinja source; None: the tokenizer's own
+    chat_template_content_format: str = AUTO  # or string, openai (lists of parts); AUTO: as the chat template reads it
+    trust_request_chat_template: bool = False  # clients may send templates, which are programs
+    default_chat_template_kwargs: Mapping[str, Any] | None = None  # variables of the chat template; requests' own win
     tool_call_parser: str = AUTO  # of TOOL_PARSERS; AUTO: as the chat template shows, NONE: calls stay text
     enable_auto_tool_choice: bool = True  # the model may choose to call a tool
     reasoning_parser: str = AUTO  # of REASONING_PARSERS, likewise
@@ -67,6 +73,9 @@ class ServerSettings:
     def __post_init__(self) -> None:
         integer("port", self.port, low=0, high=65535, remedy="8000 is the default, 0 takes any free port")
         integer("api_server_count", self.api_server_count, low=1, high=64, remedy="1 is the default; each takes a core")
+        if (value := self.chat_template_content_format) not in CONTENT_FORMATS:
+            allowed = ", ".join(CONTENT_FORMATS)
+            raise ValueError(f"chat_template_content_format={value!r} is not known; it must be one of {allowed}")
         for name, known in (("tool_call_parser", TOOL_PARSERS), ("reasoning_parser", REASONING_PARSERS)):
             if (value := getattr(self, name)) not in (AUTO, NONE, *known):
                 raise ValueError(f"{name}={value!r} is not known; it must be one of {', '.join((AUTO, NONE, *known))}")

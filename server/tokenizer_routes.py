@@ -10,11 +10,13 @@ from starlette.responses import Response
 
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.server.body import read_body
+from jax_engine.server.chat_format import rendered_chat
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.openai_routes import json_response
 from jax_engine.server.protocol import ChatCompletionRequest
 from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
+from jax_engine.server.settings import ServerSettings
 from jax_engine.server.validation import decode
 from jax_engine.tokenizer import Tokenizer
 
@@ -31,16 +33,12 @@ class ChatFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    def chat_text(self, engine: AsyncLLM, chat_template: str | None) -> str:
+    def chat_text(self, engine: AsyncLLM, settings: ServerSettings) -> str:
         """The messages by the chat template. ApiError 400 for what cannot be rendered."""
         fields = {name: getattr(self, name) for name in ChatFields.__struct_fields__}
         chat = ChatCompletionRequest(**fields)
         chat.check()
-        try:
-            prompt = engine.render_chat(chat.conversation(), chat_template=chat_template, **chat.template_arguments())
-        except ValueError as error:
-            raise bad_request(error) from None
-        return prompt["prompt"]
+        return rendered_chat(engine.tokenizer, settings, chat)
 
     def refuse_alone(self, beside: str) -> None:
         """ApiError 400 for what belongs to messages and came without; `beside` is what came instead."""
@@ -86,7 +84,7 @@ def tokenizer_router(service: Service) -> APIRouter:
         asked.check()
         service.adapter_of(asked.model)
         engine = service.engine()
-        return json_response(await asyncio.to_thread(tokenized, engine, asked, service.settings.chat_template))
+        return json_response(await asyncio.to_thread(tokenized, engine, asked, service.settings))
 
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -112,11 +110,11 @@ def tokenizer_router(service: Service) -> APIRouter:
     return router
 
 
-def tokenized(engine: AsyncLLM, asked: TokenizeRequest, chat_template: str | None) -> dict[str, Any]:
+def tokenized(engine: AsyncLLM, asked: TokenizeRequest, settings: ServerSettings) -> dict[str, Any]:
     """The answer to a checked body of /tokenize."""
     text, add_special_tokens = asked.prompt, True
     if text is None:
-        text, add_special_tokens = asked.chat_text(engine, chat_template), False
+        text, add_special_tokens = asked.chat_text(engine, settings), False
     if asked.add_special_tokens is not None:
         add_special_tokens = asked.add_special_tokens
     try:

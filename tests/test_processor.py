@@ -285,7 +285,11 @@ def test_what_a_chat_may_hold() -> None:
         ([USER, {"content": "hi"}], {}, r"messages\[1\]=.* must be an object with a role"),
         ([{"role": "user", "content": 3}], {}, r"messages\[0\]\.content=3 must be a string"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "has a part of type 'image_url'; only 'text'"),
-        ([{"role": "robot", "content": "hi"}], {}, "the chat template failed on these messages: no robots here"),
+        (
+            [{"role": "robot", "content": "hi"}],
+            {},
+            "the chat template failed on these messages, at its line 1: no robots here",
+        ),
         ([USER], {"chat_template": "{{ 1 / 0 }}"}, "the chat template failed .*division by zero"),
         ([USER], {"chat_template": "{% if %}"}, "the chat template failed"),
         ([USER], {"continue_final_message": True}, "set one of them to False"),

@@ -41,7 +41,7 @@ def test_every_field_is_of_sampling_neutral_harmless_or_used_by_name():
     """A field in none of these groups would be accepted and ignored."""
     used = {"model", "stream", "stream_options", "prompt", "messages", "best_of", "add_special_tokens", "cache_salt"}
     used |= {"priority", "vllm_xargs", "tools", "tool_choice", "max_completion_tokens", "echo", "top_logprobs"}
-    used |= {"parallel_tool_calls", "include_reasoning", "reasoning_effort"}
+    used |= {"parallel_tool_calls", "include_reasoning", "reasoning_effort", "chat_template"}
     used |= {"return_token_ids", "use_beam_search", "length_penalty", "early_stopping"}
     used |= {"add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
     groups = used | set(NEUTRAL) | set(WITHOUT_EFFECT) | set(SamplingFields.__struct_fields__)
