@@ -97,7 +97,7 @@ async def answer_embeddings(
     service: Service, request: Request, asked: EmbeddingRequest, *, kind: str
 ) -> dict[str, Any]:
     """The answer to a checked body; `kind` names what it lists, and the field that has the vector."""
-    text = None if asked.messages is None else asked.chat.chat_text(service.engine(), service.settings.chat_template)
+    text = None if asked.messages is None else asked.chat.chat_text(service.engine(), service.settings)
     vectors = await vectors_of(service, request, asked, asked.prompts(text), asked.params())
     field = {"embedding": "embedding", "pooling": "data"}[kind]
     shown = [as_base64(vector) if asked.encoding_format == "base64" else vector.tolist() for vector in vectors]
