@@ -14,6 +14,7 @@ URLS = (
     "/v1/responses",
     "/v1/messages",
     "/v1/embeddings",
+    "/pooling",
     "/v1/score",
     "/score",
     "/v1/rerank",
