@@ -25,6 +25,13 @@ def condition(service: Service) -> dict[str, Any]:
     }
 
 
+def check_may_change(service: Service) -> None:
+    """ApiError 403 where anybody who reaches the server could change it."""
+    if not service.settings.api_keys and not service.settings.enable_admin_routes:
+        message = "a server without --api-key lets clients do that only with --enable-admin-routes"
+        raise ApiError(403, message, code="route_is_off")
+
+
 def operations_router(service: Service) -> APIRouter:
     """The routes that tell how the server is, which need no API key, and those that change it, which do."""
     router = APIRouter(tags=["operations"])
@@ -70,7 +77,10 @@ def operations_router(service: Service) -> APIRouter:
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:
-        """Forget the keys and values of earlier prompts; 409 while requests run."""
+        """Forget the keys and values of earlier prompts; 409 while requests run. Needs an API key, or
+        `--enable-admin-routes` on a server that asks for none.
+        """
+        check_may_change(service)
         try:
             done = await service.engine().reset_prefix_cache()
         except EngineDeadError as error:

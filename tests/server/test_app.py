@@ -111,6 +111,17 @@ async def test_anthropics_clients_get_errors_in_their_own_shape():
     assert error_of(other)["code"] == "route_not_found"
 
 
+async def test_what_changes_the_server_needs_a_key_or_is_off():
+    async with client(service()) as http:
+        refused = await http.post("/reset_prefix_cache")
+        assert (refused.status_code, error_of(refused)["code"]) == (403, "route_is_off")
+    async with client(service(api_keys=("key",))) as http:
+        allowed = await http.post("/reset_prefix_cache", headers={"authorization": "Bearer key"})
+        assert allowed.status_code == 503  # as far as the engine, which is not there
+    async with client(service(enable_admin_routes=True)) as http:
+        assert (await http.post("/reset_prefix_cache")).status_code == 503
+
+
 async def test_a_key_never_appears_in_the_log(caplog):
     caplog.set_level("DEBUG")
     async with client(service(api_keys=("s3cret",))) as http:

@@ -39,7 +39,7 @@ def pids_of(server, module):
 
 
 async def test_clients_see_one_server(model, start):
-    server = start("--served-model-name", "counting")
+    server = start("--served-model-name", "counting", "--enable-admin-routes")
     prompt, count = model.prompt(5), 24
 
     async def answer(number):
