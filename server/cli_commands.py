@@ -164,10 +164,24 @@ def run_talk(options: Options, answer_settings: AnswerSettings, *, is_chat: bool
 
     given = options.of(["temperature", "max_tokens"])
     url, api_key, quick = options["url"], options["api_key"], options["quick"]
+    check_partner(options, {flag.field for flag in PARTNER_FLAGS} | {"system_prompt", "model"})
     if not is_chat:
         return complete(config, settings, url=url, api_key=api_key, quick=quick, given=given)
     system_prompt = options["system_prompt"]
     return chat(config, settings, url=url, api_key=api_key, system_prompt=system_prompt, quick=quick, given=given)
+
+
+def check_partner(options: Options, of_any: set[str]) -> None:
+    """ValueError for what the command line asks of an engine where a server answers, or the other way round.
+
+    `of_any` are the fields that both have. A file and variables may hold more: they are for other commands too.
+    """
+    for field in options.values.keys() - options.sources.keys():
+        option = f"--{field.replace('_', '-')}"
+        if options["url"] is not None and field not in of_any:
+            raise ValueError(f"{option} is for an engine of this command's own, and --url asks a server; leave one out")
+        if options["url"] is None and field == "api_key":
+            raise ValueError(f"{option} is for the server of --url; give that too, or leave it out")
 
 
 def run_collect_env(options: Options) -> int:

@@ -254,6 +254,17 @@ def test_chat_in_process_answers():
     assert result.stdout == "17 + 25 = 42\n", "the answer alone, without what the model thinks before it"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("chat", "--url", "http://127.0.0.1:9", "--max-num-seqs", "4"), "--max-num-seqs is for an engine"),
+        (("complete", "--api-key", "k"), "--api-key is for the server of --url"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(capsys, arguments, words):
+    assert words in refusal(capsys, *arguments)
+
+
 def test_complete_continues_each_line_with_a_server(server):
     result = run(
         "complete", "--url", server.url, "--temperature", "0", "--max-tokens", "8", stdin="Once upon\n\nOnce upon\n"
