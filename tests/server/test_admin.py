@@ -89,6 +89,17 @@ def test_one_of_several_requests_is_aborted_by_its_id(server):
     assert reasons == {"mine": "abort", "mine-too": "length"}
 
 
+def test_a_beam_search_that_is_aborted_says_so(server):
+    answers = []
+    body = {"prompt": "Once", "use_beam_search": True, "n": 2, "max_tokens": 500, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: answers.append(post(server, "/v1/completions", json=body)))
+    thread.start()
+    while not answers:
+        post(server, "/abort_requests")
+    thread.join()
+    assert (answers[0].status_code, answers[0].json()["error"]["message"]) == (500, "the search was aborted")
+
+
 @pytest.mark.parametrize(
     ("route", "message"),
     [
