@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {
     "max_loras": 1,
     "compilation_cache_dir": "",
 }
+# Few step programs, for what has an engine of its own.
+FEW: dict[str, Any] = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "enable_lora": False}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def shared_llm(folders: dict[str, str]) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def small_llm(folders: dict[str, str]) -> Iterator[LLM]:
     page_bytes = 2 * 2 * 2 * PAGE * 8 * 4  # layers, keys and values, heads, tokens, dimensions, float32
-    settings = {"kv_cache_memory_bytes": 9 * page_bytes, "scheduling_policy": "priority", "enable_lora": False}
+    settings = FEW | {"kv_cache_memory_bytes": 9 * page_bytes, "scheduling_policy": "priority"}
     with LLM(folders["base"], **SETTINGS | settings) as llm:
         llm.encode([1], use_tqdm=False)  # from here on its program is there
         yield llm
@@ -167,7 +169,7 @@ def test_an_adapter_gives_what_it_gives_merged(llm: LLM, folders: dict[str, str]
 
 
 def test_a_deterministic_engine_gives_the_same_bits_in_any_company(folders: dict[str, str]) -> None:
-    with LLM(folders["base"], **SETTINGS | {"enable_lora": False}, deterministic=True) as llm:
+    with LLM(folders["base"], **SETTINGS | FEW, deterministic=True) as llm:
         pooling = [raw("MEAN")] * len(PROMPTS)
         alone = [llm.encode(prompt, raw("MEAN"), use_tqdm=False)[0].outputs.data for prompt in PROMPTS]
         vectors, _ = run_together(llm, pooling, [SamplingParams(max_tokens=9)] * 3)
