@@ -46,9 +46,19 @@ def checked_tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
             not isinstance(parameters, dict) or parameters.get("type", "object") != "object"
         ):
             raise _invalid(f"{where}.function.parameters", "must be the JSON schema of an object")
+        _check_properties(parameters or {}, f"{where}.function.parameters")
     if len({tool["function"]["name"] for tool in tools}) < len(tools):
         raise _invalid("tools", "has two functions of one name; give each its own")
     return tools
+
+
+def _check_properties(parameters: dict[str, Any], where: str) -> None:
+    """ApiError 400 unless what a schema says of an object's properties has the form that it must."""
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, dict) or not all(isinstance(value, dict | bool) for value in properties.values()):
+        raise _invalid(f"{where}.properties", "must be an object of JSON schemas")
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise _invalid(f"{where}.required", "must be a list of names")
 
 
 def shown_tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -71,9 +71,7 @@ class Qwen3CoderToolParser(ToolParser):
             yield from reader.follows("\n")
             reader.drop()
             reader.arguments(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
-            schema = properties.get(key)
-            types = types_of(schema) if isinstance(schema, Mapping) else set()
-            if not (yield from self._read_value(reader, types or {"string"})):
+            if not (yield from self._read_value(reader, types_of(properties.get(key)) or {"string"})):
                 return
             before = ", "
         reader.arguments("{}" if before == "{" else "}")

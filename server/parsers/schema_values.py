@@ -23,7 +23,12 @@ def properties_of(name: str, schema: Mapping[str, Any]) -> dict[str, dict[str, A
     required = required_of(schema)
     properties = schema.get("properties", {})
     order = [*required, *(key for key in properties if key not in required)]
-    return {key: {**shared, **properties.get(key, {})} for key in order}
+    return {key: {**shared, **_as_object(properties.get(key, True))} for key in order}
+
+
+def _as_object(schema: Mapping[str, Any] | bool) -> Mapping[str, Any]:
+    """A schema of JSON's own form: `true` allows everything, `false` nothing."""
+    return ({} if schema else {"not": {}}) if isinstance(schema, bool) else schema
 
 
 def required_of(schema: Mapping[str, Any]) -> list[str]:
@@ -31,12 +36,17 @@ def required_of(schema: Mapping[str, Any]) -> list[str]:
     return list(schema.get("required", ()))
 
 
-def types_of(schema: Mapping[str, Any]) -> set[str]:
-    """The JSON types that a schema speaks of; empty when it does not say."""
-    own = schema.get("type", [])
-    types = {own} if isinstance(own, str) else set(own)
-    ways = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    return types.union(*(types_of(way) for way in ways if isinstance(way, Mapping)))
+def types_of(schema: object) -> set[str]:
+    """The JSON types that a schema and its immediate alternatives speak of; empty when they do not say."""
+    if not isinstance(schema, Mapping):
+        return set()
+    ways = [schema, *(way for key in ("anyOf", "oneOf") for way in _listed(schema.get(key)))]
+    given = [way.get("type") for way in ways if isinstance(way, Mapping)]
+    return {kind for own in given for kind in (_listed(own) or [own]) if isinstance(kind, str)}
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def sequence(*elements: Form) -> Form:

@@ -266,6 +266,18 @@ def test_a_tool_choice_says_which_functions_may_or_must_be_called():
         ({"type": "function", "function": {"name": "f", "strict": "yes"}}, "tools[0].function.strict"),
         ({"type": "function", "function": {"name": "f", "parameters": []}}, "tools[0].function.parameters"),
         (
+            {"type": "function", "function": {"name": "f", "parameters": {"properties": [1]}}},
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": 1}}}},
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            {"type": "function", "function": {"name": "f", "parameters": {"required": "a"}}},
+            "tools[0].function.parameters.required",
+        ),
+        (
             {"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}},
             "tools[0].function.parameters",
         ),

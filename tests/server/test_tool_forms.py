@@ -13,6 +13,7 @@ from jax_engine.model_files import resolve_model_path
 from jax_engine.server.errors import ApiError
 from jax_engine.server.message_parts import MessageFormat, whole_message
 from jax_engine.server.parsers.names import TOOL_PARSERS
+from jax_engine.server.parsers.schema_values import types_of
 from jax_engine.tokenizer import load_tokenizer
 
 TRIP = {
@@ -93,6 +94,21 @@ def test_text_is_free_where_a_call_may_be_made(name, vocabulary):
         matcher = new_matcher(grammar, vocabulary)
         assert matcher.consume_tokens(TOKENIZER.encode(text, add_special_tokens=False)), text
         assert matcher.is_accepting() is ends, text
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"anyOf": [{"type": "number"}, {"type": "null"}, True]}, {"number", "null"}),
+        ({"type": 5, "anyOf": "x", "oneOf": [{"type": [[]]}]}, set()),
+        (True, set()),
+        (None, set()),
+    ],
+)
+def test_the_types_that_a_schema_speaks_of(schema, types):
+    assert types_of(schema) == types
 
 
 @pytest.mark.parametrize(

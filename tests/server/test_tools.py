@@ -164,7 +164,7 @@ def test_a_form_of_the_answer_leaves_room_for_calls(server):
     ("tool", "settings", "param", "words"),
     [
         (function("f", {"properties": {"a": {"type": "nonsense"}}}), {"tool_choice": "required"}, "tools", "'f'"),
-        (function("f", {"required": [1]}, strict=True), {}, "tools", "'f'"),
+        (function("f", {"properties": {"a": {"type": "nonsense"}}}, strict=True), {}, "tools", "'f'"),
         (REGISTER, {"tool_choice": "required", "use_beam_search": True, "max_tokens": 5}, "use_beam_search", "form"),
         (function("f", {}, strict=True), {"guided_grammar": 'start: "a"'}, "tool_choice", "grammar"),
     ],
