@@ -67,7 +67,7 @@ def main() -> None:
             stack.enter_context(
                 LLM(
                     max_num_seqs=max(options.streams),
-                    max_num_batched_tokens=256,
+                    max_num_batched_tokens=options.max_num_batched_tokens,
                     compile_before_ready=True,
                     enable_prefix_caching=False,  # rounds repeat the same prompts
                     speculative_config=config,
@@ -99,6 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--streams", nargs="+", default=(1, 8), help="requests at once (default: 1 8)", **number)
+    parser.add_argument("--max-num-batched-tokens", default=256, help="default: %(default)s", **number)
     parser.add_argument("--load", action="append", metavar="NAME", help="only this one; may be given several times")
     parser.add_argument("--prompts", default=24, help="of each load (default: %(default)s)", **number)
     parser.add_argument("--rounds", default=3, help="over all prompts, after one to warm up", **number)
