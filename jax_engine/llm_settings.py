@@ -35,7 +35,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "task": ("auto", "generate", None),
         "tokenizer_mode": ("auto",),
         "tokenizer_revision": (None,),
-        "trust_remote_code": (False,),
     }
 )
 

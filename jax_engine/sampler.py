@@ -52,7 +52,7 @@ class SamplingRows:
 def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) -> Int[Array, " B"]:
     """The next token of each row; `full_sampling.sample_full` does what FULL has beyond SAMPLE."""
     if mode is SamplingMode.GREEDY:
-        return likeliest(logits).astype(jnp.int32)
+        return lax.platform_dependent(logits, cpu=likeliest, default=_argmax).astype(jnp.int32)
     holds = rows.positions < rows.hold_until
     index = jnp.arange(logits.shape[0])[:, None]
     held = logits.at[index, jnp.where(holds[:, None], rows.held_back, logits.shape[1])].set(-jnp.inf, mode="drop")
@@ -63,6 +63,10 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) 
     greedy = likeliest(held)
     drawn = lax.cond(asked[0], _draw, lambda *_: jnp.zeros_like(greedy), held, rows, asked[1])
     return jnp.where(is_drawn, drawn, greedy).astype(jnp.int32)
+
+
+def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    return jnp.argmax(logits, axis=-1)
 
 
 def likeliest(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

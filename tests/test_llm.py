@@ -308,7 +308,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"deterministic": "yes"}, "deterministic='yes' must be true or false; leave it out for false"),
         ({"lora_modules": ["a=b"], "enable_lora": True}, "lora_modules=a=b names an adapter for clients of a server"),
-        ({"trust_remote_code": True}, "trust_remote_code=True is not supported yet"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is refused: a checkpoint's code is for PyTorch"),
         ({"max_num_queued_reqs": 5}, "max_num_queued_reqs=5 bounds what clients may send to a server"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a whole number"),
     ],

@@ -172,7 +172,7 @@ async def test_a_compressed_body_is_refused():
 
 
 async def test_one_line_in_the_log_for_each_request(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="jax_engine")
     async with client(service()) as http:
         await http.get("/v1/models?key=value", headers={"x-request-id": "one"})
         await http.get("/version")  # probes and scrapes are not worth a line
@@ -182,7 +182,7 @@ async def test_one_line_in_the_log_for_each_request(caplog):
 
 
 async def test_a_path_cannot_forge_a_line_of_the_log(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="jax_engine")
     async with client(service()) as http:
         await http.get("/%0AGET%20/forged")
     (line,) = [record.message for record in caplog.records if record.name == "jax_engine.server.gate"]
@@ -190,7 +190,7 @@ async def test_a_path_cannot_forge_a_line_of_the_log(caplog):
 
 
 async def test_requests_need_not_be_logged(caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="jax_engine")
     async with client(service(enable_log_requests=False)) as http:
         await http.get("/v1/models")
     assert not [record for record in caplog.records if record.name == "jax_engine.server.gate"]
