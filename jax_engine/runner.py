@@ -7,44 +7,31 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.adapter_store import AdapterStore
+from jax_engine.blueprint import Blueprint
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
-from jax_engine.draft_model import DraftModel, PendingDrafts, Surroundings
+from jax_engine.draft_model import PendingDrafts
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
-from jax_engine.loader import load_config, load_leaves
-from jax_engine.logits_processors import load_processors
+from jax_engine.loader import load_leaves
 from jax_engine.logprob_results import read_logprobs, what_is_asked
-from jax_engine.model_files import resolve_model_path
-from jax_engine.models.adapters import AdapterShape
-from jax_engine.models.config import ModelConfig
-from jax_engine.page_copies import PageCopier, check_host_memory, staging_pages
-from jax_engine.placed_model import PlacedModel, StateSize, resolve_dtype
+from jax_engine.page_copies import PageCopier, check_host_memory
 from jax_engine.planner import (
-    MemoryPlan,
     host_pages,
-    longest_context,
-    memory_for_pages,
-    plan_memory,
-    programs_of,
 )
 from jax_engine.pooling_results import with_pooled
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import tensor_mesh
 from jax_engine.start_log import log_adapters, log_cache, log_step_programs
 from jax_engine.stats import STEP_TOKEN_BOUNDS
 from jax_engine.step_batch import (
     NO_TOKEN,
-    BatchLayout,
     SlotParameters,
     order_chunks,
     pack_batch,
@@ -97,50 +84,26 @@ class Runner:
         """
         use_compilation_cache(config.compilation_cache_dir)
         device = jax.devices()[0]
-        folder = resolve_model_path(config.model, revision=config.revision)
-        model_config, model_class = load_config(folder)
-        model_config = model_config.with_max_model_len(longest_context(config, model_config))
-        config.check_whole_prompts(model_config.max_model_len)
+        self.blueprint = blueprint = Blueprint.of(config, jax.devices())
         self._is_remote = device.platform != "cpu"  # tokens must travel to the host
-        devices = config.tensor_parallel_size
-        shared: Surroundings = {
-            "platform": device.platform,
-            "mesh": tensor_mesh(devices, jax.devices()) if devices > 1 else None,
-            "attention_backend": config.attention_backend,
-            "dtype": resolve_dtype(config.dtype, model_config.dtype, device.platform),
-            "page_size": config.block_size or (64 if self._is_remote else 16),
-            "scan_layers": self._is_remote if config.scan_layers is None else config.scan_layers,
-        }
-        self.placed = PlacedModel.of(
-            model_class,
-            model_config,
-            **shared,
-            deterministic=config.deterministic,
-            max_logprobs=config.max_logprobs,
-            processors=load_processors(config.logits_processors),
-            adapters=AdapterShape(config.max_loras, config.max_lora_rank) if config.enable_lora else None,
-            num_drafts=config.speculation.num_speculative_tokens if config.speculation else 0,
-        )
-        self.draft = DraftModel(config, self.placed, shared) if config.draft_model is not None else None
-        if self.draft is not None:
-            self.placed = self.draft.target
-        self.adapters = AdapterStore(self.placed, max_rank=config.max_lora_rank, max_adapters=config.num_cpu_loras)
-        self.vocab_size = model_config.vocab_size
+        self.placed, self.draft = blueprint.placed, blueprint.draft
+        self.adapters = blueprint.adapter_store()
+        self.vocab_size = blueprint.model.vocab_size
+        self.step_sizes = blueprint.step_sizes
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
-        self._choose_programs(config)
-        self.memory = self._plan_memory(config, model_config, device)
+        self.memory = blueprint.plan_memory((device.memory_stats() or {}).get("bytes_limit"))
         log_cache(self.memory, self._geometry)
         log_adapters(config, self.placed)
-        log_step_programs(self._programs, self.step_sizes, self.placed.row_block)
+        log_step_programs(blueprint.programs, self.step_sizes, self.placed.row_block)
         self.compiled = CompiledSteps(
-            self._programs, lambda program: self._lower(program, self.memory), threads=config.compile_threads
+            blueprint.programs, lambda program: blueprint.lower(program, self.memory), threads=config.compile_threads
         )
         if watch is not None:
             watch(self.compiled)
         self._state: DeviceState
         self.weights: Weights
-        self._load_while_compiling(folder, config)
+        self._load_while_compiling(config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         least = SamplingMode.FULL if self.placed.processors else SamplingMode.GREEDY
         self._parameters = SlotParameters(self._num_slots, self.vocab_size, least=least)
@@ -164,7 +127,9 @@ class Runner:
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,
             windows=self._geometry.layout.windows,
-            draft_sizes=tuple(sorted({program.bucket.num_tokens for program in self._programs if program.draft_rows})),
+            draft_sizes=tuple(
+                sorted({program.bucket.num_tokens for program in self.blueprint.programs if program.draft_rows})
+            ),
             draft_context=self.draft.max_len if self.draft is not None else 0,
         )
 
@@ -188,7 +153,7 @@ class Runner:
         program, executable = self.compiled.find(
             num_tokens, len(chunks), mode, num_steps=plan.num_steps, draft_rows=plan.num_draft_rows
         )
-        layout = self._layouts[program.bucket]
+        layout = self.blueprint.layouts[program.bucket]
         updates = page_updates_of(chunks, layout)
         if len(updates) > layout.num_page_updates:
             self._write_pages(updates[layout.num_page_updates :])
@@ -256,24 +221,6 @@ class Runner:
             logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
         del self._state, self.weights, self._full
 
-    def _choose_programs(self, config: EngineConfig) -> None:
-        """The step programs there will be, and the sizes and layouts of their steps."""
-        block = self.placed.row_block
-        self._programs = programs_of(config, row_block=block, only_full=bool(self.placed.processors))
-        buckets = sorted({program.bucket for program in self._programs if not program.num_drafts})
-        largest = buckets[-1].num_tokens
-        mode = SamplingMode.FULL if self.placed.processors else SamplingMode.SAMPLE
-        # A step in blocks of rows costs those that it fills.
-        token_counts = {
-            program.bucket.num_tokens
-            for program in self._programs
-            if program.num_steps == 1 and program.mode is mode and not (program.draft_rows or program.num_drafts)
-        }
-        self.step_sizes = tuple(range(block, largest + 1, block) if block else sorted(token_counts))
-        num_adapters = config.max_loras if config.enable_lora else 0
-        sizes = self._geometry.page_size, self._num_slots, self._geometry.layout.num_groups, num_adapters
-        self._layouts = {bucket: BatchLayout(bucket, *sizes) for bucket in buckets}
-
     def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
         """Record the sampling parameters of requests that have just taken a slot."""
         for chunk in chunks:
@@ -307,7 +254,7 @@ class Runner:
         )
         return 0.0 if config.kv_offloading_load == "always" else seconds
 
-    def _load_while_compiling(self, folder: Path, config: EngineConfig) -> None:
+    def _load_while_compiling(self, config: EngineConfig) -> None:
         """Make weights and state while the largest program compiles; their errors do not wait for the compiler."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
@@ -316,7 +263,7 @@ class Runner:
                 partial(
                     load_leaves,
                     self.placed.structure,
-                    folder,
+                    self.blueprint.folder,
                     load_format=config.load_format,
                     sharding_of=self.placed.sharding_of,
                     seed=config.seed,
@@ -346,7 +293,7 @@ class Runner:
 
     def renew_state(self) -> None:
         """Make the device state as it is before the first step; nothing is compiled anew."""
-        self._state = self.placed.zero_state(self._state_size(self.memory))
+        self._state = self.placed.zero_state(self.blueprint.state_size(self.memory))
 
     def _make_state(self) -> None:
         """The device state before the first step, and the programs that copy its pages and write its block tables."""
@@ -359,33 +306,3 @@ class Runner:
             .lower(tables, np.empty(self._updates_shape, np.int32))
             .compile()
         )
-
-    def _plan_memory(self, config: EngineConfig, model: ModelConfig, device: jax.Device) -> MemoryPlan:
-        """Pages from what the largest steps leave of the device's memory, or from the setting."""
-        if device.platform == "cpu" or config.kv_cache_memory_bytes is not None:
-            return plan_memory(config, model, self._geometry, None)
-        # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
-        context = longest_context(config, model)
-        provisional = MemoryPlan(self._geometry.most_pages(context, config.token_budget), context, "provisional")
-        programs = CompiledSteps(self._programs, lambda program: self._lower(program, provisional))
-        largest = programs.compile_largest_of_each()
-        cache_bytes = provisional.num_pages * self._geometry.planned_bytes
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        if limit is None:
-            raise ValueError(f"{device.device_kind} does not report its memory; set kv_cache_memory_bytes")
-        utilization = config.gpu_memory_utilization
-        available = min(memory_for_pages(program, limit, utilization, cache_bytes) for program in largest)
-        available -= self.adapters.staging_bytes  # on its way to a slot
-        available -= self.draft.num_bytes if self.draft is not None else 0
-        available -= staging_pages(host=config.host_cache_bytes > 0) * self._geometry.page_bytes
-        return plan_memory(config, model, self._geometry, available)
-
-    def _lower(self, program: Program, memory: MemoryPlan) -> jax.stages.Lowered:
-        size = self._state_size(memory)
-        if program.num_drafts and self.draft is not None:
-            return self.draft.lower(program, size)
-        layout = self._layouts[program.bucket]
-        return self.placed.lower(layout, program.mode, size, num_steps=program.num_steps, draft_rows=program.draft_rows)
-
-    def _state_size(self, memory: MemoryPlan) -> StateSize:
-        return StateSize(memory.num_pages, self._num_slots, self._geometry.pages_for(memory.max_model_len))
