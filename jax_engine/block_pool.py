@@ -8,8 +8,23 @@ So does, until then, a page that is a sequence's tail, if others are to go on fr
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from jax_engine.engine_view import PageCounts
+
+
+@dataclass(slots=True)
+class _Partition:
+    """The free pages of one partition, and what its pages hold. Mutable; owned by the `BlockPool`."""
+
+    blank: list[int]  # a stack: a page freed last is the likeliest to be in a cache nearby
+    known: dict[bytes, int] = field(default_factory=dict)  # hash -> the used or idle page that holds this content
+    idle: OrderedDict[int, None] = field(default_factory=OrderedDict)  # least recently used first
+    idle_tails: OrderedDict[int, None] = field(default_factory=OrderedDict)  # those that are not full, likewise
+
+    @property
+    def num_free(self) -> int:
+        return len(self.blank) + len(self.idle) + len(self.idle_tails)
 
 
 class BlockPool:
@@ -17,25 +32,41 @@ class BlockPool:
 
     A page is used (its count is above zero), idle (free, but its content is still known by a hash) or blank (free).
     Every operation takes constant time a page.
+
+    The pool may be cut into partitions of equally many pages, one after another, such as the devices that hold them:
+    whoever takes a page, or looks for content, says in which.
     """
 
-    def __init__(self, num_pages: int, *, on_evict: Callable[[int, bytes], None] | None = None) -> None:
+    def __init__(
+        self, num_pages: int, num_partitions: int = 1, *, on_evict: Callable[[int, bytes], None] | None = None
+    ) -> None:
         """`on_evict` is told of each idle page that is taken, and its hash, before anything writes it."""
+        assert num_pages % num_partitions == 0, "partitions are of one size"
         self.num_pages = num_pages
         self._on_evict = on_evict
         self._counts = [0] * num_pages
         self._hashes: list[bytes | None] = [None] * num_pages
-        self._pages: dict[bytes, int] = {}  # hash -> the used or idle page that holds this content
-        # A stack: a page freed last is the likeliest to be in a cache nearby.
-        self._blank = list(range(num_pages - 1, -1, -1))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._tails: set[int] = set()  # known pages that are not full
-        self._idle_tails: OrderedDict[int, None] = OrderedDict()  # those of them that are idle, likewise
+        self._size = size = num_pages // num_partitions
+        self._partitions = [
+            _Partition(list(range((number + 1) * size - 1, number * size - 1, -1))) for number in range(num_partitions)
+        ]
 
     @property
     def num_free(self) -> int:
-        """Pages that `allocate` can hand out; idle ones count."""
-        return len(self._blank) + len(self._idle) + len(self._idle_tails)
+        """Pages that `allocate` can hand out, of all partitions; idle ones count."""
+        return sum(partition.num_free for partition in self._partitions)
+
+    def num_free_in(self, partition: int) -> int:
+        """Those of one partition."""
+        return self._partitions[partition].num_free
+
+    def free_in_each(self) -> list[int]:
+        """Those of every partition."""
+        return [partition.num_free for partition in self._partitions]
+
+    def partition_of(self, page: int) -> int:
+        return page // self._size
 
     @property
     def num_in_use(self) -> int:
@@ -44,7 +75,7 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Free pages whose content is still known."""
-        return len(self._idle) + len(self._idle_tails)
+        return sum(len(partition.idle) + len(partition.idle_tails) for partition in self._partitions)
 
     def count_states(self, pages: slice) -> PageCounts:
         """How many of these pages have one user, several, none but known content, and neither."""
@@ -60,25 +91,26 @@ class BlockPool:
                 blank += 1
         return own, shared, cached, blank
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int, partition: int = 0) -> list[int]:
         """Take `count` pages of unknown content: blank ones first, then idle ones, which forget what they held, tails
         before full ones.
 
-        The caller has checked `num_free`.
+        The caller has checked `num_free_in`.
         """
-        assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
-        taken = [self._blank.pop() if self._blank else self._take_idle() for _ in range(count)]
+        own = self._partitions[partition]
+        assert 0 <= count <= own.num_free, f"{count} pages asked for, {own.num_free} free"
+        taken = [own.blank.pop() if own.blank else self._take_idle(own) for _ in range(count)]
         for page in taken:
             self._counts[page] = 1
         return taken
 
-    def find(self, page_hash: bytes) -> int | None:
-        """The page with this content, used or idle; None when there is none."""
-        return self._pages.get(page_hash)
+    def find(self, page_hash: bytes, partition: int = 0) -> int | None:
+        """The partition's page with this content, used or idle; None when there is none."""
+        return self._partitions[partition].known.get(page_hash)
 
-    def num_idle(self, pages: Sequence[int]) -> int:
-        """How many of these pages `num_free` counts: sharing them takes so many away."""
-        return sum(self._counts[page] == 0 for page in pages)
+    def idle(self, pages: Sequence[int]) -> list[int]:
+        """Those of these pages that `num_free` counts: sharing them takes them away."""
+        return [page for page in pages if self._counts[page] == 0]
 
     def num_unshared(self, pages: Sequence[int]) -> int:
         """How many of a sequence's pages have it for their only user.
@@ -103,13 +135,15 @@ class BlockPool:
         return self._counts[page] == 1 and self._hashes[page] is None
 
     def register(self, page: int, page_hash: bytes, *, is_tail: bool = False) -> None:
-        """Let a used page be found by its content. Of pages with equal content, the first one stays the one found.
+        """Let a used page be found by its content. Of a partition's pages with equal content, the first one stays the
+        one found.
 
         A tail, which is not full, is of use for a short time only.
         """
         assert self._counts[page] > 0, f"page {page} is registered and nobody uses it"
-        if page_hash not in self._pages and self._hashes[page] is None:
-            self._pages[page_hash] = page
+        known = self._partitions[page // self._size].known
+        if page_hash not in known and self._hashes[page] is None:
+            known[page_hash] = page
             self._hashes[page] = page_hash
             if is_tail:
                 self._tails.add(page)
@@ -121,7 +155,7 @@ class BlockPool:
             self._counts[page] -= 1
             if self._counts[page] == 0:
                 if self._hashes[page] is None:
-                    self._blank.append(page)
+                    self._partitions[page // self._size].blank.append(page)
                 else:
                     self._idle_of(page)[page] = None
 
@@ -129,19 +163,21 @@ class BlockPool:
         """Forget all content; False, and nothing is forgotten, while a page is in use."""
         if self.num_in_use:
             return False
-        for idle in (self._idle, self._idle_tails):
-            while idle:
-                page, _ = idle.popitem()
-                self._forget(page)
-                self._blank.append(page)
+        for partition in self._partitions:
+            for idle in (partition.idle, partition.idle_tails):
+                while idle:
+                    page, _ = idle.popitem()
+                    self._forget(page)
+                    partition.blank.append(page)
         return True
 
     def _idle_of(self, page: int) -> OrderedDict[int, None]:
-        return self._idle_tails if page in self._tails else self._idle
+        partition = self._partitions[page // self._size]
+        return partition.idle_tails if page in self._tails else partition.idle
 
-    def _take_idle(self) -> int:
-        is_tail = bool(self._idle_tails)
-        page, _ = (self._idle_tails if is_tail else self._idle).popitem(last=False)
+    def _take_idle(self, partition: _Partition) -> int:
+        is_tail = bool(partition.idle_tails)
+        page, _ = (partition.idle_tails if is_tail else partition.idle).popitem(last=False)
         page_hash = self._forget(page)
         if self._on_evict is not None and not is_tail:
             self._on_evict(page, page_hash)
@@ -150,7 +186,7 @@ class BlockPool:
     def _forget(self, page: int) -> bytes:
         page_hash = self._hashes[page]
         assert page_hash is not None
-        del self._pages[page_hash]
+        del self._partitions[page // self._size].known[page_hash]
         self._hashes[page] = None
         self._tails.discard(page)
         return page_hash

@@ -1,6 +1,6 @@
 """What the manager of the KV cache finds, plans and counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 NO_PAGE = -1  # in place of a page that a window has passed
@@ -13,10 +13,32 @@ class CachedPrefix:
 
     num_tokens: int = 0
     pages: Sequence[int] = ()  # or NO_PAGE, IN_HOST
+    owner: int = 0  # the partition that it is to have its pages in, see `PagePartitions`
 
     @property
     def on_device(self) -> list[int]:
         return [page for page in self.pages if page >= 0]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGroups:
+    """Which cache groups there are, and what their layers see."""
+
+    number: int
+    suffixes: Sequence[bytes]  # what tells equal content in two groups apart
+    full: Sequence[int]  # groups without a window
+    by_window: Mapping[int, Sequence[int]]  # the others
+
+    @classmethod
+    def of(cls, windows: Sequence[int]) -> "CacheGroups":
+        """Groups with these windows, in tokens; 0: none."""
+        groups = list(enumerate(windows))
+        return cls(
+            len(windows),
+            [group.to_bytes(group > 0) for group, _ in groups],
+            [group for group, window in groups if not window],
+            {window: [group for group, other in groups if other == window] for window in {*windows} - {0}},
+        )
 
 
 @dataclass(slots=True)

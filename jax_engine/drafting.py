@@ -95,7 +95,7 @@ class Drafts:
         drafts = self.choose(len(decoding), budget - len(decoding)) if decoding else {}
         if drafts:
             lengths = [1 + len(drafts.get(request.asked.request_id, ())) for request in decoding]
-            if sum(map(cache.num_new_pages, decoding, lengths)) > cache.pool.num_free:
+            if not cache.have_room(decoding, lengths):
                 return NO_DRAFTS
         fills = self.proposer.fills(drafts) if drafts else {}
         return PlannedDrafts(drafts, fills)

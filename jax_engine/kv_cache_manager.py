@@ -5,17 +5,32 @@ Layers that see equally far form cache groups (`models.kv_pages.CacheLayout`), e
 groups' pages come from one pool. A request's pages are one list, in which groups take turns: page `index` of group
 `group` stands at the place `index * num_groups + group`, and `NO_PAGE` where the window has passed it.
 
+Where devices hold different pages, the pool has as many partitions, and a rule says which of them each page of a
+sequence comes from (`PagePartitions`).
+
 Below the device's pages there may be host memory: a page that loses its place while its content is known moves there,
 and comes back when a request begins with it. Eviction and preemption need nothing else.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from operator import add
 
 from jax_engine.block_pool import BlockPool
-from jax_engine.cache_records import IN_HOST, NO_PAGE, CacheCounters, CachedPrefix, PlannedCopies, first_seen, held
+from jax_engine.cache_records import (
+    IN_HOST,
+    NO_PAGE,
+    CacheCounters,
+    CachedPrefix,
+    CacheGroups,
+    PlannedCopies,
+    first_seen,
+    held,
+)
 from jax_engine.host_pool import HostPool, LoadRule, PageCopies
+from jax_engine.page_partitions import UNCUT, PagePartitions
+from jax_engine.prefix_finder import PrefixFinder
 from jax_engine.request import Request
-from jax_engine.tail_pages import find_tail, keep_tail
+from jax_engine.tail_pages import keep_tail
 
 
 class KVCacheManager:
@@ -34,12 +49,14 @@ class KVCacheManager:
         enable_prefix_caching: bool,
         num_host_pages: int = 0,
         load_rule: LoadRule | None = None,
+        partitions: PagePartitions = UNCUT,
     ) -> None:
         """`windows` are those of the cache groups, in tokens; 0: none. `num_host_pages` is the size of the host tier,
         which is found by the same hashes and needs prefix caching.
         """
         assert enable_prefix_caching or not num_host_pages, "host pages are found by their prefix"
-        self.pool = BlockPool(num_pages, on_evict=self._save if num_host_pages else None)
+        self.partitions = partitions
+        self.pool = BlockPool(num_pages, self.partitions.count, on_evict=self._save if num_host_pages else None)
         self.host = HostPool(num_host_pages)
         self.load_rule = load_rule or LoadRule(0.0, page_size=page_size, large_step=1)
         self.page_size = page_size
@@ -48,13 +65,10 @@ class KVCacheManager:
         self._planned = PlannedCopies()
         self._filling: list[Request] = []  # those for which the latest plan fills a page
         self._advanced: list[Request] = []  # with windows: those that the latest plan has tokens of
+        groups = CacheGroups.of(windows)
         self.num_groups = len(windows)
-        # What tells equal content in two groups apart.
-        self._suffixes = [group.to_bytes(group > 0) for group in range(self.num_groups)]
-        self._full_groups = [group for group, window in enumerate(windows) if not window]
-        self._window_groups = {
-            window: [group for group, other in enumerate(windows) if other == window] for window in {*windows} - {0}
-        }
+        self._suffixes, self._full_groups, self._window_groups = groups.suffixes, groups.full, groups.by_window
+        self._finder = PrefixFinder(self.pool, groups, self.partitions, page_size)
 
     def num_tokens_in_pages(self, running: Iterable[Request]) -> int:
         """Tokens whose keys and values the pages in use hold for a step to come, those of shared pages once.
@@ -100,50 +114,60 @@ class KVCacheManager:
         self.counters.copied_pages += len(planned.copies)
         return PageCopies(planned.saves, planned.copies, planned.loads)
 
-    def cached_prefix(self, request: Request, donor: Request | None = None) -> CachedPrefix:
+    def cached_prefixes(self, request: Request, donor: Request | None = None) -> list[CachedPrefix]:
+        """What a waiting request finds computed with each owner that it may have, the longest first, and of equals the
+        one with most free pages.
+        """
+        found = [self.cached_prefix(request, donor, owner) for owner in self.partitions.owners]
+        if len(found) > 1:
+            found.sort(key=lambda cached: (-cached.num_tokens, -self.pool.num_free_in(cached.owner)))
+        return found
+
+    def cached_prefix(self, request: Request, donor: Request | None = None, owner: int = 0) -> CachedPrefix:
         """The longest computed beginning of a waiting request; never its last token, whose logits the next one is drawn
         from. None of its tokens is on the device only: the steps it was in have been committed.
 
         `donor` is a running request that earlier steps have taken through the same prompt: all of it is shared, the
         page that it ends in as well, to be copied when it is written. Without one, or if its windows have passed the
-        prompt's end, known pages are looked for.
+        prompt's end, known pages are looked for. `owner` is the partition that the request is to have its pages in.
 
-        Groups without a window must have all of it, others what the token behind it sees. A request that is to learn
-        the log-probabilities of its prompt computes all of it.
+        A request that is to learn the log-probabilities of its prompt computes all of it.
         """
         if request.needs_whole_prompt:
-            return CachedPrefix()
-        if donor is not None and (shared := self._prompt_of(donor, request)) is not None:
+            return CachedPrefix(owner=owner)
+        if donor is not None and (shared := self._finder.share_prompt(donor, request, owner)) is not None:
             return shared
         if not self.enable_prefix_caching:
-            return CachedPrefix()
-        count = (len(request.tokens) - 1) // self.page_size
-        pages: list[int] = []
-        for index in range(count if self._full_groups else 0):
-            row = self._find_full(request, index)
-            if row is None:
-                count = index
-                break
-            pages += row
-        if self._window_groups:
-            count, pages = self._with_windows(request, count, pages)
-        is_whole = count == (len(request.tokens) - 1) // self.page_size
-        if is_whole and (tail := find_tail(self.pool, request, self.page_size, self._suffixes)):
-            return self._seen(len(request.tokens) - 1, [*pages, *tail])
-        return CachedPrefix(count * self.page_size, pages)
+            return CachedPrefix(owner=owner)
+        # What is faster to compute than to load is as good as gone.
+        return self._finder.find_known(request, owner, host=self.host if self.load_rule.prefers_loading else None)
 
-    def can_start(self, cached: CachedPrefix, num_tokens: int, *, reserve: int) -> bool:
-        """Whether a sequence of `num_tokens`, more than are cached, leaves `reserve` pages free."""
-        num_new = self._pages_for(num_tokens) - len(cached.pages) + cached.pages.count(IN_HOST)
-        if cached.num_tokens % self.page_size:
-            num_new += self.num_groups  # the copies of shared pages that are written next
-        return num_new + self.pool.num_idle(cached.on_device) + reserve <= self.pool.num_free
+    def can_start(
+        self, cached: CachedPrefix, num_tokens: int, *, reserve: int, without: Sequence[Request] = ()
+    ) -> bool:
+        """Whether a sequence of `num_tokens`, more than are cached, leaves `reserve` pages of each partition that it
+        takes any of free; once the running requests `without` have given way.
+        """
+        owner, rows = cached.owner, len(cached.pages) // self.num_groups
+        needed = self.partitions.split(owner, rows, -(-num_tokens // self.page_size))
+        needed = [self.num_groups * count for count in needed]
+        if cached.num_tokens % self.page_size:  # the copies of shared pages that are written next
+            needed[self.partitions.of(owner, rows - 1)] += self.num_groups
+        if IN_HOST in cached.pages:
+            for place, page in enumerate(cached.pages):
+                needed[self.partitions.of(owner, place // self.num_groups)] += page == IN_HOST
+        for page in self.pool.idle(cached.on_device):
+            needed[self.pool.partition_of(page)] += 1
+        free = self.pool.free_in_each()
+        for other in without:
+            free = list(map(add, free, self.own_pages(other)))
+        return all(not count or count + reserve <= room for count, room in zip(needed, free, strict=True))
 
     def start(self, request: Request, cached: CachedPrefix) -> None:
         """Give a request the pages it begins with; it goes on from their end."""
         assert not request.pages, "a request starts without pages"
         self.pool.share(cached.on_device)
-        request.pages = list(cached.pages)
+        request.pages, request.owner = list(cached.pages), cached.owner
         if IN_HOST in cached.pages:
             self._load(request)
         request.num_computed, request.num_registered = cached.num_tokens, cached.num_tokens // self.page_size
@@ -161,18 +185,40 @@ class KVCacheManager:
                 self.counters.host_queries += len(request.tokens) - (cached.num_tokens - in_host)
                 self.counters.host_hits += in_host
 
-    def num_new_pages(self, request: Request, length: int) -> int:
-        """Pages that a request's next `length` tokens take beside those it has, with the copy of one that is shared."""
-        num_copies = len(self._shared_places(request))
-        return self._pages_for(request.num_computed + length) - len(request.pages) + num_copies
+    def have_room(self, requests: Iterable[Request], lengths: Iterable[int]) -> bool:
+        """Whether free pages suffice for the next tokens of running requests, so many of each, all together."""
+        needed = [0] * self.partitions.count
+        for request, length in zip(requests, lengths, strict=True):
+            first, end = len(request.pages) // self.num_groups, -(-(request.num_computed + length) // self.page_size)
+            for number, count in enumerate(self.partitions.split(request.owner, first, end) if end > first else ()):
+                needed[number] += self.num_groups * count
+            if num_copies := len(self._shared_places(request)):
+                needed[self.next_partition(request)] += num_copies
+        return all(count <= self.pool.num_free_in(number) for number, count in enumerate(needed))
 
     def room(self, request: Request) -> int:
         """How many more tokens a running request has pages for, its own and free ones."""
-        spare = self.pool.num_free - len(self._shared_places(request))  # which are replaced by copies
-        if spare < 0:
-            return 0
-        num_rows = len(request.pages) // self.num_groups + spare // self.num_groups
+        num_rows = len(request.pages) // self.num_groups
+        free = self.pool.free_in_each()
+        if num_copies := len(self._shared_places(request)):  # which replace those that are shared
+            written = self.next_partition(request)
+            free[written] -= num_copies
+            if free[written] < 0:
+                return 0
+        num_rows += self.partitions.num_in_reach(request.owner, num_rows, free, self.num_groups)
         return num_rows * self.page_size - request.num_computed
+
+    def next_partition(self, request: Request) -> int:
+        """The partition of the page that a running request's next token is written to."""
+        return self.partitions.of(request.owner, request.num_computed // self.page_size)
+
+    def holds_in(self, request: Request, partition: int) -> bool:
+        """Whether a running request has a page, its own or shared, in a partition."""
+        if not self.partitions.striped:
+            return request.owner == partition
+        return self.partitions.count == 1 or any(
+            self.pool.partition_of(page) == partition for page in held(request.pages)
+        )
 
     def grow(self, request: Request, length: int) -> int:
         """Give a request the pages of its next `length` tokens and count those as computed; see `room`.
@@ -183,7 +229,8 @@ class KVCacheManager:
         first_new = len(request.pages)
         if shared := self._shared_places(request):
             first_new = shared[0]
-            for place, copy in zip(shared, self.pool.allocate(len(shared)), strict=True):
+            copies = self.pool.allocate(len(shared), self.next_partition(request))
+            for place, copy in zip(shared, copies, strict=True):
                 self._planned.copies.append((request.pages[place], copy))
                 self.pool.free([request.pages[place]])
                 request.pages[place] = copy
@@ -193,7 +240,7 @@ class KVCacheManager:
             self.counters.recomputed_tokens += min(end, request.num_once_computed) - start
         request.num_once_computed = max(end, request.num_once_computed)
         if num_missing := self._pages_for(end) - len(request.pages):
-            request.pages += self.pool.allocate(num_missing)
+            self._take(request, num_missing)
         if self.enable_prefix_caching and start // self.page_size < end // self.page_size:
             self._filling.append(request)
         if self._window_groups:
@@ -233,12 +280,18 @@ class KVCacheManager:
         request.pages = []
         request.num_outside = {}
 
-    def num_own_pages(self, request: Request) -> int:
-        """How many pages are free once a running request has given way: those that no other uses."""
-        own = sum(self.pool.num_unshared(self._table(request, group)) for group in self._full_groups)
+    def own_pages(self, request: Request) -> list[int]:
+        """How many pages of each partition are free once a running request has given way: those that no other uses."""
+        own = [0] * self.partitions.count
+        for group in self._full_groups:
+            table = self._table(request, group)
+            first = len(table) - self.pool.num_unshared(table)
+            for number, count in enumerate(self.partitions.split(request.owner, first, len(table))):
+                own[number] += count
         for window, groups in self._window_groups.items():
             for group in groups:  # others may share any part of what a window sees
-                own += sum(self.pool.num_users(page) == 1 for page in self._table(request, group, window))
+                for page in self._table(request, group, window):
+                    own[self.pool.partition_of(page)] += self.pool.num_users(page) == 1
         return own
 
     def cost_of_preemption(self, request: Request) -> int:
@@ -254,63 +307,6 @@ class KVCacheManager:
             users = [self.pool.num_users(page) for page in self._table(request, groups[0], window)]
             shared.append(max((first + index for index, count in enumerate(users, 1) if count > 1), default=0))
         return request.num_computed - min(shared) * self.page_size
-
-    def _prompt_of(self, donor: Request, request: Request) -> CachedPrefix | None:
-        """What a request begins with, in the pages of one that has computed the same prompt; None where a window has
-        passed some of it.
-        """
-        num_tokens = min(request.num_prompt, len(request.tokens) - 1)
-        pages = donor.pages[: self._pages_for(num_tokens)]
-        for window in self._window_groups:
-            if donor.num_outside[window] // self.page_size > first_seen(num_tokens, window) // self.page_size:
-                return None
-        return self._seen(num_tokens, pages)
-
-    def _seen(self, num_tokens: int, pages: list[int]) -> CachedPrefix:
-        """A sequence's first tokens, in those of its pages that the token behind them sees."""
-        for window, groups in self._window_groups.items():
-            number = first_seen(num_tokens, window) // self.page_size
-            for group in groups:
-                pages[group : number * self.num_groups : self.num_groups] = [NO_PAGE] * number
-        return CachedPrefix(num_tokens, pages)
-
-    def _find_full(self, request: Request, index: int) -> list[int] | None:
-        """Page `index` of a request's tokens in the groups without a window, `NO_PAGE` in others; None if one of them
-        has no such page.
-        """
-        page_hash = request.page_hash(index, self.page_size)
-        row = [NO_PAGE] * self.num_groups
-        for group in self._full_groups:
-            page = self._find(page_hash + self._suffixes[group])
-            if page is None:
-                return None
-            row[group] = page
-        return row
-
-    def _with_windows(self, request: Request, count: int, pages: list[int]) -> tuple[int, list[int]]:
-        """Of the longest prefix, of at most `count` full pages, of which groups with a window have what they need: the
-        number of full pages, and its pages. `pages` are those of the other groups.
-        """
-        while True:
-            seen: dict[int, int] = {}
-            for place in self._places_seen(count):
-                page = self._find(self._known_by(request, place))
-                if page is None:
-                    # Every shorter prefix that reaches beyond this page needs it, too: a window's length is skipped.
-                    count = place // self.num_groups
-                    break
-                seen[place] = page
-            else:
-                pages = pages[: count * self.num_groups] or [NO_PAGE] * (count * self.num_groups)
-                for place, page in seen.items():
-                    pages[place] = page
-                return count, pages
-
-    def _places_seen(self, count: int) -> Iterator[int]:
-        """Where, among a request's pages, those stand that the token behind `count` full pages sees through windows."""
-        for window, groups in self._window_groups.items():
-            for index in range(first_seen(count * self.page_size, window) // self.page_size, count):
-                yield from (index * self.num_groups + group for group in groups)
 
     def _give_up(self, request: Request) -> None:
         """Free the pages that no later token of a running request sees, once they can be found. Tokens that the host
@@ -343,24 +339,28 @@ class KVCacheManager:
                 self.pool.register(request.pages[index * self.num_groups + group], page_hash + suffix)
             request.num_registered = index + 1
 
-    def _find(self, page_hash: bytes) -> int | None:
-        """The page with this content, or `IN_HOST`; None when there is none, or computing it is faster."""
-        page = self.pool.find(page_hash)
-        if page is None and self.host.find(page_hash) is not None and self.load_rule.prefers_loading:
-            return IN_HOST
-        return page
-
     def _load(self, request: Request) -> None:
         """Plan to load the pages of a starting request that are in host memory."""
         missing = [place for place, page in enumerate(request.pages) if page == IN_HOST]
         hashes = [self._known_by(request, place) for place in missing]
         # Held before pages are taken for them, whose content may go to host memory in turn.
         host_pages = [self.host.hold(page_hash) for page_hash in hashes]
-        pages = self.pool.allocate(len(missing))
+        pages = [self.pool.allocate(1, self._partition_at(request, place))[0] for place in missing]
         for place, page_hash, page in zip(missing, hashes, pages, strict=True):
             request.pages[place] = page
             self.pool.register(page, page_hash)  # at once: loads run before the step
         self._planned.loads += zip(host_pages, pages, strict=True)
+
+    def _take(self, request: Request, count: int) -> None:
+        """Give a request `count` more pages, of whole rows."""
+        if not self.partitions.striped:
+            request.pages += self.pool.allocate(count, request.owner)
+            return
+        for place in range(len(request.pages), len(request.pages) + count, self.num_groups):
+            request.pages += self.pool.allocate(self.num_groups, self._partition_at(request, place))
+
+    def _partition_at(self, request: Request, place: int) -> int:
+        return self.partitions.of(request.owner, place // self.num_groups)
 
     def _save(self, page: int, page_hash: bytes) -> None:
         """Plan to keep in host memory what an idle page holds, unless it is there already or there is no room."""

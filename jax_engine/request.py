@@ -76,6 +76,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     # By window: tokens at the front that have left it. The pages that they fill are not held.
     num_outside: dict[int, int] = field(default_factory=dict)
+    owner: int = 0  # the partition that its pages are in, where sequences have one (see `PagePartitions`)
     slot: int = -1  # row of the device state while running
     adapter_slot: int = -1  # of its adapter while running
     num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run

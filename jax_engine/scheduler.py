@@ -16,6 +16,7 @@ from jax_engine.drafting import NO_DRAFTS, Drafts, PlannedDrafts
 from jax_engine.host_pool import LoadRule
 from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
+from jax_engine.page_claims import PageClaims, Start
 from jax_engine.prompt_groups import PromptGroups
 from jax_engine.request import NO_POSITIONS, Constraint, Request, digest_function
 from jax_engine.speculative_config import SpeculativeConfig
@@ -33,7 +34,7 @@ class _Step:
     num_steps: int = 1  # tokens that a decode draws
     drafts: PlannedDrafts = NO_DRAFTS
     chunks: list[Chunk] = field(default_factory=list)
-    is_short: bool = False  # of pages: somebody has given way or waits for one
+    short: set[int] = field(default_factory=set)  # owners of pages whom somebody has given way to or waits for one of
     is_blocked: bool = False  # the most urgent waiting request cannot start
 
 
@@ -64,7 +65,10 @@ class Scheduler:
             load_rule=LoadRule(
                 limits.seconds_per_loaded_page, page_size=limits.page_size, large_step=limits.token_budget // 2
             ),
+            partitions=limits.partitions,
         )
+        reserve = int(limits.watermark * limits.num_pages) // limits.partitions.count
+        self._pages = PageClaims(self.cache, reserve)
         self.groups = PromptGroups()
         self.drafts = None if speculation is None else Drafts.of(speculation, limits)
         self._digest = digest_function(limits.hash_algorithm)
@@ -232,8 +236,8 @@ class Scheduler:
         ):
             return 1
         decoding = [request for request in self.running if request.num_uncomputed]
-        needed = sum(self.cache.num_new_pages(request, min(bound, request.num_undrawn)) for request in decoding)
-        return bound if needed <= self.cache.pool.num_free else 1
+        lengths = [min(bound, request.num_undrawn) for request in decoding]
+        return bound if self.cache.have_room(decoding, lengths) else 1
 
     def _continue(self, step: "_Step", request: Request) -> None:
         """Add a running request's next range to the step, as long as budget and pages allow.
@@ -248,11 +252,13 @@ class Scheduler:
         if not length or (request.constraint is not None and not request.constraint.is_ready):
             return
         while not (room := self.cache.room(request)):
-            step.is_short = True
+            step.short.add(request.owner)
             less_urgent = self.running[bisect_right(self.running, request.urgency, key=_urgency) :]
-            if not less_urgent:
+            partition = self.cache.next_partition(request)
+            candidates = [other for other in less_urgent if self.cache.holds_in(other, partition)]
+            if not candidates:
                 return
-            self._give_way(step, self._victim(less_urgent))
+            self._give_way(step, self._pages.victim(candidates, partition))
         length = min(length, room)
         step.tokens -= 0 if is_decode else length
         chunk = self._chunk(request, length, num_steps=step.num_steps, drafts=drafts[: length - 1], fill=fill)
@@ -267,9 +273,10 @@ class Scheduler:
         In a step that is short of pages, only those of a higher priority than running ones: they bring their own.
         """
         while not step.is_blocked and (request := self.waiting.first()) is not None:
+            is_short = len(step.short) == len(self.cache.partitions.owners)
             if before is None:
-                is_due = not step.is_short
-            elif step.is_short:
+                is_due = not is_short
+            elif is_short:
                 is_due = request.asked.priority < before.asked.priority
             else:
                 is_due = request.urgency < before.urgency
@@ -291,31 +298,34 @@ class Scheduler:
         outranked = [running for running in self.running if running.asked.priority > request.asked.priority]
         if not outranked and not (step.tokens and self._free_slots):
             return False
+        # Where pages are short, there are only those of others that give way.
+        owners = {running.owner for running in outranked}.union(set(self.cache.partitions.owners) - step.short)
         while True:
-            cached = self.cache.cached_prefix(request, self.groups.donor(request))
-            length = self._chunk_length(request.num_uncomputed - cached.num_tokens, step.tokens)
-            reserve = int(self.limits.watermark * self.limits.num_pages) if self.running else 0
-            num_tokens = cached.num_tokens + length
-            if length and self._free_slots and self.cache.can_start(cached, num_tokens, reserve=reserve):
-                break
-            obtainable = sum(map(self.cache.num_own_pages, outranked))
-            helps = bool(length) or not self._free_slots
-            if not (outranked and helps and self.cache.can_start(cached, num_tokens, reserve=reserve - obtainable)):
+            found = self.cache.cached_prefixes(request, self.groups.donor(request))
+            starts = [
+                Start(cached, self._chunk_length(request.num_uncomputed - cached.num_tokens, step.tokens))
+                for cached in found
+                if cached.owner in owners
+            ]
+            start, victims = self._pages.choose(starts, self.running, outranked, has_slot=bool(self._free_slots))
+            if start is None:
                 return False
-            victim = self._victim(outranked)
+            if not victims:
+                break
+            victim = self._pages.victim(victims)
             outranked.remove(victim)
             self._give_way(step, victim)
         self.waiting.remove(request)
-        self.cache.start(request, cached)
+        self.cache.start(request, start.cached)
         self.groups.started(request)
         request.slot = self._free_slots.pop()
         self.adapters.take(request)
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
-            self.cache.count_lookup(request, cached)
+            self.cache.count_lookup(request, start.cached)
         insort(self.running, request, key=_urgency)
-        step.tokens -= length
-        step.chunks.append(self._chunk(request, length, takes_slot=True))
+        step.tokens -= start.length
+        step.chunks.append(self._chunk(request, start.length, takes_slot=True))
         return True
 
     def _chunk_length(self, num_uncomputed: int, num_tokens: int) -> int:
@@ -350,20 +360,11 @@ class Scheduler:
         new_pages, scored = request.pages[first_new_page:], request.score(start, length)
         return Chunk(request, request.slot, start, length, num_draws, first_new_page, new_pages, scored, drafts, fill)
 
-    def _victim(self, candidates: Sequence[Request]) -> Request:
-        """Who gives way: of the lowest priority, whoever frees a page at the least cost; the least urgent of equals."""
-
-        def loss(request: Request) -> tuple[int, bool, int]:
-            frees_none = not self.cache.num_own_pages(request)
-            return -request.asked.priority, frees_none, self.cache.cost_of_preemption(request)
-
-        return min(reversed(candidates), key=loss)
-
     def _give_way(self, step: "_Step", victim: Request) -> None:
         """Preempt a request that is not in this step yet."""
         # The place that was kept for it.
         step.tokens += (victim.num_uncomputed == 1) + len(step.drafts.tokens.pop(victim.asked.request_id, ()))
-        step.is_short = True
+        step.short.add(victim.owner)
         self._preempt(victim)
 
     def _preempt(self, request: Request) -> None:

@@ -8,6 +8,7 @@ import msgspec
 from jax_engine.host_pool import NO_COPIES, PageCopies
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import TokenLogprobs
+from jax_engine.page_partitions import UNCUT, PagePartitions
 from jax_engine.request import NO_POSITIONS, Request
 
 TAKE_DRAFT = -2  # in place of a draft: the first token that the draft model drafts for the request; -3 the second, ...
@@ -85,6 +86,7 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True  # False: a prompt is computed in one step, which the budget must hold
     long_prefill_token_threshold: int = 0  # longest chunk; 0: the budget
     hash_algorithm: str = "sha256"
+    partitions: PagePartitions = UNCUT  # of the pages
     num_host_pages: int = 0
     seconds_per_loaded_page: float = 0.0  # from host memory; 0 loads whatever is there
     step_sizes: tuple[int, ...] = ()  # token counts that steps are padded to, ascending, the last the token budget

@@ -22,11 +22,15 @@ def keep_tail(pool: BlockPool, request: Request, page_size: int, suffixes: Seque
             pool.register(page, tail_hash + suffix, is_tail=True)
 
 
-def find_tail(pool: BlockPool, request: Request, page_size: int, suffixes: Sequence[bytes]) -> list[int]:
-    """The pages that all but a request's last token end in, after full ones; none if one is not there."""
+def find_tail(
+    pool: BlockPool, request: Request, page_size: int, suffixes: Sequence[bytes], partition: int
+) -> list[int]:
+    """The pages of a partition that all but a request's last token end in, after full ones; none if one is not
+    there.
+    """
     num_tokens = len(request.tokens) - 1
     if not request.asked.branches or num_tokens % page_size == 0:
         return []
     tail_hash = request.tail_hash(num_tokens, page_size)
-    pages = [page for suffix in suffixes if (page := pool.find(tail_hash + suffix)) is not None]
+    pages = [page for suffix in suffixes if (page := pool.find(tail_hash + suffix, partition)) is not None]
     return pages if len(pages) == len(suffixes) else []

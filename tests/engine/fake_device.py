@@ -18,13 +18,14 @@ class FakeDevice:
     in its own pages.
     """
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, *, num_undone: int = 0) -> None:
         self.page_size, self.windows = limits.page_size, limits.windows
+        self.partition_size = limits.num_pages // limits.partitions.count
         self.pages: list[list[tuple[object, ...] | None]] = [[None] * limits.page_size for _ in range(limits.num_pages)]
         self.host_pages: dict[int, list[tuple[object, ...] | None]] = {}
         self.tables: dict[int, list[int]] = {}  # of each slot, its groups in turn
         self.ended: set[str] = set()
-        self.num_undone = 0  # entries of a block table that may be given again
+        self.num_undone = num_undone  # entries of a block table that may be given again
 
     def place(self, chunk: Chunk, group: int, position: int) -> tuple[int, int]:
         index, offset = divmod(position, self.page_size)
@@ -36,6 +37,7 @@ class FakeDevice:
         for page, host_page in plan.copies.saves:
             self.host_pages[host_page] = list(self.pages[page])
         for source, target in plan.copies.copies:
+            assert source // self.partition_size == target // self.partition_size, "a copy between partitions"
             self.pages[target] = list(self.pages[source])
         for host_page, page in plan.copies.loads:
             self.pages[page] = list(self.host_pages[host_page])
@@ -95,7 +97,15 @@ def check_pages(scheduler: Scheduler, max_steps: int) -> None:
     shares = scheduler.limits.enable_prefix_caching or any(request.asked.prompt_group for request in scheduler.running)
     assert shares or set(users.values()) <= {1}
     places = set()
+    partitions = scheduler.limits.partitions
+    size = scheduler.limits.num_pages // partitions.count
     for request in scheduler.running:
+        where = [
+            (page // size, partitions.of(request.owner, place // len(windows)))
+            for place, page in enumerate(request.pages)
+            if page >= 0
+        ]
+        assert all(lies == belongs for lies, belongs in where)
         assert len(request.pages) == -(-request.num_computed // page_size) * len(windows)
         for group, window in enumerate(windows):
             outside = request.num_outside[window] if window else 0

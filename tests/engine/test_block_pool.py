@@ -1,5 +1,6 @@
 """The page pool as a state machine: whatever is asked of it, every page is blank, idle or used by whom a test says."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -16,25 +17,32 @@ CONTENTS = [bytes([number]) for number in range(8)]  # few, so that equal ones m
 class PoolMachine(RuleBasedStateMachine):
     """A model of the pool that keeps what each page holds, and who uses it."""
 
+    num_partitions = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(NUM_PAGES)
+        self.pool = BlockPool(NUM_PAGES, self.num_partitions)
         self.held: list[list[int]] = []
         self.content: dict[int, bytes] = {}  # of pages that may be found
         self.idle: list[int] = []  # least recently used first
 
-    @rule(count=st.integers(0, NUM_PAGES))
-    def allocate(self, count: int) -> None:
-        if count > self.pool.num_free:
+    def partition_of(self, page: int) -> int:
+        return page * self.num_partitions // NUM_PAGES
+
+    @rule(count=st.integers(0, NUM_PAGES), partition=st.integers(0, 2))
+    def allocate(self, count: int, partition: int) -> None:
+        partition %= self.num_partitions
+        if count > self.pool.num_free_in(partition):
             return
-        num_blank = self.pool.num_free - len(self.idle)
-        pages = self.pool.allocate(count)
-        assert len(pages) == count
-        num_evicted = max(0, count - num_blank)
-        assert pages[count - num_evicted :] == self.idle[:num_evicted], "the least recently used go, and only they"
-        for page in self.idle[:num_evicted]:
+        idle = [page for page in self.idle if self.partition_of(page) == partition]
+        num_blank = self.pool.num_free_in(partition) - len(idle)
+        pages = self.pool.allocate(count, partition)
+        assert len(pages) == count and {self.partition_of(page) for page in pages} <= {partition}
+        evicted = idle[: max(0, count - num_blank)]
+        assert pages[count - len(evicted) :] == evicted, "the least recently used go, and only they"
+        for page in evicted:
             del self.content[page]
-        del self.idle[:num_evicted]
+            self.idle.remove(page)
         self.held.append(pages)
 
     @rule(data=st.data(), content=st.sampled_from(CONTENTS))
@@ -43,13 +51,19 @@ class PoolMachine(RuleBasedStateMachine):
         if own:
             page = data.draw(st.sampled_from(own))
             self.pool.register(page, content)
-            if content not in self.content.values():
+            if (self.partition_of(page), content) not in self.known():
                 self.content[page] = content
 
-    @rule(contents=st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=4, unique=True))
-    def share(self, contents: list[bytes]) -> None:
-        pages = [page for content in contents if (page := self.pool.find(content)) is not None]
-        assert self.pool.num_idle(pages) == len(set(pages) & set(self.idle))
+    def known(self) -> dict[tuple[int, bytes], int]:
+        return {(self.partition_of(page), content): page for page, content in self.content.items()}
+
+    @rule(
+        contents=st.lists(st.sampled_from(CONTENTS), min_size=1, max_size=4, unique=True), partition=st.integers(0, 2)
+    )
+    def share(self, contents: list[bytes], partition: int) -> None:
+        partition %= self.num_partitions
+        pages = [page for content in contents if (page := self.pool.find(content, partition)) is not None]
+        assert set(self.pool.idle(pages)) == set(pages) & set(self.idle)
         self.pool.share(pages)
         self.idle = [page for page in self.idle if page not in pages]
         self.held.append(pages)
@@ -77,8 +91,9 @@ class PoolMachine(RuleBasedStateMachine):
     def every_page_is_used_idle_or_blank(self) -> None:
         users = self.users()
         assert self.pool._counts == [users[page] for page in range(NUM_PAGES)]
-        assert list(self.pool._idle) == self.idle
-        blank = self.pool._blank
+        for number, partition in enumerate(self.pool._partitions):
+            assert list(partition.idle) == [page for page in self.idle if self.partition_of(page) == number]
+        blank = [page for partition in self.pool._partitions for page in partition.blank]
         assert sorted([*users, *self.idle, *blank]) == list(range(NUM_PAGES))
         assert self.pool.num_in_use == len(users)
         assert self.pool.num_free == NUM_PAGES - len(users)
@@ -90,14 +105,18 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_page_is_found_by_its_content_alone(self) -> None:
-        by_content = {content: page for page, content in self.content.items()}
-        assert {content: self.pool.find(content) for content in CONTENTS} == {
-            content: by_content.get(content) for content in CONTENTS
-        }
+        known = self.known()
+        for place in itertools.product(range(self.num_partitions), CONTENTS):
+            assert self.pool.find(place[1], place[0]) == known.get(place)
+
+
+class CutPoolMachine(PoolMachine):
+    num_partitions = 3
 
 
 PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestPool = PoolMachine.TestCase
+CutPoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool, TestCutPool = PoolMachine.TestCase, CutPoolMachine.TestCase
 
 
 def test_the_oldest_sequence_goes_first_and_its_tail_before_its_head():

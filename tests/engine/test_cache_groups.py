@@ -35,7 +35,8 @@ def test_a_prefix_needs_only_what_the_window_behind_it_sees(windows, missing, ca
     cache.release(first)
     for group, index in missing:
         page = cache.pool.find(request.page_hash(index, 4) + bytes([group] if group else []))
-        cache.pool._pages = {key: other for key, other in cache.pool._pages.items() if other != page}
+        (partition,) = cache.pool._partitions
+        partition.known = {key: other for key, other in partition.known.items() if other != page}
     found = cache.cached_prefix(request)
     assert (found.num_tokens, len(found.pages)) == (cached, cached // 4 * len(windows))
     cache.start(request, found)
@@ -71,14 +72,14 @@ def test_what_a_preemption_frees_and_costs():
     cache.start(second, cache.cached_prefix(second))
     cache.grow(second, 1)
     assert (second.num_cached_tokens, second.num_computed) == (0, 9)
-    assert [cache.num_own_pages(request) for request in (first, second)] == [0, 2]
+    assert [cache.own_pages(request) for request in (first, second)] == [[0], [2]]
     assert [cache.cost_of_preemption(request) for request in (first, second)] == [0, 1]
     cache.grow(first, 20)
     cache.settle()
     assert first.num_outside == {6: 23}, "pages 5 and 6 are held, and shared with nobody"
-    assert (cache.num_own_pages(first), cache.cost_of_preemption(first)) == (5 + 2, 28)
+    assert (cache.own_pages(first), cache.cost_of_preemption(first)) == ([5 + 2], 28)
     cache.release(second)
-    assert (cache.num_own_pages(first), cache.cost_of_preemption(first)) == (7 + 2, 28)
+    assert (cache.own_pages(first), cache.cost_of_preemption(first)) == ([7 + 2], 28)
 
 
 @pytest.mark.parametrize(("ahead", "shares"), [(1, True), (3, True), (4, False)])

@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tiny_engine import core_request
 
 from jax_engine.kv_cache_manager import KVCacheManager
+from jax_engine.page_partitions import PagePartitions
 from jax_engine.request import Request
 
 PAGE = 2
@@ -24,9 +25,17 @@ def new_request(tokens: list[int]) -> Request:
 class TierMachine(RuleBasedStateMachine):
     """Every rule is one step: its copies are made, in their order, and then its tokens are written."""
 
+    partitions = PagePartitions()
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = KVCacheManager(NUM_PAGES, PAGE, enable_prefix_caching=True, num_host_pages=NUM_HOST_PAGES)
+        self.cache = KVCacheManager(
+            NUM_PAGES,
+            PAGE,
+            enable_prefix_caching=True,
+            num_host_pages=NUM_HOST_PAGES,
+            partitions=self.partitions,
+        )
         self.device: list[Content] = [[None] * PAGE for _ in range(NUM_PAGES)]
         self.host: list[Content] = [[None] * PAGE for _ in range(NUM_HOST_PAGES)]
         self.live: list[Request] = []
@@ -36,12 +45,13 @@ class TierMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(TOKENS, min_size=1, max_size=9))
     def start(self, tokens: list[int]) -> None:
         request = new_request(tokens)
-        cached = self.cache.cached_prefix(request)
-        assert cached.num_tokens < len(tokens)
-        if self.cache.can_start(cached, len(tokens), reserve=0):
-            self.cache.start(request, cached)
-            self.live.append(request)
-            self.step(request, len(tokens) - cached.num_tokens)
+        for cached in self.cache.cached_prefixes(request):
+            assert cached.num_tokens < len(tokens)
+            if self.cache.can_start(cached, len(tokens), reserve=0):
+                self.cache.start(request, cached)
+                self.live.append(request)
+                self.step(request, len(tokens) - cached.num_tokens)
+                break
 
     @rule(data=st.data())
     def start_behind_a_donor(self, data: st.DataObject) -> None:
@@ -50,7 +60,7 @@ class TierMachine(RuleBasedStateMachine):
             return
         donor = data.draw(st.sampled_from(self.live))
         request = new_request(donor.tokens[: donor.num_prompt])
-        cached = self.cache.cached_prefix(request, donor)
+        cached = self.cache.cached_prefix(request, donor, donor.owner)
         assert cached.num_tokens == donor.num_prompt - 1
         if self.cache.can_start(cached, donor.num_prompt, reserve=0):
             self.cache.start(request, cached)
@@ -61,7 +71,9 @@ class TierMachine(RuleBasedStateMachine):
     def generate(self, data: st.DataObject, tokens: list[int]) -> None:
         if self.live:
             request = data.draw(st.sampled_from(self.live))
-            if self.cache.room(request) >= len(tokens):
+            room = self.cache.room(request)
+            assert self.cache.have_room([request], [room]) and not self.cache.have_room([request], [room + 1])
+            if room >= len(tokens):
                 request.tokens += tokens
                 self.step(request, len(tokens))
 
@@ -84,7 +96,7 @@ class TierMachine(RuleBasedStateMachine):
         done = self.cache.reset()
         assert done == (not self.live)
         if done:
-            assert (self.cache.pool._pages, self.cache.host.num_in_use) == ({}, 0)
+            assert not any(part.known for part in self.cache.pool._partitions) and not self.cache.host.num_in_use
 
     def step(self, request: Request, length: int) -> None:
         start = request.num_computed
@@ -117,7 +129,8 @@ class TierMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_known_page_holds_what_it_is_known_by(self) -> None:
-        for known, tier in ((self.cache.pool._pages, self.device), (self.cache.host._pages, self.host)):
+        on_device = ((part.known, self.device) for part in self.cache.pool._partitions)
+        for known, tier in (*on_device, (self.cache.host._pages, self.host)):
             for page_hash, page in known.items():
                 whole = self.meaning[page_hash]
                 count = (len(whole) - 1) % PAGE + 1
@@ -128,17 +141,33 @@ class TierMachine(RuleBasedStateMachine):
     def no_page_is_lost(self) -> None:
         users = Counter(page for request in self.live for page in request.pages)
         assert self.cache.pool._counts == [users[page] for page in range(NUM_PAGES)]
-        pool = self.cache.pool
-        assert len(pool._idle) + len(pool._idle_tails) + len(pool._blank) == NUM_PAGES - len(users)
+        assert self.cache.pool.num_free == NUM_PAGES - len(users)
         host = self.cache.host
         assert sorted([*host._pages.values(), *host._blank]) == list(range(NUM_HOST_PAGES))
         last = {request.pages[-1]: -request.num_computed % PAGE for request in self.live}
         held = self.cache.num_tokens_in_pages(self.live)
         assert held == len(users) * PAGE - sum(last.values())
 
+    @invariant()
+    def pages_lie_where_the_rule_says(self) -> None:
+        for request in self.live:
+            for index, page in enumerate(request.pages):
+                assert page // (NUM_PAGES // self.partitions.count) == self.partitions.of(request.owner, index)
+
+
+class StripedMachine(TierMachine):
+    partitions = PagePartitions(2, striped=True)
+
+
+class OwnedMachine(TierMachine):
+    partitions = PagePartitions(2)
+
 
 TierMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestTiers = TierMachine.TestCase
+for machine in (StripedMachine, OwnedMachine):
+    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStriped, TestOwned = StripedMachine.TestCase, OwnedMachine.TestCase
 
 
 def test_branches_go_on_from_the_page_that_a_sequence_ended_in_each_with_a_copy():

@@ -13,6 +13,7 @@ from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
 from jax_engine.messages import CoreOutput
+from jax_engine.page_partitions import UNCUT, PagePartitions
 from jax_engine.request import Request
 from jax_engine.scheduler import Scheduler
 from jax_engine.step_plan import StepPlan
@@ -104,7 +105,7 @@ def test_an_abort_frees_everything(when):
         assert scheduler.commit(plan, [[1]]) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=10),
     num_pages=st.integers(8, 20),
@@ -121,6 +122,9 @@ def test_an_abort_frees_everything(when):
     max_steps=st.sampled_from([1, 3, 8]),
     windows=st.sampled_from([(0,), (0,), (0, 5), (6,), (0, 0, 9), (0, 1, 4, 4), (3, 7)]),
     drafts=st.one_of(st.none(), st.randoms(use_true_random=False)),
+    partitions=st.sampled_from(
+        [UNCUT, UNCUT, *(PagePartitions(n, striped) for n in (2, 3) for striped in (False, True))]
+    ),
 )
 def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     sizes,
@@ -138,13 +142,14 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     max_steps,
     windows,
     drafts,
+    partitions,
 ):
     """Random arrivals, aborts, stops and page shortage under every policy, one step run ahead throughout, in steps of
     one token and of several, or with drafts, right and wrong; prompts begin alike or not, are a group's or not, cut
-    (None: not) or not.
+    (None: not) or not; pages in partitions or not, each just large enough.
     """
     prompts = {"enable_chunked_prefill": cut is not None, "long_prefill_token_threshold": cut or 0}
-    pages = pages_for(windows, num_pages, num_host_pages)
+    pages = pages_for(windows, num_pages, num_host_pages, partitions)
     budget += 28 * (cut is None)  # the longest sequence has 32 tokens
     prompts["step_sizes"] = (*range(1, budget, 3), budget) if budget % 2 else ()
     scheduler = Scheduler(limits(token_budget=budget, policy=policy, **pages, **prompts))
@@ -153,8 +158,7 @@ def test_whatever_the_pressure_each_request_gets_its_own_tokens(
     if grouped:
         lengths = [num_prompt for num_prompt, _ in sizes]
         sizes = [(lengths[index % num_prompts % len(sizes)], limit) for index, (_, limit) in enumerate(sizes)]
-    device = FakeDevice(scheduler.limits)
-    device.num_undone = 3 * len(windows) * (drafts is not None)
+    device = FakeDevice(scheduler.limits, num_undone=3 * len(windows) * (drafts is not None))
     expected = {f"r{index}": size for index, size in enumerate(sizes)}
     gone = {f"r{index}" for _, index in aborts}
     outputs, reasons = ({name: [] for name in expected} for _ in range(2))
@@ -198,10 +202,17 @@ def next_step(
     return plan, committed
 
 
-def pages_for(windows: tuple[int, ...], num_pages: int, num_host_pages: int | None) -> dict[str, object]:
-    """Limits for so many pages a cache group, and in host memory; None: no prefix caching."""
-    sizes = {"num_pages": num_pages * len(windows), "num_host_pages": (num_host_pages or 0) * len(windows)}
-    return sizes | {"windows": windows, "enable_prefix_caching": num_host_pages is not None}
+def pages_for(
+    windows: tuple[int, ...], num_pages: int, num_host_pages: int | None, partitions: PagePartitions
+) -> dict[str, object]:
+    """Limits for so many pages a cache group, which each owner has, and in host memory; None: no prefix caching."""
+    rows = -(-num_pages // partitions.count) if partitions.striped else num_pages
+    sizes = {
+        "num_pages": rows * partitions.count * len(windows),
+        "num_host_pages": (num_host_pages or 0) * len(windows),
+    }
+    rules = {"partitions": partitions, "windows": windows}
+    return sizes | rules | {"enable_prefix_caching": num_host_pages is not None}
 
 
 def checked_plan(scheduler: Scheduler, max_steps: int, *, can_draft: bool) -> StepPlan | None:
@@ -278,7 +289,7 @@ def test_prefixes_are_found_by_either_hash(algorithm, size):
     for name, salt, cached in (("a", "one", 0), ("b", "one", 8), ("c", "two", 0), ("d", None, 0), ("e", None, 8)):
         scheduler.add(core_request(name, list(range(10)), 1, cache_salt=salt))
         assert finish(scheduler) == {name: cached}
-    assert {len(page_hash) for page_hash in scheduler.cache.pool._pages} == {size}
+    assert {len(page_hash) for page_hash in scheduler.cache.pool._partitions[0].known} == {size}
 
 
 def test_a_page_counts_with_all_that_comes_before_it():
