@@ -10,8 +10,9 @@ from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import memory_for_pages
 from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import tensor_mesh
+from jax_engine.sharding import make_mesh
 from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.strategies import STRATEGIES
 from tpu_topology import CHIPS, Moment, topology_devices, traced_for
 
 BUCKET = Bucket(num_tokens=2048, num_sequences=256)  # the largest step of a busy server
@@ -119,7 +120,7 @@ def compile_step(job: StepJob) -> CompiledStep:
         resolve_model(config.architecture),
         config,
         platform="tpu",
-        mesh=tensor_mesh(job.tensor_parallel_size, devices),
+        mesh=make_mesh(STRATEGIES["tensor"].mesh_shape(job.tensor_parallel_size), devices),
         attention_backend="auto",
         dtype="bfloat16",
         page_size=PAGE_SIZE,

@@ -15,19 +15,19 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax_engine.adapter_store import AdapterStore
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
-from jax_engine.draft_model import DraftModel, Surroundings
+from jax_engine.draft_model import DraftModel
 from jax_engine.loader import load_config
 from jax_engine.logits_processors import load_processors
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.page_copies import staging_pages
-from jax_engine.placed_model import PlacedModel, StateSize, resolve_dtype
+from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import MemoryPlan, longest_context, memory_for_pages, plan_memory, programs_of
 from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import tensor_mesh
 from jax_engine.step_batch import BatchLayout, Bucket
 from jax_engine.step_program import Program
+from jax_engine.surroundings import surroundings_of
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,8 @@ class Blueprint:
         model, model_class = load_config(folder)
         model = model.with_max_model_len(longest_context(config, model))
         config.check_whole_prompts(model.max_model_len)
-        is_remote, is_here = device.platform != "cpu", device in jax.devices()
-        count = config.tensor_parallel_size
-        shared: Surroundings = {
-            "platform": device.platform,
-            # Without a mesh, arrays are for this process's first device.
-            "mesh": tensor_mesh(count, devices) if count > 1 or not is_here else None,
-            "attention_backend": config.attention_backend,
-            "dtype": resolve_dtype(config.dtype, model.dtype, device.platform),
-            "page_size": config.block_size or (64 if is_remote else 16),
-            "scan_layers": is_remote if config.scan_layers is None else config.scan_layers,
-        }
+        is_here = device in jax.devices()
+        shared = surroundings_of(config, model, devices)
         placed = PlacedModel.of(
             model_class,
             model,

@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
 from jax_engine.speculative_config import SpeculativeConfig
+from jax_engine.strategies import check_sharding
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
@@ -98,6 +100,11 @@ class EngineConfig:
     attention_backend: str = "auto"
     scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
     tensor_parallel_size: int = 1  # devices that share each layer
+    pipeline_parallel_size: int = 1  # stages that the layers are divided between, of tensor_parallel_size devices each
+    enable_expert_parallel: bool = False  # whole experts on each device, instead of a part of every expert
+    sharding_strategy: str = "tensor"  # how those devices share the model: a name of `strategies.STRATEGIES`
+    sharding_rules: str | None = None  # a strategy of one's own in its place: a TOML file, or module:function
+    mesh_shape: dict[str, int] | None = None  # devices along each mesh axis; None: as the strategy divides them
     logits_processors: tuple[str, ...] = ()  # functions, as module:function, that run on every step's logits
     enable_lora: bool = False  # requests may use adapters beside the model's weights
     max_loras: int = 4  # adapters on the device at once, and so in one step
@@ -136,13 +143,7 @@ class EngineConfig:
                 )
         if self.block_size is not None:
             choice("block_size", self.block_size, (8, 16, 32, 64, 128, 256))
-        integer(
-            "tensor_parallel_size",
-            self.tensor_parallel_size,
-            low=1,
-            high=1024,
-            remedy="it is how many devices share the model",
-        )
+        self._check_sharding()
         number(
             "gpu_memory_utilization",
             self.gpu_memory_utilization,
@@ -179,6 +180,18 @@ class EngineConfig:
                 f"trust_remote_code={self.trust_remote_code!r} is refused: a checkpoint's code is for PyTorch, and "
                 "models here are this engine's own, in JAX; leave it out: a model that is supported needs none"
             )
+
+    def _check_sharding(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            integer(name, getattr(self, name), low=1, high=1024, remedy="it is how many devices share the model")
+        switch("enable_expert_parallel", self.enable_expert_parallel, default=False)
+        check_sharding(
+            strategy=self.sharding_strategy,
+            rules=self.sharding_rules,
+            mesh_shape=self.mesh_shape,
+            sizes=self.parallel_sizes,
+            expert_parallel=self.enable_expert_parallel,
+        )
 
     def _check_sampling(self) -> None:
         integer(
@@ -322,7 +335,12 @@ class EngineConfig:
     @property
     def host_cache_bytes(self) -> int:
         """Host memory for pages, all devices together."""
-        return int(2**30 * (self.kv_offloading_size or self.swap_space * self.tensor_parallel_size))
+        return int(2**30 * (self.kv_offloading_size or self.swap_space * prod(self.parallel_sizes)))
+
+    @property
+    def parallel_sizes(self) -> tuple[int, int]:
+        """Devices that share a layer, and stages of layers; their product is the devices of the engine."""
+        return self.tensor_parallel_size, self.pipeline_parallel_size
 
     @property
     def num_cpu_loras(self) -> int:

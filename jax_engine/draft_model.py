@@ -5,13 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import TypedDict
 
 import jax
 import msgspec
 import numpy as np
-from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
@@ -22,20 +19,10 @@ from jax_engine.planner import draft_model_programs
 from jax_engine.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch, page_updates_of
 from jax_engine.step_plan import Chunk
 from jax_engine.step_program import DeviceState, Program
+from jax_engine.surroundings import Surroundings
 from jax_engine.weights import Weights
 
 logger = logging.getLogger(__name__)
-
-
-class Surroundings(TypedDict):
-    """What a draft model has in common with the model that it drafts for; see `PlacedModel.of`."""
-
-    platform: str
-    mesh: Mesh | None
-    attention_backend: str
-    dtype: DTypeLike
-    page_size: int
-    scan_layers: bool
 
 
 @dataclass(frozen=True)

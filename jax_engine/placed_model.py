@@ -19,6 +19,7 @@ from jax_engine.loader import ModelStructure, Parameter
 from jax_engine.logits_processors import LogitsProcessor, argument_names
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.kv_pages import PAGE_AXES
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import select_ops
 from jax_engine.planner import CacheGeometry
@@ -27,6 +28,7 @@ from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement, place
 from jax_engine.step_batch import BatchLayout
 from jax_engine.step_program import DeviceState, full_step_function, step_function
+from jax_engine.strategies import STRATEGIES, Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +72,14 @@ class PlacedModel:
         dtype: DTypeLike,
         page_size: int,
         scan_layers: bool,
+        strategy: Strategy = STRATEGIES["tensor"],
         deterministic: bool = False,
         max_logprobs: int = 20,
         processors: tuple[LogitsProcessor, ...] = (),
         adapters: AdapterShape | None = None,
         num_drafts: int = 0,
     ) -> "PlacedModel":
-        """Choose the operations and lay the model out on `mesh`, or on one device without one.
+        """Choose the operations and lay the model out on `mesh` by a strategy, or on one device without a mesh.
 
         If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`). With `adapters`,
         there is room for so many, and step layouts need their number of slots.
@@ -85,8 +88,10 @@ class PlacedModel:
             ValueError: the attention backend does not run on `platform`, or is not deterministic; or the mesh does not
                 fit the model.
         """
-        placement = place(config, mesh)
-        ops, reason = select_ops(attention_backend, platform=platform, mesh=mesh, deterministic=deterministic)
+        placement = place(config, mesh, strategy)
+        ops, reason = select_ops(
+            attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
+        )
         logger.info("attention: %s (%s)", ops.attention_name, reason)
         if mesh is not None:
             logger.info("%s", placement.describe(config))
@@ -127,7 +132,7 @@ class PlacedModel:
 
     def state_shapes(self, size: StateSize) -> DeviceState:
         """The device state as `jax.ShapeDtypeStruct`s."""
-        whole, pages = self.placement.of(), self.placement.of((None, None, None, "kv_heads"))
+        whole, pages = self.placement.of(), self.placement.activations.of(PAGE_AXES)
         state = jax.eval_shape(lambda: self._zeros(size))
         caches = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, pages), (state.cache, state.draft_cache))
         state = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype, whole), state)

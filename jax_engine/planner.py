@@ -39,7 +39,7 @@ class CacheGeometry:
     layout: CacheLayout
     page_shape: PageShape  # of one layer
     dtype: np.dtype
-    num_parts: int = 1  # devices that the key and value heads are split over
+    num_parts: int = 1  # that a page is split into, each on a device of its own
     draft_bytes: int = 0  # memory, on each device, of the page of the same number in the draft model's cache
 
     @classmethod
@@ -57,7 +57,7 @@ class CacheGeometry:
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
-        return cls(layout, shape, np.dtype(dtype), placement.num_parts("kv_heads"))
+        return cls(layout, shape, np.dtype(dtype), placement.activations.num_parts("kv_heads", "cache_layers"))
 
     @property
     def page_size(self) -> int:

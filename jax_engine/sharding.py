@@ -1,102 +1,88 @@
 """Where arrays lie on a mesh of devices: a strategy says which logical axes are split, the mesh into how many parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import prod
 
 import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.partition import ONE_DEVICE, Partition
+from jax_engine.strategies import MESH_AXES, STRATEGIES, Axes, Strategy, shape_text
 
-MESH_AXES = ("data", "stage", "expert", "tensor")
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """A table from logical axes (of parameters, see `models/layers.py`) to mesh axes; an axis that is not in it is held
-    whole by every device.
-    """
-
-    axes: Mapping[str, str]
-    whole_if_uneven: frozenset[str] = frozenset()  # held whole, rather than refused, where the mesh does not divide it
-
-
-STRATEGIES: Mapping[str, Strategy] = {
-    # Megatron (arXiv 1909.08053): two sums over devices a layer, after attention and after the feed-forward.
-    "tensor": Strategy(
-        axes={"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"},
-        whole_if_uneven=frozenset({"vocab"}),
-    ),
-}
+# Held whole, rather than refused, where the mesh does not divide them.
+WHOLE_IF_UNEVEN = frozenset({"vocab"})
 
 
 @dataclass(frozen=True)
 class Placement:
     """A strategy that fits a model and a mesh; without a mesh, everything is on one device."""
 
+    strategy: str = "none"
     mesh: Mesh | None = None
-    axes: Mapping[str, str] = field(default_factory=dict)
+    weights: Partition = ONE_DEVICE  # where parameters lie
+    activations: Partition = ONE_DEVICE  # where a step's other arrays lie, and the cache
     kv_head_copies: int = 1  # devices that hold the same key and value head
 
     def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
-        """The sharding of an array with these axes; without axes, a copy on every device."""
-        if self.mesh is None:
-            return None
-        return NamedSharding(self.mesh, PartitionSpec(*(self.axes.get(axis or "") for axis in logical_axes)))
-
-    def num_parts(self, logical_axis: str) -> int:
-        """How many parts an axis is cut into."""
-        if self.mesh is None or logical_axis not in self.axes:
-            return 1
-        return int(self.mesh.shape[self.axes[logical_axis]])
+        """The sharding of a parameter with these axes; without axes, a copy on every device."""
+        return self.weights.of(logical_axes)
 
     def constrain(self, array: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
         """Say within a step how an array lies."""
-        sharding = self.of(logical_axes)
-        return array if sharding is None else lax.with_sharding_constraint(array, sharding)
+        return self.activations.constrain(array, logical_axes)
 
     def by_rows(self, array: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-        """Within a step, split the rows of an array over all devices that share a layer, or, where they are uneven,
-        hold it whole on each.
+        """Within a step, split the rows of an array over all devices, or, where they are uneven, hold it whole on each.
 
         `logical_axes` say how it lay before. Left unsaid, the compiler would move the rows further up the program,
         and gather weights for them.
         """
         if self.mesh is None:
             return array
-        rows = "tensor" if array.shape[0] % self.mesh.shape["tensor"] == 0 else None
+        rows = MESH_AXES if array.shape[0] % self.mesh.size == 0 else None
         array = self.constrain(array, logical_axes)
         return lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(rows)))
 
     def describe(self, model: ModelConfig) -> str:
         """What is split over how many devices, and what is not, in one sentence."""
-        parts = ", ".join(f"{axis} over {self.num_parts(axis)}" for axis in self.axes)
-        text = f"tensor parallel: {parts}"
+        if self.mesh is None:
+            return "one device"
+        sizes = _axis_sizes(model)
+
+        def parts(partition: Partition) -> str:
+            split = {axis: partition.num_parts(axis) for axis, _ in partition.table}
+            return ", ".join(f"{axis} over {count}" for axis, count in split.items() if count > 1) or "nothing"
+
+        text = f"sharding strategy {self.strategy!r} on a mesh of {shape_text(self.mesh.shape)}: of weights, "
+        text += f"{parts(self.weights)}; of a step and the cache, {parts(self.activations)}"
         if self.kv_head_copies > 1:
             text += f"; each key and value head on {self.kv_head_copies} devices"
-        if "vocab" not in self.axes:
-            text += f"; the vocabulary ({model.vocab_size}) whole on each device, which do not divide it"
+        if not self.weights.mesh_axes("vocab"):
+            text += f"; the vocabulary ({sizes['vocab']}) whole on each device"
         return text
 
 
-def tensor_mesh(size: int, devices: Sequence[jax.Device]) -> Mesh:
-    """A mesh with the first `size` of the devices along `tensor`, in an order that suits their links.
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of the first devices, as many along each axis of `MESH_AXES` as `Strategy.mesh_shape` says, in an order
+    that suits their links. The devices need not be of this machine.
 
     Raises:
         ValueError: there are fewer devices.
     """
+    sizes = tuple(shape[axis] for axis in MESH_AXES)
+    size = prod(sizes)
     if size > len(devices):
         remedy = f"use at most {len(devices)}"
         if devices[0].platform == "cpu":
             remedy += f", or XLA_FLAGS=--xla_force_host_platform_device_count={size} to try it on a CPU"
         raise ValueError(
-            f"tensor_parallel_size={size} needs {size} devices and there are {len(devices)} "
-            f"({devices[0].device_kind}); {remedy}"
+            f"a mesh of {shape_text(shape)} needs {size} devices (tensor_parallel_size times pipeline_parallel_size) "
+            f"and there are {len(devices)} ({devices[0].device_kind}); {remedy}"
         )
-    return jax.make_mesh(
-        (1, 1, 1, size), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=list(devices[:size])
-    )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=list(devices[:size]))
 
 
 def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES["tensor"]) -> Placement:
@@ -105,44 +91,59 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
     With more devices than key and value heads, as many of them hold the same head.
 
     Raises:
-        ValueError: a mesh axis does not divide what is split over it; with the sizes, and those that would do.
+        ValueError: a mesh axis does not divide what is split over it; with the sizes, and those that would do. Or the
+            strategy splits nothing over it.
     """
     if mesh is None:
         return Placement()
-    sizes = _axis_sizes(model)
-    axes, kv_head_copies = {}, 1
-    for axis, mesh_axis in strategy.axes.items():
-        parts = int(mesh.shape[mesh_axis])
-        if axis == "kv_heads" and parts % sizes[axis] == 0:
-            kv_head_copies = parts // sizes[axis]
-        elif sizes[axis] % parts:
-            if axis in strategy.whole_if_uneven:
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in strategy.used_axes:
+            raise ValueError(
+                f"a mesh of {shape_text(mesh.shape)} has {size} devices along {axis!r}, over which the sharding "
+                f"strategy {strategy.name!r} splits nothing"
+            )
+    weights, activations = (_fitted(model, mesh, table, strategy) for table in (strategy.weights, strategy.activations))
+    copies = max(1, activations.num_parts("kv_heads") // model.num_key_value_heads)
+    return Placement(strategy.name, weights.mesh, weights, activations, copies)
+
+
+def _fitted(model: ModelConfig, mesh: Mesh, table: Axes, strategy: Strategy) -> Partition:
+    """A table without the axes that stay whole; ValueError for those that are uneven and may not."""
+    sizes, kept = _axis_sizes(model), []
+    for logical, mesh_axes in table.items():
+        parts = prod(mesh.shape[axis] for axis in mesh_axes)
+        if logical in sizes and not _fits(logical, sizes[logical], parts):
+            if logical in WHOLE_IF_UNEVEN:
                 continue
-            raise ValueError(_uneven(axis, mesh_axis, parts, model, strategy))
-        axes[axis] = mesh_axis
-    return Placement(mesh, axes, kv_head_copies)
+            raise ValueError(_uneven(logical, mesh_axes, parts, sizes, table, strategy))
+        kept.append((logical, tuple(mesh_axes)))
+    return Partition(mesh, tuple(kept))
+
+
+def _fits(logical: str, size: int, parts: int) -> bool:
+    return size % parts == 0 or (logical == "kv_heads" and parts % size == 0)
 
 
 def _axis_sizes(model: ModelConfig) -> dict[str, int]:
     return {
+        "vocab": model.vocab_size,
         "heads": model.num_attention_heads,
         "kv_heads": model.num_key_value_heads,
         "mlp": model.intermediate_size,
-        "vocab": model.vocab_size,
+        "embed": model.hidden_size,
+        "head_dim": model.head_dim,
     }
 
 
-def _uneven(axis: str, mesh_axis: str, parts: int, model: ModelConfig, strategy: Strategy) -> str:
-    sizes = _axis_sizes(model)
-    strict = [
-        name for name in strategy.axes if strategy.axes[name] == mesh_axis and name not in strategy.whole_if_uneven
-    ]
-
-    def fits(count: int) -> bool:
-        return all(sizes[name] % count == 0 or (name == "kv_heads" and count % sizes[name] == 0) for name in strict)
-
-    allowed = [str(count) for count in range(1, max(sizes[name] for name in strict) + 1) if fits(count)]
+def _uneven(
+    logical: str, mesh_axes: Sequence[str], parts: int, sizes: Mapping[str, int], table: Axes, strategy: Strategy
+) -> str:
+    like = [name for name in table if tuple(table[name]) == tuple(mesh_axes) and name in sizes]
+    strict = [name for name in like if name not in WHOLE_IF_UNEVEN]
+    largest = max(sizes[name] for name in strict)
+    allowed = [count for count in range(1, largest + 1) if all(_fits(name, sizes[name], count) for name in strict)]
     return (
-        f"{mesh_axis}_parallel_size={parts} does not divide the model's {axis} ({sizes[axis]}); sizes that fit its "
-        f"{', '.join(f'{sizes[name]} {name}' for name in strict)} are {', '.join(allowed)}"
+        f"sharding strategy {strategy.name!r} splits {logical} over {' x '.join(mesh_axes)}, and {parts} devices do "
+        f"not divide the model's {logical} ({sizes[logical]}); sizes that fit its "
+        f"{', '.join(f'{sizes[name]} {name}' for name in strict)} are {', '.join(map(str, allowed))}"
     )

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
 
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
+PAGE_AXES = ("cache_layers", "pages", None, "kv_heads")  # by which a cache is split over devices
 
 
 MAX_CACHE_GROUPS = 8  # a step's host work and block tables grow with the groups

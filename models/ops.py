@@ -11,16 +11,15 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
-from jax_engine.models.kv_pages import KVPages, PageShape, SequenceTable, split_page_shape
+from jax_engine.models.kv_pages import PAGE_AXES, KVPages, PageShape, SequenceTable, split_page_shape
+from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.pallas_kernels import reference
 
 ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
-HEADS_AXIS = "tensor"  # the mesh axis that attention's heads are split over
 
 # An attention kernel, by the calling convention of `pallas_kernels.reference`.
 Kernel = Callable[..., tuple[Array, Array]]
@@ -82,15 +81,16 @@ class Ops:
     attention_name: str
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
     prepare: PrepareOp = _as_it_is
+    partition: Partition = ONE_DEVICE  # where a step's arrays lie
 
 
 def select_ops(
-    backend: str, *, platform: str, mesh: Mesh | None = None, deterministic: bool = False
+    backend: str, *, platform: str, partition: Partition = ONE_DEVICE, deterministic: bool = False
 ) -> tuple[Ops, str]:
     """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
     in one sentence.
 
-    On a `mesh`, heads are split over its axis `tensor`, which must divide both their numbers. Of `deterministic` ones,
+    Heads are split as `partition` says, whose parts must divide both their numbers. Of `deterministic` ones,
     a row's result depends on its own query and on what its sequence has in the cache, bit for bit: not on the range
     that it came in, nor on the rows beside it. They take tables without decodes (`SequenceTable.block`).
     """
@@ -115,8 +115,8 @@ def select_ops(
         kernel: Kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
         if backend == "xla" and deterministic:
             kernel = partial(kernel, tiles=xla.SMALL_TILES)
-        return Ops(_PagedAttention(kernel, mesh), backend), reason
-    return _tpu_ops(backend, mesh, deterministic=deterministic), reason
+        return Ops(_PagedAttention(kernel, partition), backend, partition=partition), reason
+    return _tpu_ops(backend, partition, deterministic=deterministic), reason
 
 
 def dense_ops() -> Ops:
@@ -124,15 +124,14 @@ def dense_ops() -> Ops:
     return Ops(_dense_attention, "dense")
 
 
-def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
+def _tpu_ops(backend: str, partition: Partition, *, deterministic: bool) -> Ops:
     # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
     from jax_engine.pallas_kernels import tpu
 
     target: dict[str, Any] = {"interpret": backend == "pallas_tpu_interpret"}
-    if mesh is not None and backend == "pallas_tpu":
-        device = mesh.devices.flat[0]  # which need not be one of this machine's
+    if partition.mesh is not None and backend == "pallas_tpu":
+        device = partition.mesh.devices.flat[0]  # which need not be one of this machine's
         target |= {"device_kind": device.device_kind, "num_cores": device.num_cores}
-    parts = 1 if mesh is None else mesh.shape[HEADS_AXIS]
 
     def prepare(
         sequences: SequenceTable,
@@ -149,7 +148,7 @@ def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
                 f"deterministic=True with attention_backend={backend!r} is for models without sliding windows, and "
                 "this one has them; use attention_backend='xla'"
             )
-        heads = num_heads // parts, cache.num_heads // parts
+        heads = num_heads // partition.num_parts("heads"), cache.num_heads // partition.num_parts("kv_heads")
         geometry = tpu.Geometry.of(*heads, head_dim, cache.page_size, cache.data.dtype, dtype)
         work = [
             tpu.step_work(*_tables(sequences.of_group(group)), geometry=geometry, window=window or None, **target)
@@ -158,7 +157,7 @@ def _tpu_ops(backend: str, mesh: Mesh | None, *, deterministic: bool) -> Ops:
         return replace(sequences, work=jnp.stack(work))
 
     kernel = partial(tpu.ragged_paged_attention, **target)
-    return Ops(_PagedAttention(kernel, mesh), backend, tpu.page_shape, prepare)
+    return Ops(_PagedAttention(kernel, partition), backend, tpu.page_shape, prepare, partition)
 
 
 def _tables(sequences: SequenceTable) -> tuple[Array, ...]:
@@ -178,7 +177,7 @@ class _PagedAttention:
     """An attention kernel behind the typed tables, on one device or on a mesh."""
 
     kernel: Kernel
-    mesh: Mesh | None
+    partition: Partition
 
     def __call__(
         self,
@@ -205,12 +204,13 @@ class _PagedAttention:
             convention = arrays[: len(arrays) - len(given)]
             return self.kernel(*convention, layer=layer, scale=scale, window=window, **given)
 
-        if self.mesh is not None:
-            heads, pages = P(None, HEADS_AXIS), P(None, None, None, HEADS_AXIS)
+        if self.partition.mesh is not None:
+            heads, kv_heads = self.partition.spec((None, "heads")), self.partition.spec((None, "kv_heads"))
+            pages = self.partition.spec(PAGE_AXES)
             attend = jax.shard_map(
                 attend,
-                mesh=self.mesh,
-                in_specs=(P(), heads, heads, heads, pages, *(P() for _ in (*tables, *prepared))),
+                mesh=self.partition.mesh,
+                in_specs=(P(), heads, kv_heads, kv_heads, pages, *(P() for _ in (*tables, *prepared))),
                 out_specs=(heads, pages),
                 check_vma=False,  # kernels do not say which of their values differ between devices
             )

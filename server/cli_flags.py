@@ -15,6 +15,7 @@ from jax_engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from jax_engine.strategies import STRATEGIES
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -53,6 +54,17 @@ def string_list(text: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
         raise ValueError(f"{text!r} is not a JSON list of strings such as '[\"*\"]'")
     return tuple(value)
+
+
+def mesh_shape(text: str) -> dict[str, int]:
+    """Devices along mesh axes."""
+    shape = {}
+    for entry in text.split(","):
+        axis, _, size = entry.partition("=")
+        if not size.strip().isdecimal():
+            raise ValueError(f"{text!r} is not of the form data=2,tensor=4")
+        shape[axis.strip()] = int(size)
+    return shape
 
 
 @dataclass(frozen=True)
@@ -212,6 +224,11 @@ STEP_FLAGS = (
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
     Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
+    Flag("pipeline_parallel_size", "stages of layers, of so many devices each", type=count, metavar="N"),
+    Flag("enable_expert_parallel", "whole experts on each device, instead of a part of every expert", type=bool),
+    Flag("sharding_strategy", "how devices share the model", choices=tuple(STRATEGIES)),
+    Flag("sharding_rules", "a strategy of your own: a TOML file, or module:function", metavar="FILE"),
+    Flag("mesh_shape", "devices along each mesh axis: data=2,tensor=4", type=mesh_shape, metavar="AXIS=N,..."),
     Flag(
         "logits_processors",
         "functions that change every step's logits, compiled in: module:function, with commas between several",

@@ -24,8 +24,10 @@ from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import MESH_AXES, place, tensor_mesh
+from jax_engine.sharding import make_mesh, place
+from jax_engine.sharding_rules import read_strategy, strategy_of
 from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy
 
 pytestmark = pytest.mark.timeout(1200)  # a dozen engines on eight devices, in one child of one fixture
 
@@ -106,7 +108,7 @@ def report(folder: str) -> None:
     tokens["offloaded"] = tokens_of(
         Path(folder) / "even", tensor_parallel_size=4, kv_offloading_load="always", **offloading
     )
-    mesh = tensor_mesh(8, jax.devices())
+    mesh = make_mesh(STRATEGIES["tensor"].mesh_shape(8), jax.devices())
     counted = {
         f"{layers} {scan}": collectives(
             compile_step(HF | {"num_hidden_layers": layers}, mesh, scan=scan, mode=SamplingMode.GREEDY)
@@ -183,7 +185,7 @@ def tpu_report() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4").devices
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 128}
     hf = HF | sizes | {"num_key_value_heads": 8, "num_hidden_layers": 8, "vocab_size": 4096}
-    mesh = tensor_mesh(8, devices)
+    mesh = make_mesh(STRATEGIES["tensor"].mesh_shape(8), devices)
     compiled = compile_step(hf, mesh, scan=True, mode=SamplingMode.GREEDY, platform="tpu", dtype="bfloat16")
     analysis = compiled.memory_analysis()
     assert analysis is not None
@@ -208,9 +210,7 @@ def test_more_devices_than_there_are_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tensor_parallel_size=4096 must be"):
         EngineConfig(tensor_parallel_size=4096)
     size = len(jax.devices()) + 1
-    with pytest.raises(
-        ValueError, match=rf"tensor_parallel_size={size} needs {size} devices and there are \d+ .*; use"
-    ):
+    with pytest.raises(ValueError, match=rf"a mesh of tensor={size} needs {size} devices .* and there are \d+ .*; use"):
         InProcessCore(EngineConfig(model=str(tmp_path), load_format="dummy", tensor_parallel_size=size))
 
 
@@ -221,13 +221,13 @@ def placed(size: int, **changes: Any):
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
-        (3, {}, r"tensor_parallel_size=3 does not divide the model's heads \(8\); .* are 1, 2, 4, 8$"),
+        (3, {}, r"splits heads over tensor, and 3 devices do not divide the model's heads \(8\); .* are 1, 2, 4, 8$"),
         (
             4,
             {"intermediate_size": 50},
-            r"does not divide the model's mlp \(50\); .*8 heads, 2 kv_heads, 50 mlp are 1, 2$",
+            r"do not divide the model's mlp \(50\); .*8 heads, 2 kv_heads, 50 mlp are 1, 2$",
         ),
-        (4, {"num_attention_heads": 12, "num_key_value_heads": 6}, r"does not divide the model's kv_heads \(6\)"),
+        (4, {"num_attention_heads": 12, "num_key_value_heads": 6}, r"do not divide the model's kv_heads \(6\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size, changes, message):
@@ -240,5 +240,77 @@ def test_heads_are_shared_only_by_more_devices_than_there_are_heads():
 
 
 def test_an_uneven_vocabulary_stays_whole():
-    assert "vocab" in placed(8).axes
-    assert "vocab" not in placed(8, vocab_size=101).axes
+    assert placed(8).weights.mesh_axes("vocab") == ("tensor",)
+    assert placed(8, vocab_size=101).weights.mesh_axes("vocab") == ()
+
+
+RULES = """
+mesh = ["data", "tensor"]
+[weights]
+heads = "tensor"
+kv_heads = "tensor"
+mlp = ["data", "tensor"]
+[activations]
+heads = "tensor"
+kv_heads = "tensor"
+"""
+
+
+def test_a_strategy_of_ones_own_is_a_file(tmp_path):
+    (tmp_path / "mine.toml").write_text(RULES)
+    config = EngineConfig(tensor_parallel_size=8, sharding_rules=str(tmp_path / "mine.toml"))
+    strategy = strategy_of(config, ModelConfig.from_hf(HF))
+    assert (strategy.name, strategy.mesh, strategy.weights["mlp"]) == ("mine", ("data", "tensor"), ("data", "tensor"))
+    assert strategy.mesh_shape(8) == {"data": 2, "stage": 1, "expert": 1, "tensor": 4}
+    fitted = place(ModelConfig.from_hf(HF), AbstractMesh((2, 1, 1, 4), MESH_AXES), strategy)
+    assert [fitted.weights.num_parts(axis) for axis in ("mlp", "heads", "vocab")] == [8, 4, 1]
+    assert fitted.kv_head_copies == 2
+
+
+def two_halves(model: ModelConfig, num_devices: int) -> Strategy:
+    """A strategy as a function gives it."""
+    return Strategy("two halves", weights={"mlp": ("tensor",)}, mesh=("tensor",))
+
+
+def test_a_strategy_of_ones_own_is_a_function():
+    config = EngineConfig(sharding_rules=f"{__name__}:two_halves")
+    assert strategy_of(config, ModelConfig.from_hf(HF)).name == "two halves"
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("[weights]\nwheels = 'tensor'", r"mine.toml.*weights has an unknown axis 'wheels'; known are vocab, "),
+        ("[weights]\nmlp = 'torsor'", r"weights.mlp names an unknown mesh axis 'torsor'; a mesh has data, "),
+        ("mesh = []", r"mesh must name at least one of data"),
+        ("mesh = 3", r"mesh=3 must be a mesh axis, or a list"),
+        ("[weights]\nmlp = ['tensor', 'tensor']", "names a mesh axis twice"),
+        ("heads = 'tensor'", r"'heads' is no key of a strategy; those are name, mesh, weights"),
+        ("weights = 4", r"weights=4 must be of type dict"),
+        ("[weights", r"mine.toml"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused(tmp_path, rules, message):
+    (tmp_path / "mine.toml").write_text(rules)
+    with pytest.raises(ValueError, match=message):
+        read_strategy(tmp_path / "mine.toml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sharding_strategy": "tonsor"}, "sharding_strategy='tonsor' must be one of tensor"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 must be 1"),
+        ({"enable_expert_parallel": True}, "enable_expert_parallel=True is not supported"),
+        ({"mesh_shape": {"tensor": 4}}, "mesh_shape=tensor=4 has 4 devices, and tensor_parallel_size=1 .* is 1"),
+        (
+            {"mesh_shape": {"data": 2}, "tensor_parallel_size": 2},
+            "has 2 devices along 'data', over which the sharding strategy 'tensor' splits nothing",
+        ),
+        ({"mesh_shape": {"wheels": 2}}, r"mesh_shape has wheels=2; it must give .* to some of data, stage"),
+        ({"sharding_rules": "nothing:here"}, "sharding_rules='nothing:here' is no file, and names nothing"),
+    ],
+)
+def test_settings_that_fit_no_mesh_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        strategy_of(EngineConfig(**settings), ModelConfig.from_hf(HF))

@@ -1,0 +1,156 @@
+"""Sharding strategies as data: which mesh axes each logical axis of a model's arrays is split over. Needs no JAX.
+
+Logical axes are names for the dimensions of arrays. Those of weights are on the parameters (see `models/layers.py`),
+those of a step's other arrays are:
+
+- `heads`, `kv_heads`: of attention, the latter also of the cache's pages
+- `mlp`, `vocab`: what the feed-forward and the head make of each row
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt, prod
+
+MESH_AXES = ("data", "stage", "expert", "tensor")
+WEIGHT_AXES = ("vocab", "heads", "kv_heads", "mlp")
+ACTIVATION_AXES = ("heads", "kv_heads", "mlp", "vocab")
+
+Axes = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A table from logical axes to the mesh axes they are split over; an axis that is not in it is whole everywhere.
+
+    Of one array, a mesh axis splits one dimension only: that whose logical axis comes first in the table.
+
+    Raises:
+        ValueError: an axis is unknown, or there is no mesh.
+    """
+
+    name: str
+    weights: Axes
+    activations: Axes = field(default_factory=dict)
+    # Mesh axes that the devices are divided between, in parts as equal as can be, the last of them the largest.
+    mesh: tuple[str, ...] = ("tensor",)
+
+    def __post_init__(self) -> None:
+        for what, table, known in (
+            ("weights", self.weights, WEIGHT_AXES),
+            ("activations", self.activations, ACTIVATION_AXES),
+        ):
+            for logical, mesh_axes in table.items():
+                if logical not in known:
+                    raise ValueError(
+                        f"sharding strategy {self.name!r}: {what} has an unknown axis {logical!r}; known are "
+                        f"{', '.join(known)}"
+                    )
+                self._check_mesh_axes(f"{what}.{logical}", mesh_axes)
+        self._check_mesh_axes("mesh", self.mesh)
+        if not self.mesh:
+            raise ValueError(f"sharding strategy {self.name!r}: mesh must name at least one of {', '.join(MESH_AXES)}")
+
+    def _check_mesh_axes(self, where: str, mesh_axes: tuple[str, ...]) -> None:
+        if unknown := [axis for axis in mesh_axes if axis not in MESH_AXES]:
+            raise ValueError(
+                f"sharding strategy {self.name!r}: {where} names an unknown mesh axis {unknown[0]!r}; a mesh has "
+                f"{', '.join(MESH_AXES)}"
+            )
+        if len(set(mesh_axes)) < len(mesh_axes):
+            raise ValueError(f"sharding strategy {self.name!r}: {where} names a mesh axis twice: {list(mesh_axes)}")
+
+    @property
+    def used_axes(self) -> frozenset[str]:
+        """The mesh axes that split anything."""
+        return frozenset(axis for table in (self.weights, self.activations) for axes in table.values() for axis in axes)
+
+    def mesh_shape(
+        self, tensor_parallel_size: int, pipeline_parallel_size: int = 1, *, asked: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Devices along each axis of `MESH_AXES`: as `asked`, or as the strategy divides them by default.
+
+        Raises:
+            ValueError: what is asked for has another number of devices, or an axis that the strategy splits nothing
+                over.
+        """
+        if asked is None:
+            shape = dict.fromkeys(MESH_AXES, 1) | _divided(tensor_parallel_size, self.mesh)
+            return shape | ({"stage": pipeline_parallel_size} if pipeline_parallel_size > 1 else {})
+        shape = dict.fromkeys(MESH_AXES, 1) | dict(asked)
+        devices = tensor_parallel_size * pipeline_parallel_size
+        if prod(shape.values()) != devices:
+            raise ValueError(
+                f"mesh_shape={shape_text(shape)} has {prod(shape.values())} devices, and tensor_parallel_size="
+                f"{tensor_parallel_size} times pipeline_parallel_size={pipeline_parallel_size} is {devices}; make them "
+                "equal"
+            )
+        for axis, size in shape.items():
+            if size > 1 and axis not in self.used_axes:
+                raise ValueError(
+                    f"mesh_shape={shape_text(shape)} has {size} devices along {axis!r}, over which the sharding "
+                    f"strategy {self.name!r} splits nothing; it uses {', '.join(sorted(self.used_axes))}"
+                )
+        return shape
+
+
+def _divided(size: int, axes: tuple[str, ...]) -> dict[str, int]:
+    """A number of devices in factors as equal as can be, the last the largest."""
+    first, *rest = axes
+    if not rest:
+        return {first: size}
+    root = isqrt(size) if len(axes) == 2 else round(size ** (1 / len(axes)))
+    factor = max(divisor for divisor in range(1, max(root, 1) + 1) if size % divisor == 0)
+    return {first: factor} | _divided(size // factor, tuple(rest))
+
+
+def shape_text(shape: Mapping[str, int]) -> str:
+    """A mesh's shape as a flag has it."""
+    return ",".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or f"{MESH_AXES[-1]}=1"
+
+
+# What is split by heads, features and vocabulary over `tensor`.
+_BY_TENSOR: Axes = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",))
+STRATEGIES: Mapping[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        # Megatron (arXiv 1909.08053): two sums over devices a layer, after attention and after the feed-forward.
+        Strategy("tensor", weights=_BY_TENSOR, activations=_BY_TENSOR),
+    )
+}
+
+
+def check_sharding(
+    *,
+    strategy: str,
+    rules: str | None,
+    mesh_shape: Mapping[str, int] | None,
+    sizes: tuple[int, int],
+    expert_parallel: bool,
+) -> None:
+    """Check the settings of an `EngineConfig` against each other; `sizes` are its tensor and pipeline parallel ones.
+
+    Raises:
+        ValueError: a strategy is unknown or not supported, or the mesh has another number of devices.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"sharding_strategy={strategy!r} must be one of {', '.join(STRATEGIES)}")
+    if rules is not None and strategy != "tensor":
+        raise ValueError(
+            f"sharding_rules={rules!r} and sharding_strategy={strategy!r} both say how the model is split; leave one "
+            "of them out"
+        )
+    if sizes[1] > 1:
+        raise ValueError(
+            f"pipeline_parallel_size={sizes[1]} must be 1: stages of layers are not supported yet; use "
+            "tensor_parallel_size"
+        )
+    if expert_parallel:
+        raise ValueError("enable_expert_parallel=True is not supported: no model here has experts; leave it out")
+    for axis, size in (mesh_shape or {}).items():
+        if axis not in MESH_AXES or isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"mesh_shape has {axis}={size!r}; it must give a number of devices, 1 or more, to some of "
+                f"{', '.join(MESH_AXES)}"
+            )
+    if rules is None:
+        STRATEGIES[strategy].mesh_shape(*sizes, asked=mesh_shape)

@@ -1,0 +1,64 @@
+"""Where the arrays of a step lie on a mesh of devices, by the names of their axes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which mesh axes each logical axis is split over; without a mesh, everything is on one device. Hashable.
+
+    Of one array, a mesh axis splits one dimension only: that whose logical axis comes first in the table.
+    """
+
+    mesh: Mesh | None = None
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that an axis is split over; none, if it is whole."""
+        return next((mesh_axes for name, mesh_axes in self.table if name == logical_axis), ())
+
+    def num_parts(self, *logical_axes: str) -> int:
+        """How many parts an array with these axes is cut into."""
+        if self.mesh is None:
+            return 1
+        taken = {axis for entry in self._axes_of(logical_axes) for axis in entry}
+        return prod(int(self.mesh.shape[axis]) for axis in taken)
+
+    def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
+        """The partition of an array with these axes; without axes, a copy on every device."""
+        return PartitionSpec(*(entry or None for entry in self._axes_of(logical_axes)))
+
+    def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
+        """The sharding of an array with these axes."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(logical_axes))
+
+    def constrain(self, array: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
+        """Say within a step how an array lies; a dimension that its mesh axes do not divide is whole."""
+        if self.mesh is None:
+            return array
+        even = [
+            name if name is not None and size % self.num_parts(name) == 0 else None
+            for name, size in zip(logical_axes, array.shape, strict=False)
+        ]
+        return lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(even)))
+
+    def _axes_of(self, logical_axes: Sequence[str | None]) -> list[tuple[str, ...]]:
+        """The mesh axes of each dimension."""
+        ranks = {name: rank for rank, (name, _) in enumerate(self.table)}
+        taken: set[str] = set()
+        found: list[tuple[str, ...]] = [()] * len(logical_axes)
+        for place in sorted(
+            range(len(logical_axes)), key=lambda place: ranks.get(logical_axes[place] or "", len(ranks))
+        ):
+            found[place] = tuple(axis for axis in self.mesh_axes(logical_axes[place]) if axis not in taken)
+            taken.update(found[place])
+        return found
+
+
+ONE_DEVICE = Partition()
