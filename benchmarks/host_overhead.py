@@ -35,7 +35,7 @@ from jax_engine.server.bench_client import Target
 from jax_engine.server.bench_figures import format_table, write_json
 from jax_engine.server.bench_metrics import metrics
 from jax_engine.server.bench_process import running_server
-from jax_engine.server.frames import CompletionFrames
+from jax_engine.server.frames import CompletionFrames, Piece
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.tracking import PromptTracker
 from light_client import streamed_texts
@@ -200,7 +200,7 @@ class Pipeline:
             for stream, output in taken:
                 stream.tracker.take(output)
                 for completion in output.outputs:
-                    self._frames.delta(completion.index, completion.text)
+                    self._frames.write(Piece(completion.index, completion.text))
         yield "SSE", spent[0]
 
 

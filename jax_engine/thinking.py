@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.bitmasks import all_tokens, pack_bits
+from jax_engine.bitmasks import all_tokens, has_bit, pack_bits
 from jax_engine.messages import ThinkingRequest
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.tokenizer import Tokenizer
@@ -105,7 +105,7 @@ class Thinking:
         return True
 
     def _in_form(self, token: int) -> bool:
-        return bool(self._form_mask[token // 32] >> np.uint32(token % 32) & 1)
+        return has_bit(self._form_mask, token)
 
     def _bits(self, *tokens: int) -> NDArray[np.uint32]:
         return pack_bits(tokens, self._vocab_size)

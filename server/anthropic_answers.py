@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from jax_engine.server.errors import ApiError
-from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, encode_json
+from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, Piece, encode_json
 from jax_engine.server.message_parts import (
     ContentDelta,
     Message,
@@ -122,20 +122,12 @@ class MessageFrames(Frames):
         usage = anthropic_usage(self._record.usage())
         return event("message_start", message=self._head.message([], usage))
 
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        return b"".join(map(self._written, self._parser.feed(text)))
-
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        last = b"".join(map(self._written, self._parser.finish(text)))
-        self._ending = self._head.ending(finish_reason, stop_reason, has_called=self._parser.has_called)
+    def write(self, piece: Piece) -> bytes:
+        parser, reason = self._parser, piece.finish_reason
+        if reason is None:
+            return b"".join(map(self._written, parser.feed(piece.text)))
+        last = b"".join(map(self._written, parser.finish(piece.text)))
+        self._ending = self._head.ending(reason, piece.stop_reason, has_called=parser.has_called)
         return last + self._close()
 
     def end(self, usage: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jax_engine.server.frames import NO_FIELDS, Fields, OpenAIFrames, encode_json
+from jax_engine.server.frames import NO_FIELDS, Fields, OpenAIFrames, Piece, encode_json
 from jax_engine.server.message_parts import (
     ContentDelta,
     MessageFormat,
@@ -77,26 +77,18 @@ class ChatFrames(OpenAIFrames):
         delta = {"role": "assistant", "content": ""}
         return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, fields)
 
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        return self._written(index, self._parsers[index].feed(text), logprobs, fields)
+    def write(self, piece: Piece) -> bytes:
+        index, parser = piece.index, self._parsers[piece.index]
+        if piece.finish_reason is None:
+            return self._written(piece, parser.feed(piece.text))
+        last = self._written(piece, parser.finish(piece.text))
+        reason = called(piece.finish_reason, parser)
+        choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+        return last + self._choice({**choice, "stop_reason": piece.stop_reason})
 
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        parser = self._parsers[index]
-        last = self._written(index, parser.finish(text), logprobs, fields)
-        choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": called(finish_reason, parser)}
-        return last + self._choice({**choice, "stop_reason": stop_reason})
-
-    def _written(self, index: int, parts: list[Part], logprobs: Any, fields: Fields) -> bytes:
-        is_plain = logprobs is None and not fields and self._is_plain
-        if is_plain and len(parts) == 1 and isinstance(parts[0], ContentDelta):
+    def _written(self, piece: Piece, parts: list[Part]) -> bytes:
+        index = piece.index
+        if piece.is_plain and self._is_plain and len(parts) == 1 and isinstance(parts[0], ContentDelta):
             content = encode_json(parts[0].text)
             return b'%b{"index":%d,"delta":{"content":%b%b' % (
                 self._before_choices,
@@ -105,11 +97,11 @@ class ChatFrames(OpenAIFrames):
                 self._after_content,
             )
         deltas = [chat_delta(part) for part in parts]
-        if not deltas and (logprobs is not None or fields):
+        if not deltas and (piece.logprobs is not None or piece.fields):
             deltas = [{}]
         choices: list[dict[str, Any]] = [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
         ]
         if choices:
-            choices[0] |= {"logprobs": logprobs, **fields}
+            choices[0] |= {"logprobs": piece.logprobs, **piece.fields}
         return b"".join(map(self._choice, choices))

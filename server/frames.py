@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -30,11 +30,24 @@ OBFUSCATED_BYTES = 64
 PAD_CHARACTERS = string.ascii_letters + string.digits
 
 
-class Frames(ABC):
-    """How one route writes what happens to its completions; each method returns bytes ready for the socket.
+class Piece(NamedTuple):
+    """What is new of one completion."""
 
-    `logprobs` are in the route's form, and `fields` what else is new of a completion (see `answers.py`).
-    """
+    index: int
+    text: str  # which may be empty
+    logprobs: Any = None  # in the route's form
+    fields: Fields = NO_FIELDS  # what else is new of it (see `answers.py`)
+    finish_reason: str | None = None  # why it has ended, with its last piece
+    stop_reason: int | str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing but text."""
+        return self.logprobs is None and not self.fields and self.finish_reason is None
+
+
+class Frames(ABC):
+    """How one route writes what happens to its completions; each method returns bytes ready for the socket."""
 
     media_type: str
 
@@ -43,20 +56,8 @@ class Frames(ABC):
         """What comes before the first text of completion `index`; the fields are of its prompt."""
 
     @abstractmethod
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        """New text."""
-
-    @abstractmethod
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        """The last text, which may be empty, and why it ended."""
+    def write(self, piece: Piece) -> bytes:
+        """What is new."""
 
     @abstractmethod
     def end(self, usage: dict[str, Any]) -> bytes:
@@ -132,34 +133,13 @@ class CompletionFrames(OpenAIFrames):
             self._of_prompt[index] = fields
         return b""
 
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        if logprobs is not None or fields or not self._is_plain or index in self._of_prompt:
-            return self._written(index, text, logprobs, fields, None, None)
-        return b'%b{"index":%d,"text":%b%b' % (self._before_choices, index, encode_json(text), self._after_text)
-
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        return self._written(index, text, logprobs, fields, finish_reason, stop_reason)
-
-    def _written(
-        self,
-        index: int,
-        text: str,
-        logprobs: Any,
-        fields: Fields,
-        finish_reason: str | None,
-        stop_reason: int | str | None,
-    ) -> bytes:
-        ending = {"finish_reason": finish_reason, "stop_reason": stop_reason}
-        of_prompt = self._of_prompt.pop(index, NO_FIELDS)
-        return self._choice({"index": index, "text": text, "logprobs": logprobs, **ending, **fields, **of_prompt})
+    def write(self, piece: Piece) -> bytes:
+        index, text = piece.index, piece.text
+        if piece.is_plain and self._is_plain and index not in self._of_prompt:
+            return b'%b{"index":%d,"text":%b%b' % (self._before_choices, index, encode_json(text), self._after_text)
+        ending = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
+        more = {**ending, **piece.fields, **self._of_prompt.pop(index, NO_FIELDS)}
+        return self._choice({"index": index, "text": text, "logprobs": piece.logprobs, **more})
 
 
 class LineFrames(Frames):
@@ -175,28 +155,15 @@ class LineFrames(Frames):
             self._of_prompt[index] = fields
         return b""
 
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        if logprobs is not None or index in self._of_prompt:
-            return self._written(index, text, logprobs, None)
-        return b'{"index":%d,"text":%b,"finish_reason":null}\n' % (index, encode_json(text))
-
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        return self._written(index, text, logprobs, finish_reason)
-
-    def _written(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> bytes:
-        line = {"index": index, "text": text, "finish_reason": finish_reason, **self._of_prompt.pop(index, NO_FIELDS)}
-        return self._line(line if logprobs is None else {**line, "logprobs": logprobs})
-
-    def _line(self, content: dict[str, Any]) -> bytes:
-        return encode_json(content) + b"\n"
+    def write(self, piece: Piece) -> bytes:
+        index = piece.index
+        if piece.is_plain and index not in self._of_prompt:
+            return b'{"index":%d,"text":%b,"finish_reason":null}\n' % (index, encode_json(piece.text))
+        line = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}
+        line |= self._of_prompt.pop(index, NO_FIELDS)
+        if piece.logprobs is not None:
+            line["logprobs"] = piece.logprobs
+        return encode_json(line) + b"\n"
 
     def end(self, usage: dict[str, Any]) -> bytes:
         return encode_json({"usage": usage}) + b"\n"

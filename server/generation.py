@@ -22,7 +22,7 @@ from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import Answers
 from jax_engine.server.errors import ApiError, bad_request, unavailable
-from jax_engine.server.frames import Frames
+from jax_engine.server.frames import Frames, Piece
 from jax_engine.server.gate import shutting_down
 from jax_engine.server.in_flight import ShuttingDownError
 from jax_engine.server.service import Service
@@ -237,10 +237,9 @@ class GenerationStream(Response):
                     yield frames.start(index, answers.of_prompt(output))
                 text = answers.text(index, output, completion)
                 logprobs, fields = answers.logprobs(index, output, completion), answers.fields(completion)
-                if completion.finish_reason is not None:
-                    yield frames.finish(index, text, completion.finish_reason, completion.stop_reason, logprobs, fields)
-                elif text or logprobs is not None or fields:
-                    yield frames.delta(index, text, logprobs, fields)
+                piece = Piece(index, text, logprobs, fields, completion.finish_reason, completion.stop_reason)
+                if text or not piece.is_plain:
+                    yield frames.write(piece)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
         if not self._sending:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from jax_engine.server.errors import ApiError
-from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, encode_json, obfuscated
+from jax_engine.server.frames import EVENT_STREAM, NO_FIELDS, Fields, Frames, Piece, encode_json, obfuscated
 from jax_engine.server.message_parts import (
     ContentDelta,
     MessageParser,
@@ -284,19 +284,10 @@ class ResponseFrames(Frames):
     def start(self, index: int, fields: Fields = NO_FIELDS) -> bytes:
         return self._encoded(self.live.begin())
 
-    def delta(self, index: int, text: str, logprobs: Any = None, fields: Fields = NO_FIELDS) -> bytes:
-        return self._encoded(self.live.feed(text, logprobs))
-
-    def finish(
-        self,
-        index: int,
-        text: str,
-        finish_reason: str,
-        stop_reason: int | str | None,
-        logprobs: Any = None,
-        fields: Fields = NO_FIELDS,
-    ) -> bytes:
-        return self._encoded(self.live.finish(text, finish_reason, logprobs))
+    def write(self, piece: Piece) -> bytes:
+        if piece.finish_reason is None:
+            return self._encoded(self.live.feed(piece.text, piece.logprobs))
+        return self._encoded(self.live.finish(piece.text, piece.finish_reason, piece.logprobs))
 
     def end(self, usage: dict[str, Any]) -> bytes:
         last = self._encoded([self.live.end()])

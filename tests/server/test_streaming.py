@@ -9,7 +9,7 @@ from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.cells import ROW_BYTES, CellMemory
 from jax_engine.server.chat_frames import ChatFrames
-from jax_engine.server.frames import CompletionFrames, LineFrames
+from jax_engine.server.frames import CompletionFrames, LineFrames, Piece
 from jax_engine.server.histogram import Histogram, one_two_five
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.tracking import PromptTracker, RequestRecord
@@ -30,7 +30,8 @@ def events(data):
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_every_openai_frame_is_one_event_of_the_same_answer(kind, include_usage):
     frames = kind(response_id="id-1", model='a"b', include_usage=include_usage)
-    data = frames.start(2) + frames.delta(2, AWKWARD) + frames.finish(2, "end", "stop", "x") + frames.end({"total": 1})
+    last = Piece(2, "end", finish_reason="stop", stop_reason="x")
+    data = frames.start(2) + frames.write(Piece(2, AWKWARD)) + frames.write(last) + frames.end({"total": 1})
     *chunks, done = events(data)
     assert done == "[DONE]"
     assert {(chunk["id"], chunk["model"]) for chunk in chunks} == {("id-1", 'a"b')}
@@ -47,14 +48,15 @@ def test_every_openai_frame_is_one_event_of_the_same_answer(kind, include_usage)
 
 def test_chat_says_the_role_first_and_the_reason_last():
     frames = ChatFrames(response_id="i", model="m", include_usage=False)
-    role, end = events(frames.start(0) + frames.finish(0, "", "length", None))
+    role, end = events(frames.start(0) + frames.write(Piece(0, "", finish_reason="length")))
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert end["choices"][0]["delta"] == {}
 
 
 def test_lines_are_json_objects():
     frames = LineFrames()
-    data = frames.start(1) + frames.delta(1, AWKWARD) + frames.finish(1, "", "stop", None) + frames.end({"total": 1})
+    last = Piece(1, "", finish_reason="stop")
+    data = frames.start(1) + frames.write(Piece(1, AWKWARD)) + frames.write(last) + frames.end({"total": 1})
     lines = [json.loads(line) for line in data.split(b"\n") if line]
     assert [line.get("text") for line in lines] == [AWKWARD, "", None]
 
