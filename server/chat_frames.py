@@ -78,7 +78,7 @@ class ChatFrames(OpenAIFrames):
         return self._choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, fields)
 
     def write(self, piece: Piece) -> bytes:
-        index, parser = piece.index, self._parsers[piece.index]
+        index, parser = piece.choice, self._parsers[piece.choice]
         if piece.finish_reason is None:
             return self._written(piece, parser.feed(piece.text))
         last = self._written(piece, parser.finish(piece.text))
@@ -87,7 +87,7 @@ class ChatFrames(OpenAIFrames):
         return last + self._choice({**choice, "stop_reason": piece.stop_reason})
 
     def _written(self, piece: Piece, parts: list[Part]) -> bytes:
-        index = piece.index
+        index = piece.choice
         if piece.is_plain and self._is_plain and len(parts) == 1 and isinstance(parts[0], ContentDelta):
             content = encode_json(parts[0].text)
             return b'%b{"index":%d,"delta":{"content":%b%b' % (

@@ -33,7 +33,7 @@ PAD_CHARACTERS = string.ascii_letters + string.digits
 class Piece(NamedTuple):
     """What is new of one completion."""
 
-    index: int
+    choice: int  # which completion of the request
     text: str  # which may be empty
     logprobs: Any = None  # in the route's form
     fields: Fields = NO_FIELDS  # what else is new of it (see `answers.py`)
@@ -134,7 +134,7 @@ class CompletionFrames(OpenAIFrames):
         return b""
 
     def write(self, piece: Piece) -> bytes:
-        index, text = piece.index, piece.text
+        index, text = piece.choice, piece.text
         if piece.is_plain and self._is_plain and index not in self._of_prompt:
             return b'%b{"index":%d,"text":%b%b' % (self._before_choices, index, encode_json(text), self._after_text)
         ending = {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
@@ -156,7 +156,7 @@ class LineFrames(Frames):
         return b""
 
     def write(self, piece: Piece) -> bytes:
-        index = piece.index
+        index = piece.choice
         if piece.is_plain and index not in self._of_prompt:
             return b'{"index":%d,"text":%b,"finish_reason":null}\n' % (index, encode_json(piece.text))
         line = {"index": index, "text": piece.text, "finish_reason": piece.finish_reason}

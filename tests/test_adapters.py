@@ -184,7 +184,6 @@ print(json.dumps([tests.tokens_of(family.base, family.requests(), tensor_paralle
 """
 
 
-@pytest.mark.slow
 def test_devices_that_share_the_layers_share_the_factors(tmp_path, expected):
     """Two devices, and four, on which each key and value head, and what adapters add to it, is there twice."""
     paths = [Path(__file__).parent / folder for folder in (".", "engine", "support")]

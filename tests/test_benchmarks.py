@@ -282,7 +282,6 @@ WORKLOAD = ("--num-requests", "4", "--prompt-tokens", "2", "9", "--output-tokens
 SMALL_ENGINE = ("--max-num-seqs", "4", "--max-num-batched-tokens", "16")
 
 
-@pytest.mark.slow
 def test_throughput_prints_the_engine_beside_its_peer(tiny_model: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ("--model", tiny_model, "--repeats", "1", "--peer-batch-sizes", "2", "--json", str(report))
@@ -320,7 +319,6 @@ def test_startup_times_a_cold_and_a_warm_start(tiny_model: str, tmp_path: Path) 
     assert "jax-engine --help" in printed
 
 
-@pytest.mark.slow
 def test_offline_benchmarks_report_in_vllms_fields(tiny_model: str, tmp_path: Path) -> None:
     report, lengths = tmp_path / "report.json", ("--input-len", "6", "--output-len", "4", "--model", tiny_model)
     options = (*lengths, "--output-json", str(report), *SMALL_ENGINE)
@@ -337,7 +335,6 @@ def test_offline_benchmarks_report_in_vllms_fields(tiny_model: str, tmp_path: Pa
     assert "seconds for 2 of 6 + 4 tokens" in printed
 
 
-@pytest.mark.slow
 def test_serving_measures_a_server_that_it_starts_itself(tiny_model: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     options = ("--start-server", "--model", tiny_model, "--json", str(report))

@@ -136,19 +136,16 @@ def eight_devices(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_child("import sys; tests.report(sys.argv[1])", str(tmp_path_factory.mktemp("models")), **flags)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "scan"), RUNS)
 def test_tokens_are_those_of_one_device(eight_devices, name, size, scan):
     """Greedy and seeded, heads whole and shared, vocabulary split or, where it is uneven, whole on each device."""
     assert eight_devices["tokens"][f"{name} {size} {scan}"] == eight_devices["tokens"][name]
 
 
-@pytest.mark.slow
 def test_pages_that_were_in_host_memory_are_those_of_each_device(eight_devices):
     assert eight_devices["tokens"]["offloaded"] == eight_devices["tokens"]["even"]
 
 
-@pytest.mark.slow
 def test_a_layer_sums_over_the_devices_twice(eight_devices):
     """After attention and after the feed-forward; the embedding sums once more, and the likeliest token is gathered:
     on a CPU, where it is found by blocks, the block too.
@@ -159,13 +156,11 @@ def test_a_layer_sums_over_the_devices_twice(eight_devices):
     assert counted["4 True"] == counted["1 False"]
 
 
-@pytest.mark.slow
 def test_a_loop_over_steps_sums_as_a_step_does(eight_devices):
     """What an iteration hands to the next stays where it lies."""
     assert eight_devices["collectives"]["loop"] == eight_devices["collectives"]["4 True"]
 
 
-@pytest.mark.slow
 def test_sampling_moves_the_logits_once(eight_devices):
     """From a share of the vocabulary of all rows to a share of the rows: the draw's many sums then stay at home.
 
@@ -195,7 +190,6 @@ def tpu_report() -> None:
     print(json.dumps({"collectives": collectives(compiled)} | figures))
 
 
-@pytest.mark.slow
 def test_a_step_compiles_for_chips_that_are_not_here():
     """With the real TPU compiler: the same sums, and no copy of the weights to bring them into another layout."""
     pytest.importorskip("libtpu")

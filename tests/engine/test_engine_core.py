@@ -263,7 +263,6 @@ def test_scanned_layers_give_the_same_tokens(make_core, alone):
     assert run_requests(make_core(scan_layers=True), batch()) == alone
 
 
-@pytest.mark.slow
 def test_the_interpreted_tpu_kernel_gives_the_same_tokens(core, make_core):
     """With its own shape of pages, over scanned layers and traced, as on a TPU."""
     requests = [core_request("a", list(range(1, 20)), 6), core_request("b", [5, 6], 6)]

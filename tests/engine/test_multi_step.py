@@ -267,7 +267,6 @@ def test_a_row_that_stops_is_out_and_the_others_are_as_they_were(steps):
     assert steps.num_runs == max(offsets) + 1
 
 
-@pytest.mark.slow
 def test_the_interpreted_tpu_kernel_loops_over_the_same_tokens():
     """Its list of work follows the lengths, which change with every iteration, and the rows that are left."""
     requests, num_draws = [core_request(name, [position], 30) for position, name in enumerate("abc")], [5, 2, 4]

@@ -1,7 +1,5 @@
 """The accuracy benchmark: its table, and one tiny run over the built-in model."""
 
-import pytest
-
 from accuracy import TaskResult, measure, table
 from jax_engine import LLM
 from jax_engine.models.demo.generator import held_out_samples, task_named
@@ -15,7 +13,6 @@ def test_the_table_ends_with_the_mean_over_tasks() -> None:
     ]
 
 
-@pytest.mark.slow
 def test_the_built_in_model_can_add_and_call_tools() -> None:
     samples = [
         sample for name in ("addition", "tool calls") for sample in held_out_samples(task_named(name), seed=0, count=8)
