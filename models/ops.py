@@ -20,6 +20,7 @@ from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.pallas_kernels import reference
 
 ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
+ATTENTION_SCOPE = "attention"  # what attention is traced under, in profiles and in programs' texts
 
 # An attention kernel, by the calling convention of `pallas_kernels.reference`.
 Kernel = Callable[..., tuple[Array, Array]]
@@ -215,7 +216,8 @@ class _PagedAttention:
                 check_vma=False,  # kernels do not say which of their values differ between devices
             )
             layer = jnp.asarray(layer, jnp.int32)
-        out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
+        with jax.named_scope(ATTENTION_SCOPE):
+            out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
         return out, KVPages(data)
 
 

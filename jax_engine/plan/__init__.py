@@ -1,0 +1,1 @@
+"""What a model needs and can do on devices that need not be here."""
