@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from jax_engine.adapter_store import AdapterStore
@@ -21,13 +22,15 @@ from jax_engine.logits_processors import load_processors
 from jax_engine.model_files import resolve_model_path
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
-from jax_engine.page_copies import staging_pages
+from jax_engine.page_copies import lower_page_programs, staging_pages
 from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import MemoryPlan, longest_context, memory_for_pages, plan_memory, programs_of
 from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.step_batch import BatchLayout, Bucket, write_block_tables
 from jax_engine.step_program import Program
 from jax_engine.surroundings import surroundings_of
+
+WRITE_TABLES = "write block tables"
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,17 @@ class Blueprint:
             layout = self.layouts[program.bucket]
             steps, rows = program.num_steps, program.draft_rows
             return self.placed.lower(layout, program.mode, size, num_steps=steps, draft_rows=rows)
+
+    def lower_helpers(self, memory: MemoryPlan) -> dict[str, jax.stages.Lowered]:
+        """Trace the small programs beside the steps, by name: those that copy pages, and that which writes the block
+        tables of a long prompt.
+        """
+        state = self.placed.state_shapes(self.state_size(memory))
+        tables = state.block_tables
+        write_tables = jax.jit(write_block_tables, donate_argnums=0, out_shardings=tables.sharding)
+        updates = np.empty((tables.shape[1], 3), np.int32)  # one whole block table
+        with nullcontext() if self.is_here else _traced_for(self.device):
+            return {**lower_page_programs(state.cache), WRITE_TABLES: write_tables.lower(tables, updates)}
 
     def state_size(self, memory: MemoryPlan) -> StateSize:
         """How large the device state is."""

@@ -38,12 +38,15 @@ class CompiledSteps:
         *,
         threads: int | None = None,
         most_memory_maps: float = MOST_MEMORY_MAPS,
+        load: Callable[[Program], jax.stages.Compiled] | None = None,
     ) -> None:
         """`programs` are all there will be, of each size one in SAMPLE mode at least; `lower` traces one; `threads`
         compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most), until the process
-        has the share `most_memory_maps` of those it may have.
+        has the share `most_memory_maps` of those it may have. With `load`, executables come from there instead: nothing
+        is traced or compiled, and `seconds` stays 0.
         """
         self._lower = lower
+        self._load = load
         self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
@@ -52,6 +55,7 @@ class CompiledSteps:
         self._of_draft_model = sorted(program for program in self.programs if program.num_drafts)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
+        self._seconds: dict[Program, float] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
         self._queue: deque[Program] = deque()
         self._at_hand: set[Program] = set()  # of background threads
@@ -73,6 +77,12 @@ class CompiledSteps:
     @property
     def num_ready(self) -> int:
         return len(self._executables)
+
+    @property
+    def executables(self) -> dict[Program, tuple[jax.stages.Compiled, float]]:
+        """What is ready, each with the seconds that it took to trace and compile."""
+        with self._changing:
+            return {program: (compiled, self._seconds[program]) for program, compiled in self._executables.items()}
 
     @property
     def eta(self) -> float:
@@ -239,9 +249,10 @@ class CompiledSteps:
     def _log_progress(self) -> None:
         if self._num_done == self._num_queued:
             logger.info(
-                "%d of %d step programs compiled, in %.1f s",
+                "%d of %d step programs %s, in %.1f s",
                 self.num_ready,
                 len(self.programs),
+                "compiled" if self._load is None else "loaded",
                 self._last_done - self._started,
             )
             return
@@ -254,12 +265,17 @@ class CompiledSteps:
         )
 
     def _compile(self, program: Program) -> jax.stages.Compiled:
-        with self._tracing:
-            start = time.monotonic()
-            lowered = self._lower(program)
-        executable = lowered.compile()
+        if self._load is not None:
+            executable, seconds = self._load(program), 0.0
+        else:
+            with self._tracing:
+                start = time.monotonic()
+                lowered = self._lower(program)
+            executable = lowered.compile()
+            seconds = time.monotonic() - start
         with self._changing:
-            self.seconds += time.monotonic() - start
+            self.seconds += seconds
+            self._seconds[program] = seconds
             self._executables[program] = executable
             # A program serves its own mode and those it contains. New lists: `find` never sees one half-sorted.
             modes = list(SamplingMode)

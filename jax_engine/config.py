@@ -35,6 +35,19 @@ def environment_settings() -> dict[str, str]:
     }
 
 
+# XLA's flags that change no program: what is written out of it, and how many devices a CPU pretends to be.
+IDLE_XLA_FLAGS = ("--xla_dump", "--xla_force_host_platform_device_count")
+
+
+def compiler_flags() -> dict[str, str]:
+    """The variables that compilers read, their flags in order."""
+    texts = {name: os.environ.get(name, "").split() for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    return {
+        name: " ".join(sorted(flag for flag in flags if not flag.startswith(IDLE_XLA_FLAGS)))
+        for name, flags in texts.items()
+    }
+
+
 SHOWN_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "HF_", "LD_LIBRARY_PATH", "OMP_")
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
@@ -113,6 +126,7 @@ class EngineConfig:
     lora_modules: tuple[str, ...] = ()  # adapters that clients of a server may name as a model: NAME=PATH
     deterministic: bool = False  # a request's numbers are the same, bit for bit, whatever shares its steps
     compilation_cache_dir: str | None = None  # None: default_compilation_cache_dir(); "" turns the persistent cache off
+    compiled: str | None = None  # folder of executables that `jax-engine compile` has made; None: programs are compiled
     compile_before_ready: bool = False  # every step program before serving, not only the largest
     profile_dir: str | None = None  # folder that start_profile writes into; None: there are no profiles
     compile_threads: int | None = None  # step programs compiled at once; None: half of the cores, 4 at most
@@ -175,6 +189,8 @@ class EngineConfig:
         switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
         switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
         switch("deterministic", self.deterministic, default=False)
+        if self.compiled is not None and (not isinstance(self.compiled, str) or not self.compiled):
+            raise ValueError(f"compiled={self.compiled!r} must be a folder that `jax-engine compile` has made")
         if self.trust_remote_code:
             raise ValueError(
                 f"trust_remote_code={self.trust_remote_code!r} is refused: a checkpoint's code is for PyTorch, and "

@@ -67,6 +67,7 @@ class DraftModel:
                     f"speculative_config.method='draft_model' needs models whose layers see the whole context, and "
                     f"{which} has layers that see only a window; use the method 'ngram'"
                 )
+        self.model = model_config
         self.max_len = model_config.max_model_len
         self.num_drafts = config.speculation.num_speculative_tokens
         geometry = replace(target.geometry, draft_bytes=draft.geometry.page_bytes)

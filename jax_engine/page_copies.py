@@ -1,7 +1,9 @@
 """Whole pages of the device's cache: read out, written, sent to host memory and back."""
 
 import time
+from collections.abc import Mapping
 from functools import cached_property
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -15,7 +17,9 @@ from jax_engine.models.kv_pages import KVPages
 HOST_MEMORY = "pinned_host"
 STAGED_PAGES = 16  # on their way at once in one launch; see `staging_pages`
 TIMED_PAGES = 4
+READ_PAGE, WRITE_PAGE = "read a page", "write a page"
 
+AnySharding = TypeVar("AnySharding", bound=Sharding | None)
 Page = tuple[jax.Array, ...]  # of all layers: one array for each leaf of the cache
 
 
@@ -34,18 +38,13 @@ class PageCopier:
     Mutable; owned by the runner.
     """
 
-    def __init__(self, cache: KVPages) -> None:
+    def __init__(self, cache: KVPages, programs: Mapping[str, jax.stages.Compiled] | None = None) -> None:
+        """`programs` are those of `lower_page_programs`, if they are compiled already."""
         leaves = jax.tree.leaves(cache)
         self._on_device = tuple(_page_sharding(leaf.sharding, leaf.ndim) for leaf in leaves)
-        page = tuple(
-            jax.ShapeDtypeStruct((leaf.shape[0], *leaf.shape[2:]), leaf.dtype, sharding=sharding)
-            for leaf, sharding in zip(leaves, self._on_device, strict=True)
-        )
-        index = np.int32(0)
-        self._read = jax.jit(read_page, out_shardings=self._on_device).lower(cache, index).compile()
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, cache)
-        write = jax.jit(write_page, donate_argnums=0, out_shardings=shardings)
-        self._write = write.lower(cache, index, page).compile()
+        if programs is None:
+            programs = {name: lowered.compile() for name, lowered in lower_page_programs(cache).items()}
+        self._read, self._write = programs[READ_PAGE], programs[WRITE_PAGE]
         self._host_pages: dict[int, Page] = {}
         self._sending: list[Page] = []  # to host memory, begun by the latest launch that had copies
         self._sent_before: list[Page] = []  # and by the one before it
@@ -106,6 +105,22 @@ class PageCopier:
         self._num_staged += 1
 
 
+def lower_page_programs(cache: KVPages) -> dict[str, jax.stages.Lowered]:
+    """The programs that read and write a page, traced, by name; `cache` may be of `jax.ShapeDtypeStruct`s."""
+    leaves = jax.tree.leaves(cache)
+    shardings = tuple(_page_sharding(leaf.sharding, leaf.ndim) for leaf in leaves)
+    page = tuple(
+        jax.ShapeDtypeStruct((leaf.shape[0], *leaf.shape[2:]), leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    )
+    index = np.int32(0)
+    is_placed = leaves[0].sharding is not None  # else on the first device, and its shapes say nothing
+    whole = jax.tree.map(lambda leaf: leaf.sharding, cache) if is_placed else None
+    read = jax.jit(read_page, out_shardings=shardings if is_placed else None)
+    write = jax.jit(write_page, donate_argnums=0, out_shardings=whole)
+    return {READ_PAGE: read.lower(cache, index), WRITE_PAGE: write.lower(cache, index, page)}
+
+
 def read_page(cache: KVPages, page: Int[Array, ""]) -> Page:
     """One page of all layers: each leaf `[L, P, ...]` of the cache without its axis of pages."""
     return tuple(lax.dynamic_index_in_dim(leaf, page, 1, keepdims=False) for leaf in jax.tree.leaves(cache))
@@ -128,7 +143,7 @@ def check_host_memory(device: jax.Device) -> None:
         )
 
 
-def _page_sharding(sharding: Sharding, ndim: int) -> Sharding:
+def _page_sharding(sharding: AnySharding, ndim: int) -> AnySharding | NamedSharding:
     """Where a page lies whose cache lies as `sharding` says."""
     if not isinstance(sharding, NamedSharding):
         return sharding

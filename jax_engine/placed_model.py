@@ -153,7 +153,7 @@ class PlacedModel:
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0
     ) -> jax.stages.Lowered:
         """Trace the step program of a bucket; its arguments are those of `step_function` or `full_step_function`."""
-        leaves, state, whole = self._leaf_shapes(), self.state_shapes(size), self.placement.of()
+        leaves, state, whole = self.leaf_shapes(), self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
         on_mesh, options = self.placement.mesh is not None, dict(self.compiler_options)
         if mode is not SamplingMode.FULL:
@@ -189,9 +189,10 @@ class PlacedModel:
         shardings = (_shardings(state), whole) if self.placement.mesh is not None else None
         buffer = _shape((layout.size,), jnp.int32, whole)
         jitted = jax.jit(function, donate_argnums=1, out_shardings=shardings)
-        return jitted.lower(self.draft._leaf_shapes(), state, buffer)
+        return jitted.lower(self.draft.leaf_shapes(), state, buffer)
 
-    def _leaf_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def leaf_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The parameters, in their order, as `jax.ShapeDtypeStruct`s."""
         return tuple(
             _shape(parameter.shape, parameter.dtype, self.placement.of(parameter.logical_axes))
             for parameter in self.structure.parameters

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.blueprint import Blueprint
+from jax_engine.blueprint import WRITE_TABLES, Blueprint
+from jax_engine.bundles import HELPERS, Bundle
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
@@ -36,7 +37,6 @@ from jax_engine.step_batch import (
     order_chunks,
     pack_batch,
     page_updates_of,
-    write_block_tables,
 )
 from jax_engine.step_plan import Chunk, ChunkFindings, SchedulerLimits, StepPlan
 from jax_engine.step_program import DeviceState, Program
@@ -92,12 +92,16 @@ class Runner:
         self.step_sizes = blueprint.step_sizes
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
-        self.memory = blueprint.plan_memory((device.memory_stats() or {}).get("bytes_limit"))
+        self._bundle = None if config.compiled is None else Bundle.open(config.compiled, blueprint)
+        self.memory = (self._bundle or blueprint).plan_memory((device.memory_stats() or {}).get("bytes_limit"))
         log_cache(self.memory, self._geometry)
         log_adapters(config, self.placed)
         log_step_programs(blueprint.programs, self.step_sizes, self.placed.row_block)
         self.compiled = CompiledSteps(
-            blueprint.programs, lambda program: blueprint.lower(program, self.memory), threads=config.compile_threads
+            blueprint.programs,
+            lambda program: blueprint.lower(program, self.memory),
+            threads=config.compile_threads,
+            load=None if self._bundle is None else self._bundle.load_step,
         )
         if watch is not None:
             watch(self.compiled)
@@ -298,11 +302,11 @@ class Runner:
     def _make_state(self) -> None:
         """The device state before the first step, and the programs that copy its pages and write its block tables."""
         self.renew_state()
-        self._page_copier = PageCopier(self._state.cache)
-        tables = self._state.block_tables
-        self._updates_shape = (tables.shape[1], 3)  # one whole block table
-        self._write_block_tables = (
-            jax.jit(write_block_tables, donate_argnums=0, out_shardings=tables.sharding)
-            .lower(tables, np.empty(self._updates_shape, np.int32))
-            .compile()
-        )
+        if self._bundle is not None:
+            helpers = {name: self._bundle.load(name) for name in HELPERS}
+        else:
+            lowered = self.blueprint.lower_helpers(self.memory)
+            helpers = {name: lowered[name].compile() for name in HELPERS}
+        self._page_copier = PageCopier(self._state.cache, helpers)
+        self._updates_shape = (self._state.block_tables.shape[1], 3)  # one whole block table
+        self._write_block_tables = helpers[WRITE_TABLES]

@@ -6,6 +6,7 @@ from typing import Any
 
 from jax_engine.config import EngineConfig
 from jax_engine.server.cli_bench import MODEL, bench_commands
+from jax_engine.server.cli_compile import compile_command
 from jax_engine.server.cli_flags import Flag, Options, count, engine_config, engine_groups
 from jax_engine.server.cli_parser import Command
 from jax_engine.server.logs import set_up_logging
@@ -136,7 +137,7 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
         groups={"output": COLLECT_FLAGS},
         configurable=False,
     )
-    return (chat, complete, generate, batch, *bench_commands(), collect)
+    return (chat, complete, generate, batch, *bench_commands(), compile_command(), collect)
 
 
 def run_generate(options: Options) -> int:

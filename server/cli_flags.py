@@ -237,6 +237,9 @@ STEP_FLAGS = (
     ),
     Flag("deterministic", "bitwise equal results whatever shares the batch; slower; by default not", type=bool),
     Flag("compilation_cache_dir", "where compiled programs are kept between starts; '' keeps none", metavar="DIR"),
+    Flag(
+        "compiled", "start without compiling, from a folder of jax-engine compile; it is code: trust it", metavar="DIR"
+    ),
     Flag("profile_dir", "folder for profiles, which clients may then record; XProf shows them", metavar="DIR"),
     Flag("compile_threads", "step programs compiled at once; else half the cores, 4 at most", type=count, metavar="N"),
 )

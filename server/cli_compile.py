@@ -1,0 +1,53 @@
+"""`jax-engine compile`: what it takes, and how it begins."""
+
+import time
+from pathlib import Path
+
+from jax_engine.server.cli_bench import MODEL
+from jax_engine.server.cli_flags import Flag, Options, engine_config, engine_groups
+from jax_engine.server.cli_parser import Command
+from jax_engine.server.logs import set_up_logging
+
+EPILOG = """\
+examples:
+  jax-engine compile ./my-model --max-num-seqs 32 -o ./my-model-compiled
+  jax-engine serve ./my-model --max-num-seqs 32 --compiled ./my-model-compiled
+
+The folder holds every program that `serve` runs with the same settings, and a manifest of what they are for: versions,
+devices, model and settings must be equal when they are used. It is code: use only what comes from whom you trust.
+"""
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+COMPILE_FLAGS = (
+    Flag("output", "folder to write, which must not be there yet", metavar="DIR", short="-o", required=True, type=Path),
+    Flag("device", "what to compile for: cpu, gpu or tpu, which must be here; else what is here", choices=PLATFORMS),
+)
+
+
+def compile_command() -> Command:
+    """The command."""
+    return Command(
+        "compile",
+        "Compile every program of an engine ahead of time, for serve --compiled.",
+        run_compile,
+        usage="[MODEL] -o DIR [options]",
+        argument=MODEL,
+        groups={"bundle": COMPILE_FLAGS, **engine_groups()},
+        epilog=EPILOG,
+    )
+
+
+def run_compile(options: Options) -> int:
+    config, folder = engine_config(options), options["output"]
+    set_up_logging("info")
+    start = time.monotonic()
+    from jax_engine.compile_ahead import compile_ahead, devices_here
+
+    devices, memory_bytes = devices_here(options["device"])
+    manifest = compile_ahead(config, folder, devices, memory_bytes=memory_bytes)
+    entries = manifest.executables.values()
+    print(
+        f"{len(entries)} programs in {folder}: {sum(entry.num_bytes for entry in entries) / 1e6:.1f} MB, "
+        f"{time.monotonic() - start:.1f} s in all, {sum(entry.compile_seconds for entry in entries):.1f} s of compiling"
+    )
+    return 0
