@@ -88,9 +88,11 @@ class AdapterStore:
         for module, factors in modules.items():
             for name, stored in ((f"{module}.lora_a", factors.a), (f"{module}.lora_b", factors.b.T)):
                 if name not in own:
+                    there = {projection for *_, projection, _ in (place.split(".") for place in own)}
+                    targets = ", ".join(projection for projection in ADAPTED_MODULES if projection in there)
                     raise AdapterError(
                         f"{adapter_folder(path)}: adapters of {module} are not supported, or the model has none such; "
-                        f"the target_modules may be {', '.join(ADAPTED_MODULES)}, of the model's layers"
+                        f"the target_modules may be {targets}, of the model's layers, and not of a mixture's experts"
                     )
                 arranged[name] = _spread(stored, own[name], f"{adapter_folder(path)}: {module}")
         return arranged

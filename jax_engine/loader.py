@@ -36,7 +36,7 @@ from jax_engine.models.layers import add_adapters
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.registry import resolve_model
-from jax_engine.models.weights import Layout, Ranges, layout_of
+from jax_engine.models.weights import Layout, Ranges, layout_of, stored_name
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ _NUM_LISTED = 5
 class Parameter:
     """One leaf of a model: its name (the checkpoint's), its array, and the distribution of a random value.
 
-    The leaf of stacked layers (first axis `layers`) is made of as many tensors as it has layers, its `parts`.
+    The leaf of stacked layers (first axis `layers`) is made of as many parts as it has layers. A `*` in the name stands
+    for the number of an expert: a part is made of a tensor for each (first axis `experts`).
     """
 
     name: str
@@ -65,7 +66,7 @@ class Parameter:
     copies: tuple[int, ...]  # how often each entry of a dimension is held, side by side, where a checkpoint has one
     mean: float
     std: float
-    part_names: tuple[str, ...] = ()  # of stacked layers: the tensor of each
+    part_names: tuple[str, ...] = ()  # of stacked layers: the name of each
 
     @property
     def is_of_adapters(self) -> bool:
@@ -79,14 +80,20 @@ class Parameter:
 
     @property
     def parts(self) -> tuple["Parameter", ...]:
-        """The parameters that are a tensor each; itself, unless layers are stacked."""
-        if not self.part_names:
+        """The parameters of a layer each; itself, unless layers are stacked."""
+        return tuple(map(self._entry, self.part_names)) or (self,)
+
+    @property
+    def tensors(self) -> tuple["Parameter", ...]:
+        """Of a part, the parameters that are a tensor each; itself, unless it is of all experts."""
+        if "*" not in self.name:
             return (self,)
+        return tuple(self._entry(self.name.replace("*", str(expert))) for expert in range(self.shape[0]))
+
+    def _entry(self, name: str) -> "Parameter":
+        """One entry of the first dimension."""
         shape, axes, copies = self.shape[1:], self.logical_axes[1:], self.copies[1:]
-        return tuple(
-            replace(self, name=name, shape=shape, logical_axes=axes, copies=copies, part_names=())
-            for name in self.part_names
-        )
+        return replace(self, name=name, shape=shape, logical_axes=axes, copies=copies, part_names=())
 
     @property
     def base_shape(self) -> tuple[int, ...]:
@@ -137,18 +144,19 @@ class ModelStructure:
             axes: tuple[str, ...] = metadata["logical_axes"]
             layers: tuple[int, ...] = metadata["layers"] or ()
             is_stack = axes[:1] == ("layers",)
-            tensors = [_tensor_name(path, layer) for layer in layers] or [_tensor_name(path, None)]
+            names = [_stored_name(path, layer, model_class) for layer in layers or (None,)]
+            num_stacked = is_stack + ("*" in names[0])
             parameters.append(
                 Parameter(
-                    name=_tensor_name(path, f"{layers[0]}..{layers[-1]}") if is_stack else tensors[0],
+                    name=_stored_name(path, f"{layers[0]}..{layers[-1]}", model_class) if is_stack else names[0],
                     shape=leaf.shape,
                     dtype=leaf.dtype,
                     logical_axes=axes,
-                    layout=layout_of(tensors[0], len(axes) - is_stack, model_class.HF_WEIGHTS),
+                    layout=layout_of(_own_name(path, None), len(axes) - num_stacked, model_class.HF_WEIGHTS),
                     copies=tuple(kv_head_copies if axis == "kv_heads" else 1 for axis in axes),
                     mean=metadata["init_mean"],
                     std=metadata["init_std"],
-                    part_names=tuple(tensors) if is_stack else (),
+                    part_names=tuple(names) if is_stack else (),
                 )
             )
         return cls(graphdef, jax.tree.structure(state), tuple(parameters))
@@ -168,8 +176,13 @@ class ModelStructure:
         return sum(parameter.num_bytes for parameter in self.parameters if parameter.is_of_adapters)
 
 
-def _tensor_name(path: Sequence[object], layer: int | str | None) -> str:
-    """A checkpoint's name for the parameter at `path`, whose first number is the place of a layer among the modules."""
+def _stored_name(path: Sequence[object], layer: int | str | None, model_class: type[LlamaForCausalLM]) -> str:
+    """A checkpoint's name for the parameter at `path`."""
+    return stored_name(_own_name(path, layer), model_class.HF_WEIGHTS)
+
+
+def _own_name(path: Sequence[object], layer: int | str | None) -> str:
+    """A parameter's name in the model, where the first number of `path` is the place of a layer among the modules."""
     place = next((index for index, key in enumerate(path) if isinstance(key, int)), None)
     return ".".join(str(layer if index == place else key) for index, key in enumerate(path))
 
@@ -275,7 +288,7 @@ def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
     own = (parameter for parameter in structure.parameters if not parameter.is_of_adapters)
-    expected = {part.name: part for parameter in own for part in parameter.parts}
+    expected = {tensor.name: tensor for parameter in own for part in parameter.parts for tensor in part.tensors}
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(
@@ -315,19 +328,16 @@ class _Read:
     files: WeightFiles
 
     def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
-        tensor = self.files.tensor(parameter.name)
-        layout, shape = parameter.layout, parameter.shape
+        shape, tensors = parameter.shape, parameter.tensors
 
         @cache  # devices that hold the same part share one read
         def part(ranges: Ranges) -> np.ndarray[Any, Any]:
-            pairs = list(zip(ranges, parameter.copies, strict=True))
-            once = tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs)
-            block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(parameter.base_shape, once))]
-            values = layout.arrange(block, parameter.base_shape, once)
-            for axis, ((start, stop), copies) in enumerate(pairs):
-                if copies > 1:
-                    values = values.take([place // copies - start // copies for place in range(start, stop)], axis)
-            return values.astype(parameter.dtype, copy=False)
+            if len(tensors[0].shape) == len(shape):
+                return self._part(parameter, ranges)
+            values = np.empty([stop - start for start, stop in ranges], parameter.dtype)
+            for place, tensor in enumerate(tensors[slice(*ranges[0])]):
+                values[place] = self._part(tensor, ranges[1:])
+            return values
 
         def callback(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
             whole = tuple(slice(None) for _ in shape) if index is None else index
@@ -335,6 +345,18 @@ class _Read:
 
         # Wait for the copy: host memory must not fill with blocks that are still on their way to a device.
         return jax.make_array_from_callback(shape, sharding, callback).block_until_ready()
+
+    def _part(self, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
+        """A part of what is one tensor."""
+        tensor, layout = self.files.tensor(parameter.name), parameter.layout
+        pairs = list(zip(ranges, parameter.copies, strict=True))
+        once = tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs)
+        block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(parameter.base_shape, once))]
+        values = layout.arrange(block, parameter.base_shape, once)
+        for axis, ((start, stop), copies) in enumerate(pairs):
+            if copies > 1:
+                values = values.take([place // copies - start // copies for place in range(start, stop)], axis)
+        return values.astype(parameter.dtype, copy=False)
 
 
 class _Draw:

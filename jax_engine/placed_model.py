@@ -93,6 +93,8 @@ class PlacedModel:
             attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
         )
         logger.info("attention: %s (%s)", ops.attention_name, reason)
+        if config.experts is not None:
+            logger.info("experts: %s (%s)", ops.experts.name, ops.experts.reason)
         if mesh is not None:
             logger.info("%s", placement.describe(config))
         structure = ModelStructure.of(

@@ -23,6 +23,47 @@ _POSITIVE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a layer's feed-forward; field names are those of `config.json`."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    shared_expert_intermediate_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must be at most num_experts ({self.num_experts})"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: Fields) -> "ExpertsConfig | None":
+        """Read a parsed `config.json`; None if it speaks of no experts."""
+        # Mixtral's name and the Qwens', of which transformers 5 writes the former for both.
+        name = "num_experts" if hf.get("num_experts") is not None else "num_local_experts"
+        if hf.get(name) is None:
+            return None
+        shared = "shared_expert_intermediate_size"
+        return cls(
+            num_experts=integer(hf, name),
+            num_experts_per_tok=integer(hf, "num_experts_per_tok"),
+            moe_intermediate_size=integer(hf, "moe_intermediate_size", default=integer(hf, "intermediate_size")),
+            norm_topk_prob=boolean(hf, "norm_topk_prob"),
+            decoder_sparse_step=integer(hf, "decoder_sparse_step", default=1),
+            mlp_only_layers=listing(hf, "mlp_only_layers", int),
+            shared_expert_intermediate_size=None if hf.get(shared) is None else integer(hf, shared),
+        )
+
+    def are_in(self, layer: int) -> bool:
+        """Whether a layer has them; the others have a plain feed-forward."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder's shape and options; field names are those of `config.json`. Lengths are in tokens.
 
@@ -46,7 +87,9 @@ class ModelConfig:
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    qkv_bias: bool = True
     mlp_bias: bool = False
+    experts: ExpertsConfig | None = None
     sliding_window: int | None = None
     use_sliding_window: bool = False
     max_window_layers: int = 0
@@ -77,6 +120,11 @@ class ModelConfig:
         for layer_type in self.layer_types:
             if layer_type not in LAYER_TYPES:
                 raise ValueError(f"layer_types holds {layer_type!r}; supported: {', '.join(LAYER_TYPES)}")
+        for layer in () if self.experts is None else self.experts.mlp_only_layers:
+            if not 0 <= layer < self.num_hidden_layers:
+                raise ValueError(
+                    f"mlp_only_layers holds {layer}; its entries must be layers, 0 to {self.num_hidden_layers - 1}"
+                )
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention', so sliding_window must be set")
 
@@ -104,8 +152,11 @@ class ModelConfig:
             hidden_act=text(hf, "hidden_act", default="silu"),
             tie_word_embeddings=boolean(hf, "tie_word_embeddings"),
             attention_bias=boolean(hf, "attention_bias"),
+            qkv_bias=boolean(hf, "qkv_bias", default=True),
             mlp_bias=boolean(hf, "mlp_bias"),
-            sliding_window=None if hf.get("sliding_window") is None else integer(hf, "sliding_window"),
+            experts=ExpertsConfig.from_hf(hf),
+            # transformers writes 0 for the window of some models that have none.
+            sliding_window=integer(hf, "sliding_window", default=0, low=0) or None,
             use_sliding_window=boolean(hf, "use_sliding_window"),
             max_window_layers=integer(hf, "max_window_layers", default=_QWEN2_MAX_WINDOW_LAYERS, low=0),
             layer_types=listing(hf, "layer_types", str),
@@ -113,6 +164,12 @@ class ModelConfig:
             bos_token_id=None if hf.get("bos_token_id") is None else integer(hf, "bos_token_id", low=0),
             eos_token_ids=_eos_token_ids(hf),
         )
+
+    def experts_of(self, layer: int) -> ExpertsConfig | None:
+        """The experts of one layer, or None; of a family that has some. ValueError when there are none in any."""
+        if self.experts is None:
+            raise ValueError(f"num_experts is missing; it must be an integer, for {self.architecture} has experts")
+        return self.experts if self.experts.are_in(layer) else None
 
     def with_max_model_len(self, max_model_len: int) -> "ModelConfig":
         """The same model, to be served with sequences of up to `max_model_len` tokens."""

@@ -28,6 +28,12 @@ Cache = KVPages | None
 # With a cache, its pages and lengths; without one, a segment id for each token (see `ops.dense_ops`).
 Sequences = SequenceTable | Int[Array, " T"]
 
+
+def adapters_of(sequences: Sequences) -> AdapterRows | None:
+    """The adapters of a step's rows; None in an engine without any, and outside of one."""
+    return sequences.adapters if isinstance(sequences, SequenceTable) else None
+
+
 ACTIVATION_FUNCTIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -224,15 +230,16 @@ def _scan_layers(
     sequences: Sequences,
     layout: CacheLayout,
 ) -> tuple[Float[Array, "T D"], Cache]:
-    graphs, weights = zip(*(nnx.split(layer) for layer in period), strict=True)
+    graphs, weights, in_place = zip(*(nnx.split(layer, _is_sliced, ...) for layer in period), strict=True)
 
     def body(
         carry: tuple[Float[Array, "T D"], Cache],
-        step: tuple[list[Int[Array, ""]], list[Int[Array, ""] | None], tuple[nnx.State, ...]],
+        step: tuple[Int[Array, ""], list[Int[Array, ""]], list[Int[Array, ""] | None], tuple[nnx.State, ...]],
     ) -> tuple[tuple[Float[Array, "T D"], Cache], None]:
-        (hidden, cache), (places, groups, slices) = carry, step
+        (hidden, cache), (repeat, places, groups, slices) = carry, step
         for phase, (graph, state) in enumerate(zip(graphs, slices, strict=True)):
-            layer: DecoderLayer = nnx.merge(graph, state)
+            whole = jax.tree.map(lambda stack: InStack(stack, repeat), in_place[phase])
+            layer: DecoderLayer = nnx.merge(graph, state, whole)
             group = groups[phase]
             own = _of_group(sequences, layout.groups[run.first + phase] if group is None else group)
             hidden, cache = layer(hidden, cache, rotate, own, layer=places[phase])
@@ -245,8 +252,33 @@ def _scan_layers(
         _column(layout.groups, layers) if len({layout.groups[layer] for layer in layers}) > 1 else None
         for layers in members
     ]
-    (hidden, cache), _ = lax.scan(body, (hidden, cache), (places, groups, weights))
+    repeats = jnp.arange(run.repeats, dtype=jnp.int32)
+    (hidden, cache), _ = lax.scan(body, (hidden, cache), (repeats, places, groups, weights))
     return hidden, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InStack:
+    """One layer's part of a parameter of stacked layers, without having been cut out of it."""
+
+    stack: Float[Array, "layers ..."]
+    layer: Int[Array, ""]
+
+
+def _is_sliced(path: tuple[object, ...], variable: nnx.Variable[Array]) -> bool:
+    """Whether a scan hands each layer its part of a parameter.
+
+    Not so where the product that it goes into is a kernel of its own, or a loop: there the part would be copied first,
+    in every step, and experts are most of a model.
+    """
+    return "experts" not in variable.get_metadata()["logical_axes"]
+
+
+def in_stack(parameter: nnx.Param[Array]) -> tuple[Float[Array, "layers ..."], int | Int[Array, ""]]:
+    """A parameter of which all layers of a scan are given whole (`_is_sliced`), and the place of the present one."""
+    value = parameter.get_value()
+    return (value.stack, value.layer) if isinstance(value, InStack) else (value[None], 0)
 
 
 def _column(values: Sequence[int], layers: Sequence[int]) -> Int[Array, " repeats"]:

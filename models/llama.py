@@ -12,16 +12,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jax_engine.models.adapters import AdapterRows
-from jax_engine.models.config import ModelConfig
+from jax_engine.models.config import ExpertsConfig, ModelConfig
+from jax_engine.models.feed_forward import MLP, Mixture
 from jax_engine.models.kv_pages import CacheLayout, SequenceTable
 from jax_engine.models.layers import (
-    ACTIVATION_FUNCTIONS,
     Cache,
     Embed,
     Linear,
     RMSNorm,
     Sequences,
+    adapters_of,
     layer_runs,
     run_layers,
     stack_layers,
@@ -39,11 +39,6 @@ class AttentionSpec:
     output_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
-
-
-def adapters_of(sequences: Sequences) -> AdapterRows | None:
-    """The adapters of a step's rows; None in an engine without any, and outside of one."""
-    return sequences.adapters if isinstance(sequences, SequenceTable) else None
 
 
 class Attention(nnx.Module):
@@ -84,30 +79,29 @@ class Attention(nnx.Module):
         return self.o_proj(out, adapters), cache
 
 
-class MLP(nnx.Module):
-    """Gated feed-forward (arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        hidden, inner, bias = (config.hidden_size,), (config.intermediate_size,), config.mlp_bias
-        self.gate_proj = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
-        self.up_proj = Linear(hidden, inner, ("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(inner, hidden, ("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
-        self.hidden_act = config.hidden_act
-
-    def __call__(self, x: Float[Array, "T D"], adapters: AdapterRows | None) -> Float[Array, "T D"]:
-        gate = ACTIVATION_FUNCTIONS[self.hidden_act](self.gate_proj(x, adapters))
-        return self.down_proj(gate * self.up_proj(x, adapters), adapters)
-
-
 class Layer(nnx.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, spec: AttentionSpec, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: AttentionSpec,
+        experts: ExpertsConfig | None,
+        *,
+        ops: Ops,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs | None,
+    ):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(size, "embed", eps=eps, dtype=dtype, rngs=rngs)
         self.self_attn = Attention(config, spec, ops=ops, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(size, "embed", eps=eps, dtype=dtype, rngs=rngs)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        activation, inner = config.hidden_act, config.intermediate_size
+        self.mlp = (
+            MLP(size, inner, activation=activation, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+            if experts is None
+            else Mixture(size, experts, activation=activation, ops=ops, dtype=dtype, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -120,7 +114,7 @@ class Layer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         attended, cache = self.self_attn(self.input_layernorm(hidden), cache, rotate, sequences, layer=layer)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), adapters_of(sequences)), cache
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), sequences), cache
 
 
 class Decoder(nnx.Module):
@@ -134,6 +128,7 @@ class Decoder(nnx.Module):
         self,
         config: ModelConfig,
         specs: list[AttentionSpec],
+        experts: list[ExpertsConfig | None],
         *,
         ops: Ops,
         dtype: DTypeLike,
@@ -144,10 +139,11 @@ class Decoder(nnx.Module):
         self.ops = ops
         self.cache_layout = CacheLayout.of([spec.window for spec in specs], config.max_model_len)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.runs = layer_runs(specs, scan=scan_layers)
+        kinds = list(zip(specs, experts, strict=True))
+        self.runs = layer_runs(kinds, scan=scan_layers)
         self.layers = nnx.List(
             [
-                stack_layers(Layer(config, specs[indices[0]], ops=ops, dtype=dtype, rngs=rngs), indices)
+                stack_layers(Layer(config, *kinds[indices[0]], ops=ops, dtype=dtype, rngs=rngs), indices)
                 for run in self.runs
                 for indices in map(run.layers_of, range(run.period))
             ]
@@ -197,9 +193,9 @@ class LlamaForCausalLM(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None, scan_layers: bool = False
     ):
-        self.model = Decoder(
-            config, self.attention_specs(config), ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers
-        )
+        specs = self.attention_specs(config)
+        experts = [self.layer_experts(config, layer) for layer in range(config.num_hidden_layers)]
+        self.model = Decoder(config, specs, experts, ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers)
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()
@@ -210,6 +206,13 @@ class LlamaForCausalLM(nnx.Module):
         if "sliding_attention" in config.layer_types:
             raise ValueError(f"layer_types of layer {layer} asks for sliding_attention, which Llama does not have")
         return AttentionSpec(qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+
+    @staticmethod
+    def layer_experts(config: ModelConfig, layer: int) -> ExpertsConfig | None:
+        """The experts of one layer, which a family of mixtures has; None: a plain feed-forward."""
+        if config.experts is not None:
+            raise ValueError(f"num_experts is {config.experts.num_experts}, and {config.architecture} has no experts")
+        return None
 
     @classmethod
     def attention_specs(cls, config: ModelConfig) -> list[AttentionSpec]:

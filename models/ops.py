@@ -7,7 +7,7 @@ one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
 from jax_engine.models.kv_pages import PAGE_AXES, KVPages, PageShape, SequenceTable, split_page_shape
 from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.pallas_kernels import reference
@@ -74,12 +75,39 @@ def _as_it_is(
     return sequences
 
 
+class ExpertWeights(NamedTuple):
+    """The weights of a layer's experts, among those of all layers that are stacked with it."""
+
+    gate: Float[Array, "L E D F"]
+    up: Float[Array, "L E D F"]
+    down: Float[Array, "L E F D"]
+    layer: int | Int[Array, ""]
+
+
+class ExpertsOp(Protocol):
+    """What the experts that each row chose make of it, added up by the row's shares of them.
+
+    Another number in `chosen` than of one of the E experts adds nothing. See `reference.expert_feed_forward`.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        chosen: Int[Array, "T C"],
+        shares: Float[Array, "T C"],
+        weights: ExpertWeights,
+        *,
+        activation: Callable[[Array], Array],
+    ) -> Float[Array, "T D"]: ...
+
+
 @dataclass(frozen=True)
 class Ops:
     """The implementations that one engine's models use; hashable, so that it can be a static part of a model."""
 
     attention: AttentionOp
     attention_name: str
+    experts: "MixtureOfExperts"
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
     prepare: PrepareOp = _as_it_is
     partition: Partition = ONE_DEVICE  # where a step's arrays lie
@@ -112,20 +140,32 @@ def select_ops(
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "reference":
         reason += ": the float32 specification, slow"
+    experts = _select_experts(platform, partition, deterministic=deterministic)
     if backend in ("xla", "reference"):
         kernel: Kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
         if backend == "xla" and deterministic:
             kernel = partial(kernel, tiles=xla.SMALL_TILES)
-        return Ops(_PagedAttention(kernel, partition), backend, partition=partition), reason
-    return _tpu_ops(backend, partition, deterministic=deterministic), reason
+        return Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition), reason
+    return _tpu_ops(backend, partition, experts, deterministic=deterministic), reason
 
 
 def dense_ops() -> Ops:
     """Operations without a cache, for training and for plain logits of whole documents; differentiable."""
-    return Ops(_dense_attention, "dense")
+    return Ops(_dense_attention, "dense", MixtureOfExperts(ragged_experts, "ragged_dot", "differentiable"))
 
 
-def _tpu_ops(backend: str, partition: Partition, *, deterministic: bool) -> Ops:
+def _select_experts(platform: str, partition: Partition, *, deterministic: bool) -> "MixtureOfExperts":
+    if deterministic:
+        reason = "deterministic: every row goes through products of one shape"
+    elif platform == "tpu":
+        kernel = partial(ragged_experts, parts=partition.num_parts("experts"))
+        return MixtureOfExperts(kernel, "ragged_dot", "a kernel of its own on a TPU", partition)
+    else:
+        reason = f"on platform {platform!r}, ragged_dot would multiply every row with every expert"
+    return MixtureOfExperts(blocked_experts, "blocked", reason, partition)
+
+
+def _tpu_ops(backend: str, partition: Partition, experts: "MixtureOfExperts", *, deterministic: bool) -> Ops:
     # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
     from jax_engine.pallas_kernels import tpu
 
@@ -158,7 +198,7 @@ def _tpu_ops(backend: str, partition: Partition, *, deterministic: bool) -> Ops:
         return replace(sequences, work=jnp.stack(work))
 
     kernel = partial(tpu.ragged_paged_attention, **target)
-    return Ops(_PagedAttention(kernel, partition), backend, tpu.page_shape, prepare, partition)
+    return Ops(_PagedAttention(kernel, partition), backend, experts, tpu.page_shape, prepare, partition)
 
 
 def _tables(sequences: SequenceTable) -> tuple[Array, ...]:
@@ -219,6 +259,55 @@ class _PagedAttention:
         with jax.named_scope(ATTENTION_SCOPE):
             out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
         return out, KVPages(data)
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """The op of a mixture's experts, with its name and why it was chosen; on one device or on a mesh.
+
+    There, each device puts all rows through the experts that it holds, or its part of each, and what they make is added
+    up over the devices: an all-reduce of [T, D], as after a feed-forward that is split, for which rows stay where the
+    rest of the layer has them.
+    """
+
+    kernel: Callable[..., Array]
+    name: str
+    reason: str
+    partition: Partition = ONE_DEVICE
+
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        chosen: Int[Array, "T C"],
+        shares: Float[Array, "T C"],
+        weights: ExpertWeights,
+        *,
+        activation: Callable[[Array], Array],
+    ) -> Float[Array, "T D"]:
+        def run(layer: Array, *arrays: Array) -> Array:
+            # In the rows' dtype before it is summed, so that partial results travel in it, not in float32.
+            return self.kernel(*arrays, layer=layer, activation=activation).astype(x.dtype)
+
+        *arrays, layer = weights
+        layer = jnp.asarray(layer, jnp.int32)
+        mesh = self.partition.mesh
+        if mesh is None:
+            return run(layer, x, chosen, shares, *arrays)
+        over_experts, over_mlp = self.partition.axes_of(("experts", "mlp"))
+        inner, outer = P(None, over_experts, None, over_mlp), P(None, over_experts, over_mlp)
+
+        def part(layer: Array, x: Array, chosen: Array, shares: Array, gate: Array, *others: Array) -> Array:
+            first = jax.lax.axis_index(over_experts) * gate.shape[1] if over_experts else 0
+            return jax.lax.psum(run(layer, x, chosen - first, shares, gate, *others), (*over_experts, *over_mlp))
+
+        split = jax.shard_map(
+            part,
+            mesh=mesh,
+            in_specs=(P(), P(), P(), P(), inner, inner, outer),
+            out_specs=P(),
+            check_vma=False,  # loops over as many rows as a device happens to have
+        )
+        return split(layer, x, chosen, shares, *arrays)
 
 
 def _dense_attention(

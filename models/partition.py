@@ -27,12 +27,12 @@ class Partition:
         """How many parts an array with these axes is cut into."""
         if self.mesh is None:
             return 1
-        taken = {axis for entry in self._axes_of(logical_axes) for axis in entry}
+        taken = {axis for entry in self.axes_of(logical_axes) for axis in entry}
         return prod(int(self.mesh.shape[axis]) for axis in taken)
 
     def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
         """The partition of an array with these axes; without axes, a copy on every device."""
-        return PartitionSpec(*(entry or None for entry in self._axes_of(logical_axes)))
+        return PartitionSpec(*(entry or None for entry in self.axes_of(logical_axes)))
 
     def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
         """The sharding of an array with these axes."""
@@ -48,8 +48,8 @@ class Partition:
         ]
         return lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(even)))
 
-    def _axes_of(self, logical_axes: Sequence[str | None]) -> list[tuple[str, ...]]:
-        """The mesh axes of each dimension."""
+    def axes_of(self, logical_axes: Sequence[str | None]) -> list[tuple[str, ...]]:
+        """The mesh axes of each dimension of an array with these axes."""
         ranks = {name: rank for rank, (name, _) in enumerate(self.table)}
         taken: set[str] = set()
         found: list[tuple[str, ...]] = [()] * len(logical_axes)

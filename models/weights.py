@@ -57,19 +57,51 @@ class Layout:
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose name ends with `pattern` (a regular expression) are stored as `layout` says."""
+    """Parameters whose name ends with `pattern` (a regular expression) are stored as `layout` says.
+
+    If the checkpoint has another name for what matches, it is `stored`, in which `\\1` is the pattern's first group. In
+    it, a `*` stands for the number of an expert: the parameter, with a first axis `experts`, is of a tensor for each.
+    """
 
     pattern: str
     layout: str
+    stored: str | None = None
 
     def matches(self, name: str) -> bool:
         """Whether this rule is for the parameter `name`, such as `model.layers.0.self_attn.q_proj.weight`."""
-        return re.search(rf"(^|\.){self.pattern}$", name) is not None
+        return self._match(name) is not None
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of the parameter `name`, for which this rule is."""
+        match = self._match(name)
+        if match is None or self.stored is None:
+            return name
+        return name[: match.start()] + match.expand(self.stored)
+
+    def _match(self, name: str) -> re.Match[str] | None:
+        return re.search(rf"(?<![^.]){self.pattern}$", name)
+
+
+# How the Qwens store the mixtures of `models/feed_forward.py`.
+EXPERT_RULES = (
+    Rule(r"mlp\.gate\.weight", "experts embed -> embed experts"),
+    Rule(r"mlp\.experts\.(\w+)\.weight", "out in -> in out", r"mlp.experts.*.\1.weight"),
+    Rule(r"mlp\.shared_expert\.\w+\.weight", "out in -> in out"),
+    Rule(r"mlp\.shared_expert_gate\.weight", "one embed -> embed one"),
+)
 
 
 def layout_of(name: str, num_dimensions: int, rules: Iterable[Rule]) -> Layout:
     """The layout of a parameter: that of the first rule that matches, else stored as used."""
-    for rule in rules:
-        if rule.matches(name):
-            return Layout.parse(rule.layout)
-    return Layout.identity(num_dimensions)
+    rule = _rule_of(name, rules)
+    return Layout.identity(num_dimensions) if rule is None else Layout.parse(rule.layout)
+
+
+def stored_name(name: str, rules: Iterable[Rule]) -> str:
+    """The checkpoint's name of a parameter: by the first rule that matches, else its own."""
+    rule = _rule_of(name, rules)
+    return name if rule is None else rule.stored_name(name)
+
+
+def _rule_of(name: str, rules: Iterable[Rule]) -> Rule | None:
+    return next((rule for rule in rules if rule.matches(name)), None)

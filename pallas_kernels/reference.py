@@ -25,6 +25,8 @@ Options, by keyword; `layer` and `scale` must be given:
 Returned: the attention output [T, N, H], zero in padding rows, and the pages with the step's keys and values written.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -102,3 +104,29 @@ def ragged_paged_attention(
     seen = jnp.where(visible[:, :, None, None], context[owner, 1], 0)
     out = jnp.einsum("tkgs,tskh->tkgh", weights, seen, precision="highest")
     return out.reshape(queries.shape).astype(queries.dtype), pages
+
+
+def expert_feed_forward(
+    x: Float[Array, "T D"],
+    chosen: Int[Array, "T C"],
+    shares: Float[Array, "T C"],
+    gate: Float[Array, "L E D F"],
+    up: Float[Array, "L E D F"],
+    down: Float[Array, "L E F D"],
+    *,
+    layer: int | Int[Array, ""],
+    activation: Callable[[Array], Array],
+) -> Float[Array, "T D"]:
+    """The gated feed-forward (arXiv 2002.05202) of the C experts that each row chose, in float32, added up by its
+    shares of them.
+
+    `chosen` counts from 0; any other number than of one of the E experts adds nothing. The weights are those of all L
+    layers. A row chooses an expert at most once.
+    """
+    wide = x.astype(jnp.float32)
+    weights = [array[layer].astype(jnp.float32) for array in (gate, up, down)]
+    inner = activation(jnp.einsum("td,edf->etf", wide, weights[0])) * jnp.einsum("td,edf->etf", wide, weights[1])
+    each = jnp.einsum("etf,efd->etd", inner, weights[2])
+    is_chosen = chosen[:, :, None] == jnp.arange(gate.shape[1])
+    share = jnp.sum(jnp.where(is_chosen, shares[:, :, None], 0), axis=1)
+    return jnp.einsum("te,etd->td", share, each)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from tiny_engine import TINY, VOCAB_SIZE, core_request, placed_model
+from tiny_engine import TINY, TINY_MIXTURE, VOCAB_SIZE, core_request, placed_model
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
@@ -152,8 +152,10 @@ class Steps:
 
     NUM_SEQUENCES, MAX_PAGES = 32, MAX_MODEL_LEN // PAGE
 
-    def __init__(self, backend: str, *, num_tokens: int = 64, deterministic: bool = True) -> None:
-        placed = placed_model(backend, page_size=PAGE, deterministic=deterministic)
+    def __init__(
+        self, backend: str, hf: dict[str, Any] = TINY, *, num_tokens: int = 64, deterministic: bool = True
+    ) -> None:
+        placed = placed_model(backend, hf, page_size=PAGE, deterministic=deterministic)
         leaves = load_leaves(placed.structure, None, load_format="dummy")
         size = placed.row_block
 
@@ -198,9 +200,13 @@ class Steps:
         return seen
 
 
-@pytest.fixture(scope="module", params=["xla", "reference"])
+@pytest.fixture(
+    scope="module",
+    params=[("xla", TINY), ("reference", TINY), ("xla", TINY_MIXTURE)],
+    ids=["xla", "reference", "mixture of experts"],
+)
 def steps(request: pytest.FixtureRequest) -> Steps:
-    return Steps(request.param)
+    return Steps(*request.param)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import (
+    EXPERTS,
     HF,
     SHARED,
     SQUARE,
@@ -69,6 +70,36 @@ def test_a_stack_is_a_leaf_with_an_axis_of_layers() -> None:
     assert parameter.parts[7].shape == (32, 40)
 
 
+def test_experts_are_a_leaf_of_a_tensor_for_each() -> None:
+    structure = structure_of(EXPERTS, scan_layers=True)
+    (parameter,) = (leaf for leaf in structure.parameters if "experts.*.down_proj" in leaf.name)
+    assert parameter.name == "model.layers.1..3.mlp.experts.*.down_proj.weight"
+    assert (parameter.shape, parameter.logical_axes) == ((3, 4, 16, 32), ("layers", "experts", "mlp", "embed"))
+    (_, part, _), axes = parameter.parts, ("mlp", "embed")
+    assert [(tensor.name, tensor.logical_axes) for tensor in part.tensors] == [
+        (f"model.layers.2.mlp.experts.{expert}.down_proj.weight", axes) for expert in range(4)
+    ]
+    assert part.tensors[0].layout.stored_shape(part.tensors[0].base_shape) == (32, 16)
+
+
+def test_stacked_experts_hold_the_tensors_of_their_checkpoint(tmp_path: Path) -> None:
+    tensors = random_tensors(EXPERTS)
+    found = by_tensor(*load(write(tmp_path, tensors, EXPERTS), scan_layers=True))
+    for layer in (1, 2, 3):
+        name = f"model.layers.{layer}.mlp.experts.*.up_proj.weight"
+        for expert in range(4):
+            np.testing.assert_array_equal(found[name][expert], tensors[name.replace("*", str(expert))].T)
+    np.testing.assert_array_equal(found["model.layers.3.mlp.gate.weight"], tensors["model.layers.3.mlp.gate.weight"].T)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    tensors = random_tensors(EXPERTS)
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    write(tmp_path, tensors, EXPERTS)
+    with pytest.raises(ModelLoadError, match=r"lack 1 tensors .*: model\.layers\.2\.mlp\.experts\.3\.up_proj"):
+        load(tmp_path, scan_layers=True)
+
+
 def test_a_stack_is_filled_in_place() -> None:
     stack, part = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32), jax.ShapeDtypeStruct((64, 64), jnp.float32)
     analysis = jax.jit(_set_layer, donate_argnums=0).lower(stack, part, 0).compile().memory_analysis()
@@ -102,12 +133,15 @@ from pathlib import Path
 
 folder, mesh = Path(sys.argv[1]), jax.make_mesh((2, 4), ("data", "tensor"))
 axes = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor", "embed": "data"}
+by_expert = axes | {"experts": "data", "embed": None}
 place = lambda parameter: NamedSharding(mesh, PartitionSpec(*(axes.get(axis) for axis in parameter.logical_axes)))
 assert len(jax.devices()) == 8
 copied = lambda folder, **options: load_copies(folder, 2, **options)
 random = {"load_format": "dummy", "seed": 3}
 cases = [(load, "stored", {}), (load, "random", random), (load, "stored", {"scan_layers": True})]
-for load, name, options in [*cases, (copied, "shared", {}), (copied, "shared", random)]:
+cases += [(copied, "shared", {}), (copied, "shared", random), (load, "experts", {"scan_layers": True})]
+for load, name, options in cases:
+    axes = by_expert if name == "experts" else axes
     structure, whole = load(folder / name, **options)
     _, parts = load(folder / name, sharding_of=place, **options)
     for parameter, one, other in zip(structure.parameters, whole, parts, strict=True):
@@ -125,6 +159,7 @@ def test_a_load_over_eight_devices_equals_that_on_one(tmp_path: Path, monkeypatc
     write(tmp_path / "stored", random_tensors(HF), HF)
     write(tmp_path / "random", {}, SQUARE)
     write(tmp_path / "shared", random_tensors(SHARED), SHARED)
+    write(tmp_path / "experts", random_tensors(EXPERTS), EXPERTS)
     monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))

@@ -1,5 +1,7 @@
 """A tiny random model's configuration, requests for the engine core, and what comes of them."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from jax_engine.core_client import InProcessCore
@@ -25,9 +27,19 @@ TINY = {
 }
 
 
-def placed_model(attention_backend: str = "xla", **given: object) -> PlacedModel:
+TINY_MIXTURE = TINY | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
+
+
+def placed_model(attention_backend: str = "xla", hf: dict[str, Any] = TINY, **given: object) -> PlacedModel:
     """The tiny model on one CPU device, in pages of 8 tokens unless told otherwise."""
-    config = ModelConfig.from_hf(TINY)
+    config = ModelConfig.from_hf(hf)
     defaults = {"mesh": None, "dtype": jnp.float32, "page_size": 8, "scan_layers": False}
     return PlacedModel.of(
         resolve_model(config.architecture),

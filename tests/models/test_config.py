@@ -33,6 +33,7 @@ def test_what_is_not_stated_has_its_default() -> None:
 
 def test_null_means_not_stated() -> None:
     assert config_of(head_dim=None, num_key_value_heads=None, rope_scaling=None, eos_token_id=None) == config_of()
+    assert config_of(sliding_window=0) == config_of(sliding_window=None) == config_of()
 
 
 def test_stop_tokens_may_be_one_or_several() -> None:
@@ -70,7 +71,7 @@ def test_the_default_length_includes_the_scaling(scaling: dict[str, Any], length
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
         ({"layer_types": ["chunked_attention"] * 4}, "'chunked_attention'; supported: full_attention"),
         ({"layer_types": ["sliding_attention"] * 4}, "sliding_window must be set"),
-        ({"sliding_window": 0}, "sliding_window is 0"),
+        ({"sliding_window": -1}, "sliding_window is -1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; it must be a number"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
         ({"hidden_act": 3}, "hidden_act is 3; it must be a string"),
@@ -114,3 +115,48 @@ def test_llama_refuses_windows_that_it_would_ignore() -> None:
     config = config_of(sliding_window=8, layer_types=["sliding_attention"] * 4)
     with pytest.raises(ValueError, match="sliding_attention"):
         MODELS["LlamaForCausalLM"].attention_spec(config, 0)
+
+
+MIXTURE = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+
+
+def test_a_mixture_is_read_in_both_spellings() -> None:
+    config = config_of(**MIXTURE, moe_intermediate_size=24)
+    assert config.experts is not None and config.experts.moe_intermediate_size == 24
+    others = {"architectures": ["Qwen3MoeForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
+    assert config_of(**others, moe_intermediate_size=24) == config
+    # Mixtral's experts are as wide as its config says a feed-forward is.
+    experts = config_of(**others | {"architectures": ["MixtralForCausalLM"]}).experts
+    assert experts is not None and experts.moe_intermediate_size == 96
+
+
+def test_layers_have_experts_by_their_step_and_list() -> None:
+    config = config_of(**MIXTURE, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    found = [MODELS["Qwen3MoeForCausalLM"].layer_experts(config, layer) for layer in range(6)]
+    assert found == [None, config.experts, None, None, None, config.experts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\) must be at most num_experts \(8\)"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"num_experts": 0}, "num_experts is 0; it must be at least 1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0; it must be at least 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0; it must be at least 1"),
+        ({"mlp_only_layers": [4]}, "mlp_only_layers holds 4; its entries must be layers, 0 to 3"),
+        ({"mlp_only_layers": "all"}, "mlp_only_layers is 'all'; it must be a list of int"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be true or false"),
+    ],
+    ids=str,
+)
+def test_a_mixture_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**MIXTURE | changes)
+
+
+def test_experts_are_neither_missed_nor_ignored() -> None:
+    with pytest.raises(ValueError, match=r"num_experts is missing; .* Qwen3MoeForCausalLM has experts"):
+        MODELS["Qwen3MoeForCausalLM"].layer_experts(config_of(architectures=["Qwen3MoeForCausalLM"]), 0)
+    with pytest.raises(ValueError, match="num_experts is 8, and LlamaForCausalLM has no experts"):
+        MODELS["LlamaForCausalLM"].layer_experts(config_of(**MIXTURE | HF), 0)

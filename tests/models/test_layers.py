@@ -107,3 +107,15 @@ def test_a_scan_copies_neither_the_weights_nor_the_cache():
     stacked = sum(parameter.num_bytes for parameter in placed.structure.parameters if parameter.part_names)
     assert analysis.alias_size_in_bytes >= cache
     assert analysis.temp_size_in_bytes < min(cache, 2 * stacked / 16)
+
+
+def test_a_scan_does_not_copy_experts():
+    """They are read where they lie, each by its own product, and a step needs less than one layer's."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    changes = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 256} | experts
+    _, lowered = lower(4, scan=True, **changes)
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    cache = 256 * 4 * 2 * 2 * 16 * 8 * 4
+    assert analysis.temp_size_in_bytes < 3 * 8 * 256 * 256 * 4
+    assert analysis.alias_size_in_bytes >= cache

@@ -56,6 +56,7 @@ LONGROPE = rope(
     short_factor=[1.0 + 0.1 * pair for pair in range(PAIRS)],
     long_factor=[1.0 + 0.7 * pair for pair in range(PAIRS)],
 )
+MOE: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 # One row a family, and one for each option of it.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -71,6 +72,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral full": ("mistral", {"sliding_window": None, "head_dim": 12}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 7}),
+    "qwen2 moe": (
+        "qwen2_moe",
+        MOE | {"shared_expert_intermediate_size": 56, "use_sliding_window": True, "sliding_window": 5},
+    ),
+    "qwen2 moe options": (
+        "qwen2_moe",
+        MOE | {"shared_expert_intermediate_size": 56, "num_hidden_layers": 1, "qkv_bias": False},
+    ),
+    "qwen3 moe": ("qwen3_moe", MOE | {"head_dim": 24}),
+    "qwen3 moe some layers": (
+        "qwen3_moe",
+        MOE
+        | {
+            "norm_topk_prob": True,
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [5],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
     "qwen3": ("qwen3", {"head_dim": 24}),
     "qwen3 in turn": (
         "qwen3",

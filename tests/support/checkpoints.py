@@ -28,6 +28,14 @@ HF: dict[str, Any] = {
 # Few distinct shapes: each is a program to compile.
 SQUARE = HF | {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 8, "head_dim": 6}
 SHARED = HF | {"num_key_value_heads": 2}
+EXPERTS = HF | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "mlp_only_layers": [0],
+}
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
 Leaves = tuple[jax.Array, ...]
@@ -42,8 +50,9 @@ def random_tensors(hf: dict[str, Any]) -> dict[str, np.ndarray]:
     """A checkpoint's tensors by name, in the layout of the checkpoint."""
     generator = np.random.default_rng(0)
     return {
-        parameter.name: generator.normal(size=parameter.layout.stored_shape(parameter.shape)).astype(np.float32)
+        tensor.name: generator.normal(size=tensor.layout.stored_shape(tensor.shape)).astype(np.float32)
         for parameter in structure_of(hf).parameters
+        for tensor in parameter.tensors
     }
 
 
