@@ -21,7 +21,7 @@ from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PAGE_AXES
 from jax_engine.models.llama import LlamaForCausalLM
-from jax_engine.models.ops import select_ops
+from jax_engine.models.ops import Ops, select_ops
 from jax_engine.planner import CacheGeometry
 from jax_engine.row_blocks import row_block
 from jax_engine.sampler import SamplingMode
@@ -92,11 +92,7 @@ class PlacedModel:
         ops, reason = select_ops(
             attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
         )
-        logger.info("attention: %s (%s)", ops.attention_name, reason)
-        if config.experts is not None:
-            logger.info("experts: %s (%s)", ops.experts.name, ops.experts.reason)
-        if mesh is not None:
-            logger.info("%s", placement.describe(config))
+        _log_choices(config, ops, reason, placement)
         structure = ModelStructure.of(
             model_class,
             config,
@@ -220,6 +216,15 @@ class PlacedModel:
             return state
         cache = self.draft.geometry
         return state.with_draft_cache(cache.shape(size.num_pages), jnp.dtype(cache.dtype), num_drafts=self.num_drafts)
+
+
+def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement: Placement) -> None:
+    """What was chosen for a model, with the reasons."""
+    logger.info("attention: %s (%s)", ops.attention_name, attention_reason)
+    if config.experts is not None:
+        logger.info("experts: %s (%s)", ops.experts.name, ops.experts.reason)
+    if placement.mesh is not None:
+        logger.info("%s", placement.describe(config))
 
 
 def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
