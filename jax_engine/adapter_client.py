@@ -1,4 +1,4 @@
-"""A front end's view of the core's adapters: which there are, and how they come and go."""
+"""A front end's view of the cores' adapters: which there are, and how they come and go."""
 
 import asyncio
 from collections import deque
@@ -10,53 +10,75 @@ from jax_engine.messages import AdapterReply, LoadAdapter, ServedAdapters, Unloa
 
 
 class AdapterClient:
-    """Asks the core for adapters. Mutable; owned by an `AsyncLLM`, in its event loop.
+    """Asks the core of every replica for adapters. Mutable; owned by an `AsyncLLM`, in its event loop.
 
-    `served` are those that clients of a server may name, whichever front end has listed them.
+    `served` are those that clients of a server may name, whichever front end has listed them. The first replica keeps
+    the list and gives the numbers; the others are told.
     """
 
-    def __init__(self, served: Sequence[LoRARequest], send: Callable[[LoadAdapter | UnloadAdapter], None]) -> None:
+    def __init__(
+        self, served: Sequence[LoRARequest], sends: Sequence[Callable[[LoadAdapter | UnloadAdapter], None]]
+    ) -> None:
         self.served = tuple(served)
-        self._send = send
-        self._loaded = set(served)  # that the core has taken
-        self._replies: deque[asyncio.Future[str | None]] = deque()  # in the order asked
+        self._sends = sends
+        self._loaded = set(served)  # that the cores have taken
+        self._replies: list[deque[asyncio.Future[str | None]]] = [deque() for _ in sends]  # in the order asked
 
     async def add(self, lora: LoRARequest) -> None:
-        """Have an adapter in the core's host memory; ValueError when it cannot be used."""
+        """Have an adapter in the cores' host memory; ValueError when it cannot be used."""
         if lora not in self._loaded:
-            await self._ask(LoadAdapter(lora))
+            await self._load(lora, range(len(self._sends)))
             self._loaded.add(lora)
 
     async def serve(self, lora_name: str, lora_path: str) -> None:
-        """List an adapter among those `served`, under a number that the core gives it.
+        """List an adapter among those `served`, under a number that the first core gives it.
 
         ValueError when it cannot be used, or its name is taken.
         """
-        await self._ask(LoadAdapter(LoRARequest(lora_name, 1, lora_path), served=True))
+        error = await self._ask(0, LoadAdapter(LoRARequest(lora_name, 1, lora_path), served=True))
+        if error is not None:
+            raise ValueError(error)
+        for lora in self.served:
+            if lora.lora_name == lora_name:
+                await self._load(lora, range(1, len(self._sends)))
 
     async def remove(self, lora_int_id: int) -> None:
-        """Let go of the adapter of a number; requests that have it keep it. ValueError when there is none."""
+        """Let go of the adapter of a number; requests that have it keep it. ValueError when no core has one."""
         self._loaded = {lora for lora in self._loaded if lora.lora_int_id != lora_int_id}
-        await self._ask(UnloadAdapter(lora_int_id))
+        unload = UnloadAdapter(lora_int_id)
+        errors = await asyncio.gather(*(self._ask(replica, unload) for replica in range(len(self._sends))))
+        if all(errors):
+            raise ValueError(errors[0])
 
-    def take(self, event: AdapterReply | ServedAdapters) -> None:
-        """Take what the core sends. For the `AsyncLLM`."""
-        if isinstance(event, ServedAdapters):
+    def take(self, replica: int, event: AdapterReply | ServedAdapters) -> None:
+        """Take what a core sends. For the `AsyncLLM`."""
+        if isinstance(event, AdapterReply):
+            if not (reply := self._replies[replica].popleft()).cancelled():
+                reply.set_result(event.error)
+        elif replica == 0:
             self.served = event.adapters
             self._loaded |= set(event.adapters)
-        elif not (reply := self._replies.popleft()).cancelled():
-            reply.set_result(event.error)
 
     def fail(self, reason: str) -> None:
-        """The core has died. For the `AsyncLLM`."""
-        for reply in self._replies:
-            if not reply.cancelled():
-                reply.set_exception(EngineDeadError(reason))
-        self._replies.clear()
+        """A core has died. For the `AsyncLLM`."""
+        for replies in self._replies:
+            for reply in replies:
+                if not reply.cancelled():
+                    reply.set_exception(EngineDeadError(reason))
+            replies.clear()
 
-    async def _ask(self, command: LoadAdapter | UnloadAdapter) -> None:
+    async def _load(self, lora: LoRARequest, replicas: Sequence[int]) -> None:
+        """Have it in all of `replicas`, or, with a ValueError, nowhere."""
+        errors = await asyncio.gather(*(self._ask(replica, LoadAdapter(lora)) for replica in replicas))
+        found = [error for error in errors if error is not None]
+        if found:
+            if len(found) < len(self._sends):
+                await self.remove(lora.lora_int_id)
+            raise ValueError(found[0])
+
+    async def _ask(self, replica: int, command: LoadAdapter | UnloadAdapter) -> str | None:
+        """What a core says was wrong, or None."""
         reply: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        self._replies.append(reply)
-        self._send(command)
-        if (error := await reply) is not None:
-            raise ValueError(error)
+        self._replies[replica].append(reply)
+        self._sends[replica](command)
+        return await reply

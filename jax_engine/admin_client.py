@@ -1,9 +1,9 @@
-"""A front end's orders to the core beside requests: sleep, profiles, aborts by name, the prefix cache."""
+"""A front end's orders to the cores beside requests: sleep, profiles, aborts by name, the prefix cache."""
 
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from jax_engine.core_client import EngineDeadError
@@ -32,24 +32,34 @@ class EngineBusyError(RuntimeError):
 
 
 class AdminClient:
-    """Asks the core, which answers in the order asked. Mutable; owned by an `AsyncLLM`, in its event loop.
+    """Asks the core of every replica, which answers in the order asked. Mutable; owned by an `AsyncLLM`, in its event
+    loop.
 
-    All raise an EngineDeadError when the core dies.
+    All raise an EngineDeadError when a core dies.
     """
 
-    def __init__(self, send: Callable[[Order], None]) -> None:
-        self._send = send
-        self._replies: deque[asyncio.Future[AdminReply]] = deque()
-        self._resets: deque[asyncio.Future[PrefixCacheReset]] = deque()
+    def __init__(self, sends: Sequence[Callable[[Order], None]], *, on_forget: Callable[[], None]) -> None:
+        """`sends` reach the replicas; `on_forget` is told when their prefix caches may have been forgotten."""
+        self._sends = sends
+        self._on_forget = on_forget
+        self._replies: list[deque[asyncio.Future[AdminReply]]] = [deque() for _ in sends]
+        self._resets: list[deque[asyncio.Future[PrefixCacheReset]]] = [deque() for _ in sends]
 
     async def sleep(self, level: int = 1) -> None:
         """Give up the devices' memory: weights go to host memory (level 1) or are dropped (2), KV pages are dropped.
+        All replicas sleep, or none.
 
         Raises:
             ValueError: another level.
             EngineBusyError: requests are running.
         """
-        await self._ask(Sleep(checked_level(level)))
+        replies = await self._ask_all(Sleep(checked_level(level)))
+        self._on_forget()
+        refused = [reply for reply in replies if reply.error is not None]
+        if refused and len(refused) < len(replies):
+            await self._ask_all(WakeUp(SLEEP_TAGS))  # one that cannot sleep was awake, and so were all
+        for reply in refused:
+            raise_for(reply)
 
     async def wake_up(self, tags: Collection[str] | None = None) -> None:
         """Have the weights, the KV pages or (None) both again; of weights that were dropped, from the checkpoint.
@@ -61,8 +71,8 @@ class AdminClient:
         await self._ask(WakeUp(checked_tags(tags)))
 
     async def is_sleeping(self) -> bool:
-        """Whether weights or KV pages are not there, and requests are refused."""
-        return (await self._ask(IsSleeping())).is_sleeping
+        """Whether weights or KV pages of a replica are not there, and its requests are refused."""
+        return any(reply.is_sleeping for reply in await self._ask_all(IsSleeping()))
 
     async def start_profile(self) -> None:
         """Begin to record what the core does into `profile_dir`. EngineBusyError while that is being done."""
@@ -73,39 +83,47 @@ class AdminClient:
         await self._ask(Profile(start=False))
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget the keys and values of earlier prompts; whether that was done: not while requests run."""
-        return (await self._answer(ResetPrefixCache(), self._resets)).done
+        """Forget the keys and values of earlier prompts; whether that was done: not where requests run."""
+        replies = await self._answers(ResetPrefixCache(), self._resets)
+        self._on_forget()
+        return all(reply.done for reply in replies)
 
     def abort(self, request_ids: Collection[str] | None) -> None:
         """Drop the requests of these ids, or all (None), whichever front end has them."""
-        self._send(AbortNamed(None if request_ids is None else list(request_ids)))
+        first = self._sends[0]  # every core reaches every front end, which knows where its requests are
+        first(AbortNamed(None if request_ids is None else list(request_ids)))
 
-    def take(self, reply: AdminReply | PrefixCacheReset) -> None:
-        """Take what the core sends. For the `AsyncLLM`."""
+    def take(self, replica: int, reply: AdminReply | PrefixCacheReset) -> None:
+        """Take what a core sends. For the `AsyncLLM`."""
         if isinstance(reply, PrefixCacheReset):
-            _settle(self._resets.popleft(), reply)
+            _settle(self._resets[replica].popleft(), reply)
         else:
-            _settle(self._replies.popleft(), reply)
+            _settle(self._replies[replica].popleft(), reply)
 
     def fail(self, reason: str) -> None:
-        """The core has died. For the `AsyncLLM`."""
-        waiting: list[asyncio.Future[Any]] = [*self._replies, *self._resets]
-        for answer in waiting:
-            if not answer.cancelled():
-                answer.set_exception(EngineDeadError(reason))
-        self._replies.clear()
-        self._resets.clear()
+        """A core has died. For the `AsyncLLM`."""
+        queues: list[deque[Any]] = [*self._replies, *self._resets]
+        for queue in queues:
+            for answer in queue:
+                if not answer.cancelled():
+                    answer.set_exception(EngineDeadError(reason))
+            queue.clear()
 
-    async def _ask(self, order: Order) -> AdminReply:
-        reply = await self._answer(order, self._replies)
-        raise_for(reply)
-        return reply
+    async def _ask(self, order: Order) -> None:
+        for reply in await self._ask_all(order):
+            raise_for(reply)
 
-    async def _answer(self, order: Order, waiting: "deque[asyncio.Future[Reply]]") -> Reply:
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        waiting.append(answer)
-        self._send(order)
-        return await answer
+    async def _ask_all(self, order: Order) -> list[AdminReply]:
+        return await self._answers(order, self._replies)
+
+    async def _answers(self, order: Order, waiting: "Sequence[deque[asyncio.Future[Reply]]]") -> list[Reply]:
+        """Every replica's answer."""
+        answers: list[asyncio.Future[Reply]] = []
+        for send, queue in zip(self._sends, waiting, strict=True):
+            answers.append(asyncio.get_running_loop().create_future())
+            queue.append(answers[-1])
+            send(order)
+        return await asyncio.gather(*answers)
 
 
 def _settle(waiting: "asyncio.Future[Reply]", reply: Reply) -> None:

@@ -7,26 +7,24 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jax_engine.adapter_client import AdapterClient
-from jax_engine.admin_client import AdminClient, is_named
+from jax_engine.admin_client import is_named
 from jax_engine.beam_run import BeamRun
 from jax_engine.beam_search import BeamSearchParams
 from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreConnection, CoreProcess, EngineDeadError, OnProgress
-from jax_engine.engine_view import EngineView
+from jax_engine.core_client import CoreConnection, EngineDeadError, OnProgress
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Abort, AbortNamed, AdapterReply, Add, AdminReply, PrefixCacheReset, ServedAdapters
+from jax_engine.messages import AbortNamed
 from jax_engine.model_files import resolve_model_path
 from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.pooling_params import RequestParams
 from jax_engine.pooling_requests import prepare_request
 from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
+from jax_engine.replicas import Replicas, end_cores, start_cores, wait_until_ready
 from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.stats import EngineStats
-from jax_engine.view_client import ViewClient
+from jax_engine.stats import EngineStats, total
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,21 +36,23 @@ LONG_TEXT_CHARACTERS = 2000
 
 
 class AsyncLLM:
-    """An engine for serving. Mutable; belongs to one event loop. Make it with `start`, or with `attach`."""
+    """An engine for serving: one core, or `data_parallel_size` of them, each request in one. Mutable; belongs to one
+    event loop. Make it with `start`, or with `attach`.
+    """
 
     def __init__(
-        self, config: EngineConfig, core: CoreConnection, text: ModelText, *, number: int = 0, count: int = 1
+        self, config: EngineConfig, cores: Sequence[CoreConnection], text: ModelText, *, number: int = 0, count: int = 1
     ) -> None:
         """Use `start` or `attach`."""
         self.config = config
-        self.info = core.info
+        self._replicas = Replicas(cores, config)
+        self.info = self._replicas.info
         self.model_path = text.path
         self.tokenizer = text.tokenizer
         self.dead_reason: str | None = None
-        self._core = core
         self._inputs = InputProcessor(
             text,
-            core.info,
+            self.info,
             seed=config.seed,
             scheduling_policy=config.scheduling_policy,
             max_logprobs=config.max_logprobs,
@@ -62,15 +62,16 @@ class AsyncLLM:
         self.check_form = self._inputs.check_form  # for a thread: it takes as long as compiling a grammar
         self._outputs = OutputProcessor(text.tokenizer)
         self.token_texts = self._outputs.texts
-        self._core_knows_text = False  # whether it was sent the vocabulary
         self._streams: dict[str, RequestStream] = {}
-        self.admin = AdminClient(core.send)
-        self.adapters = AdapterClient(core.info.adapters, core.send)
-        self.views = ViewClient(core.send)
+        self.admin, self.adapters = self._replicas.admin, self._replicas.adapters
+        self.views = self._replicas.views  # of each replica
         self._dead_callbacks: list[Callable[[str], object]] = []
-        self._stats = EngineStats(num_pages=core.info.num_pages, page_size=core.info.page_size)
-        self._receiving = asyncio.create_task(self._receive(), name="engine outputs")
-        self._receiving.add_done_callback(self._receiving_ended)
+        self._receiving = [
+            asyncio.create_task(self._receive(replica), name=f"outputs of engine {replica}")
+            for replica in range(len(self._replicas))
+        ]
+        for task in self._receiving:
+            task.add_done_callback(self._receiving_ended)
 
     @classmethod
     async def start(cls, config: EngineConfig, *, on_progress: OnProgress | None = None) -> "AsyncLLM":
@@ -83,37 +84,37 @@ class AsyncLLM:
         """
         # First of all, so that a model of the hub is fetched once and not by both processes.
         await asyncio.to_thread(resolve_model_path, config.model, revision=config.revision)
-        starting = asyncio.create_task(CoreProcess.start(config, on_progress))
+        starting = asyncio.create_task(start_cores(config, on_progress))
         try:
             text = await asyncio.to_thread(ModelText.load, config)
-            core = await starting
+            cores = await starting
         except BaseException:
             starting.cancel()
             await asyncio.wait({starting})
             if not starting.cancelled() and starting.exception() is None:
-                await starting.result().shutdown(timeout=0)
+                await end_cores(starting.result(), timeout=0)
             raise
-        return cls(config, core, text)
+        return cls(config, cores, text)
 
     @classmethod
     async def attach(
         cls,
         config: EngineConfig,
-        core: CoreConnection,
+        cores: Sequence[CoreConnection],
         *,
         number: int,
         count: int,
         on_progress: OnProgress | None = None,
     ) -> "AsyncLLM":
-        """Front end `number` (from 0) of `count` to a core that someone else starts and ends; returns when it serves.
-        `on_progress` is told now and then how far the core is.
+        """Front end `number` (from 0) of `count` to cores that someone else starts and ends; returns when they serve.
+        `on_progress` is told now and then how far they are.
 
         Raises:
             ValueError: the model or the settings cannot be served.
             EngineDeadError: the core failed for another reason.
         """
-        text, _ = await asyncio.gather(asyncio.to_thread(ModelText.load, config), core.wait_until_ready(on_progress))
-        return cls(config, core, text, number=number, count=count)
+        text, _ = await asyncio.gather(asyncio.to_thread(ModelText.load, config), wait_until_ready(cores, on_progress))
+        return cls(config, cores, text, number=number, count=count)
 
     @property
     def is_dead(self) -> bool:
@@ -183,10 +184,10 @@ class AsyncLLM:
             for stream in streams:
                 stream.abort()
             raise
-        if not self._core_knows_text and any(sequence.structured for sequence in sequences):
-            self._core_knows_text = True
-            self._core.send(self._inputs.vocabulary)
-        self._core.send(Add(sequences))
+        groups = [request.core_requests for request in requests]
+        chosen = self._replicas.add(groups, lambda: self._inputs.vocabulary)
+        for stream, replica in zip(streams, chosen, strict=True):
+            stream.replica = replica
         return streams
 
     async def generate(
@@ -286,8 +287,12 @@ class AsyncLLM:
             self._dead_callbacks.append(callback)
 
     def stats(self) -> EngineStats:
-        """The latest counters that the engine core sent."""
-        return self._stats
+        """The latest counters that the engine core sent; of several, their sums."""
+        return total(self._replicas.stats)
+
+    def stats_by_replica(self) -> list[EngineStats]:
+        """The latest counters that each engine core sent."""
+        return list(self._replicas.stats)
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The Hugging Face tokenizer."""
@@ -321,32 +326,23 @@ class AsyncLLM:
     async def shutdown(self) -> None:
         """End the engine core, if it was started here; requests still running get an EngineDeadError."""
         self._dead_callbacks.clear()
-        self._receiving.cancel()
-        await asyncio.wait({self._receiving})
+        for task in self._receiving:
+            task.cancel()
+        await asyncio.wait(self._receiving)
         self._die("the engine was shut down")
-        await self._core.shutdown()
+        await self._replicas.shutdown()
 
-    async def _receive(self) -> None:
-        """Pass the core's outputs on until it dies."""
+    async def _receive(self, replica: int) -> None:
+        """Pass a core's outputs on until it dies."""
         while True:
-            step = await self._core.receive()
-            if isinstance(step, PrefixCacheReset | AdminReply):
-                self.admin.take(step)
-                continue
+            step = await self._replicas.receive(replica)
             if isinstance(step, AbortNamed):
                 for request_id in [name for name in self._streams if is_named(name, step.request_ids)]:
                     self._abort(request_id)
                 continue
-            if isinstance(step, AdapterReply | ServedAdapters):
-                self.adapters.take(step)
-                continue
-            if isinstance(step, EngineView):
-                self.views.take(step)
-                continue
-            self._stats = step.stats or self._stats
             processed = self._outputs.process(step.outputs)
             if processed.stopped:
-                self._core.send(Abort(processed.stopped))
+                self._replicas.abort(processed.stopped)
             for state in processed.changed:
                 self._wake(state)
             await asyncio.sleep(0)  # receiving does not wait while steps are queued, and readers must run too
@@ -380,9 +376,7 @@ class AsyncLLM:
         for stream in self._streams.values():
             stream.fail(EngineDeadError(reason))
         self._streams.clear()
-        self.admin.fail(reason)
-        self.adapters.fail(reason)
-        self.views.fail(reason)
+        self._replicas.fail(reason)
         self._outputs.abort(self._outputs.request_ids())
         callbacks, self._dead_callbacks = self._dead_callbacks, []
         for callback in callbacks:
@@ -394,6 +388,6 @@ class AsyncLLM:
 
     def _abort(self, request_id: str) -> None:
         if core_ids := self._outputs.abort([request_id]):
-            self._core.send(Abort(core_ids))
+            self._replicas.abort(core_ids)
         if (stream := self._streams.pop(request_id, None)) is not None:
             stream.wake()

@@ -26,6 +26,11 @@ class BeamStream:
         self._streams: list[RequestStream] = []  # of the step that the search is at
         self._ended = False
 
+    @property
+    def replica(self) -> int:
+        """That the latest step was sent to."""
+        return self._streams[0].replica if self._streams else 0
+
     def __aiter__(self) -> Self:
         return self
 

@@ -20,6 +20,7 @@ HASH_ALGORITHMS = ("sha256", "xxhash")
 OFFLOADING_LOADS = ("auto", "always")
 MAX_ADAPTER_SLOTS = 1024
 MAX_ADAPTER_RANK = 512
+MAX_REPLICAS = 64
 
 
 ENVIRONMENT_PREFIX = "JAX_ENGINE_"
@@ -46,6 +47,11 @@ def compiler_flags() -> dict[str, str]:
         name: " ".join(sorted(flag for flag in flags if not flag.startswith(IDLE_XLA_FLAGS)))
         for name, flags in texts.items()
     }
+
+
+def process_environment() -> dict[str, str]:
+    """What a child process would inherit."""
+    return dict(os.environ)
 
 
 SHOWN_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "HF_", "LD_LIBRARY_PATH", "OMP_")
@@ -118,6 +124,7 @@ class EngineConfig:
     sharding_strategy: str = "tensor"  # how those devices share the model: a name of `strategies.STRATEGIES`
     sharding_rules: str | None = None  # a strategy of one's own in its place: a TOML file, or module:function
     mesh_shape: dict[str, int] | None = None  # devices along each mesh axis; None: as the strategy divides them
+    data_parallel_size: int = 1  # replicas of the engine behind one front end, each a core with devices of its own
     logits_processors: tuple[str, ...] = ()  # functions, as module:function, that run on every step's logits
     enable_lora: bool = False  # requests may use adapters beside the model's weights
     max_loras: int = 4  # adapters on the device at once, and so in one step
@@ -186,6 +193,8 @@ class EngineConfig:
         self._check_scheduling()
 
     def _check_switches(self) -> None:
+        remedy = "it is how many replicas of the engine this host runs"
+        integer("data_parallel_size", self.data_parallel_size, low=1, high=MAX_REPLICAS, remedy=remedy)
         switch("enable_prefix_caching", self.enable_prefix_caching, default=True)
         switch("enable_chunked_prefill", self.enable_chunked_prefill, default=True)
         switch("deterministic", self.deterministic, default=False)

@@ -10,13 +10,14 @@ import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from jax_engine.config import EngineConfig
+from jax_engine.config import EngineConfig, process_environment
 from jax_engine.engine_view import EngineView
 from jax_engine.log_lines import log_format
 from jax_engine.lora_request import LoRARequest
@@ -41,6 +42,7 @@ from jax_engine.messages import (
     WakeUp,
 )
 from jax_engine.progress import CompileBar, reports_of_start
+from jax_engine.replica_devices import device_environment, replica_config
 from jax_engine.stats import EngineStats
 
 OnProgress = Callable[[Starting], object]
@@ -63,6 +65,11 @@ class InProcessCore:
 
     def __init__(self, config: EngineConfig) -> None:
         """Load the model and compile; ValueError when the model or the settings cannot be served."""
+        if config.data_parallel_size != 1:
+            raise ValueError(
+                f"data_parallel_size={config.data_parallel_size} is for servers (`jax-engine serve`, AsyncLLM) and "
+                "must be 1 here; start a process for each replica, with its part of the prompts"
+            )
         from jax_engine.engine_core import EngineCore  # JAX is imported with it
 
         with CompileBar() as bar, reports_of_start(bar.update) as watch:
@@ -178,36 +185,33 @@ class CoreProcess(CoreConnection):
     event loop.
     """
 
-    def __init__(self, process: Process, folder: str) -> None:
-        """Use `spawn` or `start`."""
-        super().__init__(folder, 0, asyncio.create_task(_epitaph_of("the engine core", process)))
+    def __init__(self, process: Process, folder: str, name: str) -> None:
+        """Use `spawn`."""
+        super().__init__(folder, 0, asyncio.create_task(_epitaph_of(f"the engine {name}", process)))
         self.process = process
 
     @classmethod
-    async def spawn(cls, config: EngineConfig, *, num_channels: int = 1) -> "CoreProcess":
-        """Start a core that takes commands from `num_channels` connections; returns before it serves."""
+    async def spawn(cls, config: EngineConfig, *, num_channels: int = 1, replica: int = 0) -> "CoreProcess":
+        """Start the core of a replica, which takes commands from `num_channels` connections; returns before it serves.
+
+        ValueError when there is no device for it.
+        """
+        name, environment = "core", process_environment()
+        if config.data_parallel_size > 1:
+            name = f"core {replica}"
+            num_devices = prod(config.parallel_sizes)
+            environment |= device_environment(replica, config.data_parallel_size, num_devices, environment)
         folder = tempfile.mkdtemp(prefix="jax_engine_")
         # The child's standard input carries the settings, and its end tells the child that this process is gone.
         # -P: a folder named jax_engine where the user happens to stand is not the package.
         command = (sys.executable, "-P", "-m", "jax_engine.core_process", folder)
-        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE)
-        core = cls(process, folder)
+        process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, env=environment)
+        core = cls(process, folder, name)
         level = logging.getLogger("jax_engine").getEffectiveLevel()
         assert process.stdin is not None
-        logs = {"log_level": level, "log_format": log_format()}
-        settings = {"config": asdict(config), **logs, "num_channels": num_channels}
+        logs = {"name": name, "log_level": level, "log_format": log_format()}
+        settings = {"config": asdict(replica_config(config, replica)), **logs, "num_channels": num_channels}
         process.stdin.write(json.dumps(settings).encode() + b"\n")
-        return core
-
-    @classmethod
-    async def start(cls, config: EngineConfig, on_progress: OnProgress | None = None) -> "CoreProcess":
-        """Start a core for one front end and wait until it serves, with the errors of `wait_until_ready`."""
-        core = await cls.spawn(config)
-        try:
-            await core.wait_until_ready(on_progress)
-        except BaseException:  # cancelled, or dead already: nothing of it may stay behind
-            await core.shutdown(timeout=0)
-            raise
         return core
 
     async def shutdown(self, timeout: float = 5.0) -> None:

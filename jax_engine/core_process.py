@@ -159,7 +159,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     settings = json.loads(sys.stdin.readline())
     _end_with_parent()
-    text = "%(asctime)s %(levelname)s [core] %(message)s"
+    text = f"%(asctime)s %(levelname)s [{settings['name']}] %(message)s"
     log_to_stderr(settings["log_format"], level=settings["log_level"], text=text)
     logging.getLogger("jax").setLevel(
         max(settings["log_level"], logging.WARNING)

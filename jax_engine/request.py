@@ -1,8 +1,6 @@
 """A request as the scheduler sees it: tokens, pages, and how far it has got."""
 
-import hashlib
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,27 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jax_engine.messages import CoreRequest, TokenLogprobs
+from jax_engine.page_hashes import Digest, chained_hash, first_hash, sha256
 
 Urgency = tuple[float, int]  # the lower, the sooner; no two requests have the same
-Digest = Callable[[bytes], bytes]  # of fixed length
 NO_POSITIONS = range(0)
-
-
-def sha256(data: bytes) -> bytes:
-    """The cryptographic hash: nobody can make two contents that are taken for one another."""
-    return hashlib.sha256(data).digest()
-
-
-def digest_function(algorithm: str) -> Digest:
-    """What pages are known by, of `config.HASH_ALGORITHMS`.
-
-    "xxhash" is XXH3 of 128 bits: faster, and no protection from someone who makes prompts that collide with another's.
-    """
-    if algorithm == "sha256":
-        return sha256
-    import xxhash  # needed by those who ask for it alone
-
-    return xxhash.xxh3_128_digest
 
 
 class Constraint(Protocol):
@@ -150,8 +131,8 @@ class Request:
         hashes = self._page_hashes
         while len(hashes) <= index:
             start = len(hashes) * page_size
-            content = array("q", self.tokens[start : start + page_size]).tobytes()
-            hashes.append(self.digest((hashes[-1] if hashes else self._salt_hash()) + content))
+            before = hashes[-1] if hashes else first_hash(self.asked.cache_salt, self.asked.lora, self.digest)
+            hashes.append(chained_hash(before, self.tokens[start : start + page_size], self.digest))
         return hashes[index]
 
     def tail_hash(self, num_tokens: int, page_size: int) -> bytes:
@@ -159,16 +140,12 @@ class Request:
         full page's: those have more tokens.
         """
         count = num_tokens // page_size
-        before = self.page_hash(count - 1, page_size) if count else self._salt_hash()
-        return self.digest(before + array("q", self.tokens[count * page_size : num_tokens]).tobytes())
-
-    def _salt_hash(self) -> bytes:
-        """In place of the hash before the first page's; of fixed length, so that no salt or adapter looks like
-        tokens.
-        """
-        salt, lora = self.asked.cache_salt, self.asked.lora
-        hashed = self.digest(b"" if salt is None else b"salt" + salt.encode("utf-8", "surrogatepass"))
-        return hashed if lora is None else self.digest(b"adapter" + hashed + lora.cache_key)
+        before = (
+            self.page_hash(count - 1, page_size)
+            if count
+            else first_hash(self.asked.cache_salt, self.asked.lora, self.digest)
+        )
+        return chained_hash(before, self.tokens[count * page_size : num_tokens], self.digest)
 
     def append(self, token: int) -> str | None:
         """Take one new token from the device; the finish reason if it is the last."""

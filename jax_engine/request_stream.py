@@ -21,6 +21,7 @@ class RequestStream:
     """
 
     def __init__(self, state: RequestState, abort: Callable[[], None]) -> None:
+        self.replica = 0  # that it was sent to
         self._state = state
         self._abort = abort
         self._ready = asyncio.Event()

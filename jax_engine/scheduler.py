@@ -18,7 +18,7 @@ from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.messages import CoreOutput, CoreRequest
 from jax_engine.page_claims import PageClaims, Start
 from jax_engine.prompt_groups import PromptGroups
-from jax_engine.request import NO_POSITIONS, Constraint, Request, digest_function
+from jax_engine.request import NO_POSITIONS, Constraint, Request
 from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_plan import NO_FINDINGS, Chunk, ChunkFindings, SchedulerLimits, StepPlan
 from jax_engine.waiting_queue import POLICIES, WaitingQueue
@@ -71,7 +71,6 @@ class Scheduler:
         self._pages = PageClaims(self.cache, reserve)
         self.groups = PromptGroups()
         self.drafts = None if speculation is None else Drafts.of(speculation, limits)
-        self._digest = digest_function(limits.hash_algorithm)
         self.requests: dict[str, Request] = {}
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # the most urgent first
@@ -85,7 +84,7 @@ class Scheduler:
 
     def add(self, asked: CoreRequest, constraint: Constraint | None = None) -> None:
         """Queue a request; the front end has checked that it fits the context and that its id is new."""
-        request = Request(asked, order=self._num_added, digest=self._digest, constraint=constraint)
+        request = Request(asked, order=self._num_added, digest=self.limits.digest, constraint=constraint)
         self._num_added += 1
         self._num_full += asked.needs_full
         request.urgency = self._urgency_of(request)

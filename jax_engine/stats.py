@@ -1,5 +1,9 @@
 """Counters of the engine core: plain, cumulative, cheap to keep, and sent with every few steps."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
 import msgspec
 
 # Upper bounds of vLLM's histogram of tokens that a step processes.
@@ -79,3 +83,26 @@ class EngineStats(msgspec.Struct, array_like=True, frozen=True):
     def padding_share(self) -> float:
         """Share of all token rows so far that were padding, 0 to 1."""
         return self.padding_tokens_total / self.token_rows_total if self.token_rows_total else 0.0
+
+
+def total(stats: Sequence[EngineStats]) -> EngineStats:
+    """Those of several engines together: sums, the longest time to go, all adapters."""
+    first, *others = stats
+    names = EngineStats.__struct_fields__
+    for other in others:
+        first = EngineStats(**{name: _joined(name, getattr(first, name), getattr(other, name)) for name in names})
+    return first
+
+
+def _joined(name: str, one: Any, other: Any) -> Any:
+    if name in ("page_size", "compile_eta_seconds"):
+        return max(one, other)
+    if isinstance(one, HostTime):
+        return HostTime(*(getattr(one, part) + getattr(other, part) for part in HostTime.__struct_fields__))
+    if isinstance(one, dict):
+        return {key: one.get(key, 0) + other.get(key, 0) for key in one | other}
+    if name in ("running_adapters", "waiting_adapters"):
+        return tuple(sorted({*one, *other}))
+    if isinstance(one, tuple):
+        return tuple(a + b for a, b in zip_longest(one, other, fillvalue=0))
+    return one + other

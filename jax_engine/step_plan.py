@@ -8,6 +8,7 @@ import msgspec
 from jax_engine.host_pool import NO_COPIES, PageCopies
 from jax_engine.lora_request import LoRARequest
 from jax_engine.messages import TokenLogprobs
+from jax_engine.page_hashes import Digest, digest_function
 from jax_engine.page_partitions import UNCUT, PagePartitions
 from jax_engine.request import NO_POSITIONS, Request
 
@@ -93,3 +94,8 @@ class SchedulerLimits:
     windows: tuple[int, ...] = (0,)  # of each cache group, in tokens; 0: none
     draft_sizes: tuple[int, ...] = ()  # token counts that steps with drafts are padded to, ascending
     draft_context: int = 0  # tokens of a sequence that a draft model can see
+
+    @property
+    def digest(self) -> Digest:
+        """What pages are known by."""
+        return digest_function(self.hash_algorithm)

@@ -8,6 +8,12 @@ import mmap
 from collections.abc import Sequence
 
 ROW_BYTES = 16384
+ENGINE_BYTES = 4096  # for the histograms of each further engine
+
+
+def row_bytes(engines: int) -> int:
+    """The size of a front end's row before so many engines."""
+    return ROW_BYTES + (engines - 1) * ENGINE_BYTES
 
 
 class Cells:
@@ -25,22 +31,23 @@ class Cells:
 class CellMemory:
     """Hands out `Cells`; every front end takes the same ones in the same order. Mutable; owned by its `Metrics`."""
 
-    def __init__(self, memory: "mmap.mmap | bytearray", *, number: int, count: int) -> None:
+    def __init__(self, memory: "mmap.mmap | bytearray", *, number: int, count: int, engines: int) -> None:
         numbers = memoryview(memory).cast("d")
-        size = ROW_BYTES // 8
+        size = row_bytes(engines) // 8
         self._rows = [numbers[row * size : (row + 1) * size] for row in range(count)]
         self._number = number
+        self._size = size
         self._taken = 0
 
     @classmethod
-    def alone(cls) -> "CellMemory":
+    def alone(cls, *, engines: int = 1) -> "CellMemory":
         """Of the only front end."""
-        return cls(bytearray(ROW_BYTES), number=0, count=1)
+        return cls(bytearray(row_bytes(engines)), number=0, count=1, engines=engines)
 
     @classmethod
-    def shared(cls, file: int, *, number: int, count: int) -> "CellMemory":
-        """Of front end `number`, in an open file of `count * ROW_BYTES` zero bytes."""
-        return cls(mmap.mmap(file, count * ROW_BYTES), number=number, count=count)
+    def shared(cls, file: int, *, number: int, count: int, engines: int = 1) -> "CellMemory":
+        """Of front end `number`, in an open file of `count` rows of zero bytes."""
+        return cls(mmap.mmap(file, count * row_bytes(engines)), number=number, count=count, engines=engines)
 
     @property
     def is_first(self) -> bool:
@@ -50,5 +57,5 @@ class CellMemory:
     def take(self, size: int) -> Cells:
         """The next `size` numbers, which are zero at first."""
         start, self._taken = self._taken, self._taken + size
-        assert self._taken <= ROW_BYTES // 8, "ROW_BYTES is too small"
+        assert self._taken <= self._size, "ROW_BYTES or ENGINE_BYTES is too small"
         return Cells([row[start : self._taken] for row in self._rows], self._number)

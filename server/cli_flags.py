@@ -229,6 +229,7 @@ STEP_FLAGS = (
     Flag("sharding_strategy", "how devices share the model", choices=tuple(STRATEGIES)),
     Flag("sharding_rules", "a strategy of your own: a TOML file, or module:function", metavar="FILE"),
     Flag("mesh_shape", "devices along each mesh axis: data=2,tensor=4", type=mesh_shape, metavar="AXIS=N,..."),
+    Flag("data_parallel_size", "replicas of the engine, each on devices of its own", type=count, metavar="N"),
     Flag(
         "logits_processors",
         "functions that change every step's logits, compiled in: module:function, with commas between several",

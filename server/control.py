@@ -19,9 +19,9 @@ class Setup(msgspec.Struct, tag="setup", frozen=True):
 
 
 class Connect(msgspec.Struct, tag="connect", frozen=True):
-    """To a front end: the core's sockets are in this folder."""
+    """To a front end: the sockets of each replica's core are in one of these folders."""
 
-    folder: str
+    folders: list[str]
 
 
 class Serve(msgspec.Struct, tag="serve", frozen=True):

@@ -35,22 +35,24 @@ class FrontEnd:
         self._messages = messages
         self._output = output
         self._config = EngineConfig(**setup.engine_config)
-        self._memory = CellMemory.shared(setup.cells, number=setup.number, count=setup.count)
+        engines = self._config.data_parallel_size
+        self._memory = CellMemory.shared(setup.cells, number=setup.number, count=setup.count, engines=engines)
         self.server = EngineServer(self._service)
 
     async def start_engine(self, *, on_progress: OnProgress) -> AsyncLLM:
-        """Connect to the core, and wait until the other front ends have done so too."""
+        """Connect to the cores, and wait until the other front ends have done so too."""
         loop = asyncio.get_running_loop()
-        self._folder: asyncio.Future[str] = loop.create_future()
+        self._folders: asyncio.Future[list[str]] = loop.create_future()
         self._all_connected: asyncio.Future[None] = loop.create_future()
         self._ended: asyncio.Future[str] = loop.create_future()
         threading.Thread(target=self._listen, args=(loop,), name="supervisor", daemon=True).start()
         # Channel 0 is the supervisor's own.
-        core = CoreConnection(await self._folder, self._setup.number + 1, self._ended)
+        cores = [CoreConnection(folder, self._setup.number + 1, self._ended) for folder in await self._folders]
         async with AsyncExitStack() as undo:
-            undo.push_async_callback(core.shutdown)
+            for core in cores:
+                undo.push_async_callback(core.shutdown)
             engine = await AsyncLLM.attach(
-                self._config, core, number=self._setup.number, count=self._setup.count, on_progress=on_progress
+                self._config, cores, number=self._setup.number, count=self._setup.count, on_progress=on_progress
             )
             undo.pop_all()
             undo.push_async_callback(engine.shutdown)
@@ -90,7 +92,7 @@ class FrontEnd:
     def _take(self, message: ToFrontEnd) -> None:
         match message:
             case Connect():
-                self._folder.set_result(message.folder)
+                self._folders.set_result(message.folders)
             case Serve():
                 self._all_connected.set_result(None)
             case Fail():

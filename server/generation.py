@@ -41,6 +41,10 @@ class PromptStream:
     def __init__(self, stream: RequestStream) -> None:
         self._stream = stream
 
+    @property
+    def replica(self) -> int:
+        return self._stream.replica
+
     def __aiter__(self) -> Self:
         return self
 
@@ -154,7 +158,9 @@ async def generation(
                 streams.extend(map(PromptStream, added) if prompt_only else added)
             except ValueError as error:
                 raise bad_request(error) from None
-            running.trackers.extend(PromptTracker(service.metrics, params, record.counter) for _ in prompts)
+            running.trackers.extend(
+                PromptTracker(service.metrics, params, record.counter, stream) for stream in streams
+            )
             yield running
     except EngineDeadError as error:
         raise unavailable(f"the engine has died: {error}", code="engine_dead") from None

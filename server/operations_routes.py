@@ -73,7 +73,7 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/metrics")
     async def metrics() -> Response:
         """Prometheus metrics."""
-        return Response(service.metrics.render(service.stats()), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.render(service.stats_by_engine()), media_type=CONTENT_TYPE_LATEST)
 
     @router.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Response:

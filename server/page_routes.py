@@ -11,10 +11,12 @@ from starlette.responses import Response
 import jax_engine
 from jax_engine.core_client import EngineDeadError
 from jax_engine.engine_view import EngineView
+from jax_engine.server.admin_routes import query
 from jax_engine.server.errors import ApiError
 from jax_engine.server.openai_routes import json_response
 from jax_engine.server.operations_routes import condition
 from jax_engine.server.page_files import page_files
+from jax_engine.server.schemas import query_schema
 from jax_engine.server.service import Service
 from jax_engine.stats import EngineStats
 
@@ -31,6 +33,8 @@ TOTALS = (
 def page_router(service: Service) -> APIRouter:
     """The page and what it shows. Its files need no API key; what it asks for does."""
     router = APIRouter(tags=["page"])
+    count = service.engine_config.data_parallel_size
+    numbers = {"type": "integer", "minimum": 0, "maximum": count - 1, "default": 0}
 
     @router.get("/", include_in_schema=False)
     @router.get("/page/{name}", include_in_schema=False)
@@ -43,24 +47,36 @@ def page_router(service: Service) -> APIRouter:
             return Response(status_code=304, headers=file.headers)
         return Response(file.content, headers=file.headers)
 
-    @router.get("/engine_state")
-    async def engine_state() -> Response:
+    @router.get("/engine_state", openapi_extra=query_schema({"name": "engine", "schema": numbers}))
+    async def engine_state(request: Request) -> Response:
         """The engine at this moment, from the time on when it starts: requests, KV pages, the latest steps, counters.
+        Of several replicas, the one that `engine` names.
 
         `view` is null before the engine is ready, and where it does not answer within two seconds. A cell of the map
         counts pages with one user, with several, that hold a known prefix for none, and that hold nothing.
         """
-        view = await look(service)
-        server = {"version": jax_engine.__version__, "created": service.created, **condition(service)}
+        engine = engine_number(request, count)
+        view = await look(service, engine)
+        about = {"version": jax_engine.__version__, "created": service.created, "engine": engine, "engines": count}
+        server = {**about, **condition(service)}
         return json_response({**server, "reason": reason(service), "view": view and as_json(view)})
 
     return router
 
 
-async def look(service: Service) -> EngineView | None:
-    """A view of the engine; None where there is none to look at."""
+def engine_number(request: Request, count: int) -> int:
+    """Which replica is asked for; ApiError 400 where there is none of that number."""
+    (text,) = query(request, "engine") or ["0"]
+    if not text.isdecimal() or int(text) >= count:
+        message = f"engine={text!r} must be from 0 to {count - 1}; this server has data_parallel_size={count}"
+        raise ApiError(400, message, param="engine", code="invalid_value")
+    return int(text)
+
+
+async def look(service: Service, engine: int) -> EngineView | None:
+    """A view of a replica's engine; None where there is none to look at."""
     try:
-        return await asyncio.wait_for(service.engine().views.latest(), VIEW_SECONDS)
+        return await asyncio.wait_for(service.engine().views[engine].latest(), VIEW_SECONDS)
     except (ApiError, EngineDeadError, TimeoutError):
         return None
 

@@ -68,7 +68,7 @@ class Service:
         """
         self.engine_config = engine_config
         self.settings = settings
-        memory = memory or CellMemory.alone()
+        memory = memory or CellMemory.alone(engines=engine_config.data_parallel_size)
         self._logs_stats = memory.is_first and not settings.disable_log_stats
         self.tracer = make_tracer(settings)
         self._background: list[asyncio.Task[None]] = []  # ends with the service
@@ -123,6 +123,12 @@ class Service:
             programs_planned=done.programs_planned,
             compile_eta_seconds=done.compile_eta_seconds,
         )
+
+    def stats_by_engine(self) -> list[EngineStats]:
+        """Those of each replica; before they are up, of the first one for all."""
+        if self._engine is not None:
+            return self._engine.stats_by_replica()
+        return [self.stats(), *[EngineStats()] * (self.engine_config.data_parallel_size - 1)]
 
     def check_ready(self) -> None:
         """ApiError 503 unless new requests should be sent here: not while starting or shutting down."""
@@ -184,10 +190,10 @@ class Service:
             self._engine, self.state = engine, State.READY
             info = engine.info
             logger.info(
-                "ready: model %s, context %d tokens, %d KV pages of %d tokens",
+                "ready: model %s, context %d tokens, %s KV pages of %d tokens",
                 ", ".join(self.settings.served_model_names),
                 info.max_model_len,
-                info.num_pages,
+                " + ".join(str(stats.num_pages) for stats in engine.stats_by_replica()),
                 info.page_size,
             )
             if self._logs_stats:

@@ -1,6 +1,7 @@
-"""`jax-engine serve --api-server-count N`: one engine core and N front ends, which live and end together.
+"""`jax-engine serve --api-server-count N`: the engine core, or one of each replica, and N front ends, which live and
+end together.
 
-Every front end is a process with the same port, its own tokenizer and detokenizers, and its own channel to the core.
+Every front end is a process with the same port, its own tokenizer and detokenizers, and its own channel to each core.
 """
 
 import asyncio
@@ -20,7 +21,8 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError, epitaph
 from jax_engine.model_files import resolve_model_path
 from jax_engine.progress import CompileBar
-from jax_engine.server.cells import ROW_BYTES
+from jax_engine.replicas import end_cores, spawn_cores, wait_until_ready
+from jax_engine.server.cells import row_bytes
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToSupervisor, line
 from jax_engine.server.listening import log_address
 from jax_engine.server.service import BACKSTOP_SECONDS, EXIT_ENGINE_DEAD, EXIT_OK, EXIT_USER_ERROR
@@ -60,7 +62,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop, number)
         await self._start_front_ends(listening, log_level)
         watching = [asyncio.create_task(self._watch(number, one)) for number, one in enumerate(self._front_ends)]
-        core = asyncio.create_task(self._run_core(), name="engine core")
+        cores = asyncio.create_task(self._run_cores(), name="engine cores")
         await self._end.wait()
         if self._failure is None:
             for front_end in self._front_ends:
@@ -73,8 +75,8 @@ class Supervisor:
             logger.error("%d front ends did not end in time and are killed", len(late))
             self._kill()
             await asyncio.wait(late)
-        core.cancel()
-        await asyncio.wait({core})
+        cores.cancel()
+        await asyncio.wait({cores})
         if self._failure is None:
             return EXIT_OK
         print(f"jax-engine serve: error: {self._failure.reason}", file=sys.stderr)
@@ -82,7 +84,7 @@ class Supervisor:
 
     async def _start_front_ends(self, listening: Sequence[socket.socket], log_level: str) -> None:
         with tempfile.TemporaryFile() as cells:
-            cells.truncate(len(listening) * ROW_BYTES)
+            cells.truncate(len(listening) * row_bytes(self._config.data_parallel_size))
             for number, own in enumerate(listening):
                 setup = Setup(
                     engine_config=dataclasses.asdict(self._config),
@@ -122,31 +124,31 @@ class Supervisor:
         if not self._end.is_set():
             self._fail(epitaph(f"front end {number}", status), EXIT_ENGINE_DEAD)
 
-    async def _run_core(self) -> None:
-        """The engine core from its start to its end, however that comes."""
+    async def _run_cores(self) -> None:
+        """The engine cores from their start to their end, however that comes."""
         try:
             # First of all, so that a model of the hub is fetched once and not by every process.
             await asyncio.to_thread(resolve_model_path, self._config.model, revision=self._config.revision)
-            core = await CoreProcess.spawn(self._config, num_channels=1 + len(self._front_ends))
+            cores = await spawn_cores(self._config, num_channels=1 + len(self._front_ends))
         except ValueError as error:
             self._fail(str(error), EXIT_USER_ERROR)
             return
         try:
-            self._tell_all(Connect(core.folder))
+            self._tell_all(Connect([core.folder for core in cores]))
             with CompileBar() as bar:
-                await core.wait_until_ready(
-                    lambda done: bar.update(done.programs_compiled, done.programs_planned, done.compile_eta_seconds)
+                await wait_until_ready(
+                    cores,
+                    lambda done: bar.update(done.programs_compiled, done.programs_planned, done.compile_eta_seconds),
                 )
             await self._all_connected.wait()
             self._tell_all(Serve())
-            while True:
-                await core.receive()  # its statistics, which only front ends need
+            await asyncio.gather(*map(_drain, cores))
         except ValueError as error:
             self._fail(str(error), EXIT_USER_ERROR)
         except EngineDeadError as error:
             self._fail(f"the engine has died: {error}", EXIT_ENGINE_DEAD)
         finally:
-            await core.shutdown()
+            await end_cores(cores)
 
     def _fail(self, reason: str, exit_code: int) -> None:
         """End the server for a reason; only the first one counts."""
@@ -169,6 +171,12 @@ class Supervisor:
     def _tell_all(self, message: Connect | Serve | Fail) -> None:
         for front_end in self._front_ends:
             _tell(front_end, message)
+
+
+async def _drain(core: CoreProcess) -> None:
+    """Take a core's statistics, which only front ends need, until it dies."""
+    while True:
+        await core.receive()
 
 
 def _tell(front_end: Process, message: msgspec.Struct) -> None:

@@ -3,27 +3,45 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.pooling_params import RequestParams
+from jax_engine.server.engine_metrics import EngineMetrics
 from jax_engine.server.metrics import Metrics
 from jax_engine.server.reasoning_tokens import ReasoningCounter
+
+
+class HasReplica(Protocol):
+    """A stream of outputs."""
+
+    @property
+    def replica(self) -> int:
+        """That they come from."""
 
 
 class PromptTracker:
     """Counts one prompt's outputs on their way to the client. Mutable; owned by the handler of its request."""
 
-    def __init__(self, metrics: Metrics, params: RequestParams, counter: ReasoningCounter | None = None) -> None:
-        """`counter` counts the reasoning of answers that may have some."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        params: RequestParams,
+        counter: ReasoningCounter | None = None,
+        stream: HasReplica | None = None,
+    ) -> None:
+        """`counter` counts the reasoning of answers that may have some; `stream` says which replica gives the outputs,
+        the first one if it is left out.
+        """
         self.num_reasoning_tokens = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.output_tokens: Counter[int] = Counter()  # by completion
         self.first_token_time: float | None = None
         self.finish_reasons: dict[int, str] = {}
-        self._metrics = metrics
+        self._all_metrics = metrics
+        self._stream = stream
         self.params = params
         self._times: RequestMetrics | None = None  # the latest
         self._token_times: dict[int, float] = {}  # of each completion's latest token
@@ -36,6 +54,10 @@ class PromptTracker:
     def num_output_tokens(self) -> int:
         """Of all completions."""
         return self.output_tokens.total()
+
+    @property
+    def _metrics(self) -> EngineMetrics:
+        return self._all_metrics.engines[0 if self._stream is None else self._stream.replica]
 
     def take(self, output: RequestOutput) -> None:
         """Count an output that is about to be sent."""

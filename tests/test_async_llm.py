@@ -215,7 +215,7 @@ async def test_when_the_core_dies_everyone_learns_it(config: EngineConfig) -> No
     engine.on_dead(reasons.append)
     waiting = [asyncio.create_task(outputs_of(engine, str(i), "abc", endless(max_tokens=90))) for i in range(12)]
     await until(lambda: engine.stats().num_running > 0)
-    os.kill(engine._core.process.pid, signal.SIGKILL)
+    os.kill(engine._replicas._cores[0].process.pid, signal.SIGKILL)
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert {type(result) for result in results} <= {EngineDeadError, list}
     assert isinstance(results[-1], EngineDeadError), "there are more requests than slots"
@@ -242,7 +242,7 @@ async def test_shutdown_ends_the_streams_and_the_process(config: EngineConfig) -
     with pytest.raises(EngineDeadError, match="shut down"):
         async for _ in stream:
             pass
-    assert engine._core.process.returncode is not None
+    assert engine._replicas._cores[0].process.returncode is not None
     assert reasons == [], "whoever shuts it down knows"
 
 

@@ -12,10 +12,18 @@ export class EngineWatch {
   constructor({ isDetailed, onLook }) {
     this.isDetailed = isDetailed;
     this.onLook = onLook;
+    this.engine = 0; // of several replicas
     this.history = [];
     this.timer = null;
     this.looking = false;
     document.addEventListener("visibilitychange", () => this.now());
+  }
+
+  /** Look at another replica from now on. */
+  choose(engine) {
+    this.engine = engine;
+    this.history = [];
+    this.now();
   }
 
   /** Look at once, and again from then on; nobody sees a hidden page. */
@@ -24,7 +32,9 @@ export class EngineWatch {
     if (document.hidden || this.looking) return;
     this.looking = true;
     try {
-      const state = await getJson("engine_state");
+      const { engine } = this;
+      const state = await getJson(`engine_state?engine=${engine}`);
+      if (engine !== this.engine) return; // another was chosen meanwhile
       if (state.view) this.remember(state.view);
       this.onLook({ state, rates: this.rates() });
     } catch (error) {

@@ -17,7 +17,11 @@ const STEP_PARTS = [
 ];
 
 export class EngineView {
-  constructor(root) {
+  /** `onChoose(engine)`: another replica is to be shown. */
+  constructor(root, { onChoose }) {
+    this.engines = h("select", {
+      "aria-label": "Replica", on: { change: () => onChoose(Number(this.engines.value)) }, hidden: true,
+    });
     this.compile = new Compiling();
     this.tiles = {
       running: new Tile("Running"),
@@ -44,7 +48,7 @@ export class EngineView {
     );
     this.note = h("p", { class: "hint" });
     this.version = h("p", { class: "hint version" });
-    root.append(this.compile.element, this.note, this.figures, this.version);
+    root.append(this.engines, this.compile.element, this.note, this.figures, this.version);
     this.figures.hidden = true;
   }
 
@@ -52,6 +56,7 @@ export class EngineView {
     this.note.textContent = problem ? problem.message : state.view ? "" : (state.reason ?? "The engine is busy.");
     this.note.hidden = !this.note.textContent;
     this.compile.show(state);
+    this.showEngines(state?.engines ?? 1);
     this.figures.hidden = !state?.view && (Boolean(problem) || state?.status !== "ready");
     if (!state?.view) return;
     const { requests, pages, host_pages: hostPages, steps } = state.view;
@@ -61,6 +66,13 @@ export class EngineView {
     this.showSteps(steps);
     this.requests.show(requests);
     this.version.textContent = `jax-engine ${state.version} · up ${duration(Math.max(0, Date.now() / 1000 - state.created))} · ${number(state.view.totals.steps)} steps`;
+  }
+
+  /** There is nothing to choose from one engine. */
+  showEngines(count) {
+    if (this.engines.length === count) return;
+    this.engines.replaceChildren(...Array.from({ length: count }, (_, engine) => h("option", { value: `${engine}` }, `Engine ${engine}`)));
+    this.engines.hidden = count < 2;
   }
 
   showTiles(requests, rates, steps) {

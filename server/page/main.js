@@ -29,7 +29,7 @@ const chat = new Chat({
   keepFocus: () => document.activeElement === document.body && focusPrompt(),
 });
 const panels = new Panels(find("chat"));
-const engineView = new EngineView(find("engine-view"));
+const engineView = new EngineView(find("engine-view"), { onChoose: (engine) => watch.choose(engine) });
 const compiling = new Compiling();
 const watch = new EngineWatch({ isDetailed: () => panels.isOpen("engine"), onLook: showEngine });
 let wasReady = null;

@@ -15,6 +15,7 @@ from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import CoreProcess, EngineDeadError, InProcessCore
 from jax_engine.messages import Abort, Add, TokenControls
+from jax_engine.replicas import start_cores
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -204,7 +205,7 @@ async def test_another_process_compiles_nothing_anew(tiny_settings, core):
     folder = Path(tiny_settings["compilation_cache_dir"])
     before = {file.name for file in folder.rglob("*-cache")}
     assert len(before) >= core.stats().programs_planned
-    started = await CoreProcess.start(EngineConfig(**tiny_settings))
+    (started,) = await start_cores(EngineConfig(**tiny_settings))
     while True:
         step = await started.receive()
         if step.stats.programs_compiled == step.stats.programs_planned:
@@ -272,7 +273,7 @@ def test_the_interpreted_tpu_kernel_gives_the_same_tokens(core, make_core):
 
 
 async def test_a_core_process_serves_reports_and_ends(tiny_settings, alone):
-    core = await CoreProcess.start(EngineConfig(**tiny_settings))
+    (core,) = await start_cores(EngineConfig(**tiny_settings))
     core.send(Add(batch()))
     tokens = {f"r{i}": [] for i in range(8)}
     stats = None
@@ -287,7 +288,7 @@ async def test_a_core_process_serves_reports_and_ends(tiny_settings, alone):
 
 
 async def test_a_killed_core_process_is_noticed(tiny_settings):
-    core = await CoreProcess.start(EngineConfig(**tiny_settings))
+    (core,) = await start_cores(EngineConfig(**tiny_settings))
     core.send(Add([core_request("a", [1], 200)]))
     await core.receive()
     os.kill(core.process.pid, signal.SIGKILL)
@@ -304,10 +305,10 @@ async def receive_all(core: CoreProcess) -> None:
 
 async def test_a_core_process_that_cannot_start_says_why(tiny_settings, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        await CoreProcess.start(EngineConfig(model=str(tmp_path)))
+        await start_cores(EngineConfig(model=str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"architectures": ["MambaForCausalLM"]}))
     with pytest.raises(ValueError, match=r"'MambaForCausalLM' is not supported; supported are Llama"):
-        await CoreProcess.start(EngineConfig(model=str(tmp_path)))
+        await start_cores(EngineConfig(model=str(tmp_path)))
 
 
 def test_host_time_and_counters_add_up(core):

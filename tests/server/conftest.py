@@ -91,6 +91,12 @@ def launch(folder: Path, *options: str) -> RunningServer:
     return server
 
 
+@pytest.fixture(scope="session")
+def launch_server() -> Callable[..., RunningServer]:
+    """What starts a server that the caller ends, in a folder."""
+    return launch
+
+
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Start servers for one test; those that still run at its end are stopped."""

@@ -11,10 +11,11 @@ ANSWERS = {"demo": PLAIN, "shout": PLAIN.upper(), "farewell": f"{PLAIN} Have a n
 
 @pytest.fixture(scope="module")
 def server(start_shared_server):
-    """One place on the device, two adapters: each request may have to wait for it."""
+    """One place on each of two replicas' devices, two adapters: each request may have to wait for it."""
     return start_shared_server(
         *("--enable-lora", "--max-loras", "1", "--lora-modules", "shout=demo:shout", "farewell=demo:farewell"),
-        *("--allow-runtime-lora-updating", "--api-server-count", "2", "--served-model-name", "demo"),
+        *("--allow-runtime-lora-updating", "--api-server-count", "2", "--data-parallel-size", "2"),
+        *("--served-model-name", "demo"),
         *("--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--kv-cache-memory-bytes", "32M"),
     )
 

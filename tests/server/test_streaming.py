@@ -81,7 +81,7 @@ def output(*completions, finished=False, first=2.0, last=4.0):
 
 
 def sample(metrics, name, **labels):
-    for family in text_string_to_metric_families(metrics.render(EngineStats()).decode()):
+    for family in text_string_to_metric_families(metrics.render([EngineStats()] * len(metrics.engines)).decode()):
         for found in family.samples:
             if found.name == name and labels.items() <= found.labels.items():
                 return found.value
@@ -160,7 +160,7 @@ def test_engine_counters_reach_the_metrics():
         page_waste_sampled_total=9,
         host_time=HostTime(steps=1, schedule=2e6),
     )
-    text = Metrics("m").render(stats).decode()
+    text = Metrics("m").render([stats]).decode()
     for line in (
         'vllm:num_requests_running{engine="0",model_name="m"} 3.0',
         'vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.4',
@@ -180,12 +180,12 @@ def test_engine_counters_reach_the_metrics():
 
 def test_metrics_count_drafts_by_position_where_there_are_any():
     stats = EngineStats(spec_drafts_total=4, spec_draft_tokens_total=8, spec_accepted_tokens_per_position_total=(3, 2))
-    lines = Metrics("m").render(stats).decode().splitlines()
+    lines = Metrics("m").render([stats]).decode().splitlines()
     for name, value in (("drafts", 4.0), ("draft_tokens", 8.0), ("accepted_tokens", 5.0)):
         assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="m"}} {value}' in lines
     name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
     assert f'{name}{{engine="0",model_name="m",position="1"}} 2.0' in lines
-    assert "spec_decode" not in Metrics("m").render(EngineStats()).decode()
+    assert "spec_decode" not in Metrics("m").render([EngineStats()]).decode()
 
 
 def test_whichever_front_end_is_asked_it_tells_what_all_have_counted(tmp_path):
@@ -209,7 +209,7 @@ def test_whichever_front_end_is_asked_it_tells_what_all_have_counted(tmp_path):
 
 
 def process_samples(metrics):
-    for family in text_string_to_metric_families(metrics.render(EngineStats()).decode()):
+    for family in text_string_to_metric_families(metrics.render([EngineStats()] * len(metrics.engines)).decode()):
         for found in family.samples:
             if found.name.startswith("process_"):
                 yield found.name, found.value
