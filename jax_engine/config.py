@@ -117,7 +117,7 @@ class EngineConfig:
     swap_space: float = 0.0  # the same in vLLM's older terms: GiB for each device
     kv_offloading_load: str = "auto"  # auto: load a page where that is faster than computing it, as measured
     attention_backend: str = "auto"
-    scan_layers: bool | None = None  # None: unrolled on CPU, where a scan copies each weight it uses; elsewhere scanned
+    scan_layers: bool | None = None  # None: scanned on a TPU; elsewhere XLA would copy each weight before using it
     tensor_parallel_size: int = 1  # devices that share each layer
     pipeline_parallel_size: int = 1  # stages that the layers are divided between, of tensor_parallel_size devices each
     enable_expert_parallel: bool = False  # whole experts on each device, instead of a part of every expert

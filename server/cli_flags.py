@@ -222,7 +222,7 @@ STEP_FLAGS = (
         metavar="JSON",
     ),
     Flag("attention_backend", "attention implementation; auto: the best for the device", metavar="NAME"),
-    Flag("scan_layers", "run layers as one loop: quick to compile; by default everywhere but on a CPU", type=bool),
+    Flag("scan_layers", "run layers as one loop: quick to compile; by default on a TPU", type=bool),
     Flag("tensor_parallel_size", "devices that share each layer", type=count, metavar="N"),
     Flag("pipeline_parallel_size", "stages of layers, of so many devices each", type=count, metavar="N"),
     Flag("enable_expert_parallel", "whole experts on each device, instead of a part of every expert", type=bool),
