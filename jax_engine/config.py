@@ -1,11 +1,13 @@
 """The engine's settings: one frozen object, validated once. The only module that reads environment variables."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from jax_engine.lora_request import split_module
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
 from jax_engine.speculative_config import SpeculativeConfig
@@ -52,6 +54,12 @@ def compiler_flags() -> dict[str, str]:
 def process_environment() -> dict[str, str]:
     """What a child process would inherit."""
     return dict(os.environ)
+
+
+def set_default_environment(values: Mapping[str, str]) -> None:
+    """Set variables that are not set yet, for libraries that read them when they start."""
+    for name, text in values.items():
+        os.environ.setdefault(name, text)
 
 
 SHOWN_PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "TPU_", "CUDA_", "NVIDIA_", "HF_", "LD_LIBRARY_PATH", "OMP_")
@@ -388,11 +396,3 @@ def choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
-
-
-def split_module(module: str) -> tuple[str, str]:
-    """Name and folder of an entry of `lora_modules`; ValueError when it is not NAME=PATH."""
-    name, _, path = str(module).partition("=")
-    if not name or not path:
-        raise ValueError(f"lora_modules={module!r} must be NAME=PATH, such as shout=demo:shout")
-    return name, path

@@ -8,10 +8,11 @@ from jax_engine.adapter_files import read_adapter
 from jax_engine.adapter_slots import AdapterSlots
 from jax_engine.admin import ASLEEP, Admin
 from jax_engine.compiled_steps import CompiledSteps
-from jax_engine.config import EngineConfig, split_module
+from jax_engine.config import EngineConfig
 from jax_engine.constraints import Constraints
 from jax_engine.engine_view import EngineView, StepLog, view_of
 from jax_engine.logits_processors import argument_defaults
+from jax_engine.lora_request import split_module
 from jax_engine.messages import (
     Abort,
     AdapterReply,

@@ -32,3 +32,11 @@ class LoRARequest(msgspec.Struct, array_like=True, frozen=True):
     def cache_key(self) -> bytes:
         """What keeps its prefixes apart from those of others in the prefix cache."""
         return msgspec.msgpack.encode((self.lora_name, self.lora_int_id, self.lora_path))
+
+
+def split_module(module: str) -> tuple[str, str]:
+    """Name and folder of an entry of `lora_modules`; ValueError when it is not NAME=PATH."""
+    name, _, path = str(module).partition("=")
+    if not name or not path:
+        raise ValueError(f"lora_modules={module!r} must be NAME=PATH, such as shout=demo:shout")
+    return name, path

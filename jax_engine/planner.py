@@ -281,8 +281,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     useful = geometry.pages_for(context) * geometry.layout.num_groups * config.max_num_seqs
     least = geometry.most_pages(context, config.token_budget)
     if fits < least:
-        holds = _longest_sequence(geometry, fits, config.token_budget)
-        if config.max_model_len is None and holds >= min(context, 2048):
+        holds = longest_sequence(geometry, fits, config.token_budget)
+        if config.max_model_len is None and holds >= least_context(config, context):
             logger.warning("max_model_len lowered from %d to %d: the cache has room for no more", context, holds)
             return MemoryPlan(fits, holds, reason)
         needed = least * geometry.planned_bytes
@@ -296,7 +296,12 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     return MemoryPlan(min(fits, useful), context, reason)
 
 
-def _longest_sequence(geometry: CacheGeometry, num_pages: int, token_budget: int) -> int:
+def least_context(config: EngineConfig, context: int) -> int:
+    """The context that there must be room for: what is configured, else as much of the model's own as is of use."""
+    return context if config.max_model_len is not None else min(context, 2048)
+
+
+def longest_sequence(geometry: CacheGeometry, num_pages: int, token_budget: int) -> int:
     """Tokens, in whole pages, of the longest sequence that `num_pages` suffice for."""
     size = geometry.page_size
     lengths = range(0, (num_pages + 1) * size, size)

@@ -22,6 +22,7 @@ from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_leaves
 from jax_engine.logprob_results import read_logprobs, what_is_asked
+from jax_engine.memory_check import check_memory
 from jax_engine.page_copies import PageCopier, check_host_memory
 from jax_engine.planner import (
     host_pages,
@@ -85,6 +86,8 @@ class Runner:
         use_compilation_cache(config.compilation_cache_dir)
         device = jax.devices()[0]
         self.blueprint = blueprint = Blueprint.of(config, jax.devices())
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        check_memory(blueprint, limit)
         self._is_remote = device.platform != "cpu"  # tokens must travel to the host
         self.placed, self.draft = blueprint.placed, blueprint.draft
         self.adapters = blueprint.adapter_store()
@@ -93,7 +96,7 @@ class Runner:
         self._num_slots = config.max_num_seqs
         self._geometry = self.placed.geometry
         self._bundle = None if config.compiled is None else Bundle.open(config.compiled, blueprint)
-        self.memory = (self._bundle or blueprint).plan_memory((device.memory_stats() or {}).get("bytes_limit"))
+        self.memory = (self._bundle or blueprint).plan_memory(limit)
         log_cache(self.memory, self._geometry)
         log_adapters(config, self.placed)
         log_step_programs(blueprint.programs, self.step_sizes, self.placed.row_block)

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from jax_engine.config import split_module
-from jax_engine.lora_request import LoRARequest
+from jax_engine.lora_request import LoRARequest, split_module
 
 
 class ServedList:

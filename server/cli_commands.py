@@ -9,6 +9,7 @@ from jax_engine.server.cli_bench import MODEL, bench_commands
 from jax_engine.server.cli_compile import compile_command
 from jax_engine.server.cli_flags import Flag, Options, count, engine_config, engine_groups
 from jax_engine.server.cli_parser import Command
+from jax_engine.server.cli_plan import plan_command
 from jax_engine.server.logs import set_up_logging
 from jax_engine.server.settings import ServerSettings
 
@@ -137,7 +138,7 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
         groups={"output": COLLECT_FLAGS},
         configurable=False,
     )
-    return (chat, complete, generate, batch, *bench_commands(), compile_command(), collect)
+    return (chat, complete, generate, batch, *bench_commands(), compile_command(), plan_command(), collect)
 
 
 def run_generate(options: Options) -> int:

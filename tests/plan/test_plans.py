@@ -1,0 +1,181 @@
+"""Plans of a tiny model on this machine's CPU, and in place of a GPU; what fits, what does not, and why."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_engine import TINY
+
+from jax_engine.blueprint import Blueprint
+from jax_engine.config import EngineConfig
+from jax_engine.memory_check import DeviceMemory, check_memory
+from jax_engine.plan.chips import Target, cpu, parse_target
+from jax_engine.plan.compare import Candidate, Impossible, candidates_of, compare
+from jax_engine.plan.drawing import check_plot
+from jax_engine.plan.figure_cache import FigureCache
+from jax_engine.plan.figures import Plan, Question, as_json
+from jax_engine.plan.planning import make_plan
+from jax_engine.plan.plot import comparison_drawing
+from jax_engine.plan.report import comparison_text, plan_text
+from jax_engine.plan.targets import devices_of
+
+GIB = 2**30
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, "scan_layers": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which nothing but the configuration is there."""
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def question(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Question:
+    config = EngineConfig(model=str(folder), compilation_cache_dir=str(tmp_path_factory.mktemp("cache")), **LIMITS)
+    return Question(config, "tiny", parse_target("cpu-1", host_bytes=GIB), input_len=32, output_len=8)
+
+
+@pytest.fixture(scope="module")
+def plan(question: Question) -> Plan:
+    return make_plan(question)
+
+
+@pytest.fixture(scope="module")
+def on_a_gpu(question: Question) -> Plan:
+    return make_plan(replace(question, target=parse_target("h200-1")))
+
+
+def test_memory_by_arithmetic_is_what_the_compiler_says(plan: Plan):
+    assert [one.rows for one in plan.compiled] == [4, 16]
+    for one in plan.compiled:
+        assert one.predicted_bytes == pytest.approx(one.argument_bytes, rel=0.01)
+
+
+def test_pages_fill_what_is_left(plan: Plan):
+    """Weights, temporaries and pages are nine tenths of the device, but for the staging of copies and one page."""
+    taken = max(one.temporary_bytes + one.code_bytes for one in plan.compiled)
+    cache = plan.num_pages * plan.memory.page
+    assert plan.usable_bytes == int(0.9 * GIB)
+    assert 0 <= plan.usable_bytes - plan.memory.weights - taken - cache < 3 * 2**20
+    tokens = plan.memory.page_tokens
+    assert plan.memory.page == tokens * 2 * 2 * 2 * 8 * 4, "keys and values of two layers' two heads"
+    assert plan.sequences[64] == plan.num_pages // (64 // tokens)
+
+
+def test_a_step_counts_every_weight_once_for_each_row(plan: Plan):
+    layer = 32 * 8 * (4 + 2 + 2) + 4 * 8 * 32 + 3 * 32 * 48
+    attention = 2 * 4 * 40 * 4 * 8 * 4  # two layers, four sequences of 40 tokens, four heads of 8
+    assert plan.steps["decode"].flops == 2 * 4 * (2 * layer + 32 * 101) + attention
+    assert plan.steps["decode"].time is None and plan.bounds is None, "a CPU has no figures"
+
+
+def test_a_gpu_is_planned_by_arithmetic_and_says_so(on_a_gpu: Plan, plan: Plan):
+    assert "no program for a GPU was compiled" in on_a_gpu.notes[0]
+    assert on_a_gpu.dtype == "bfloat16"
+    assert on_a_gpu.memory.weights == plan.memory.weights / 2
+    assert on_a_gpu.usable_bytes == int(int(141e9 * 0.75) * 0.9)
+    step, bounds = on_a_gpu.steps["decode"], on_a_gpu.bounds
+    assert step.time is not None and bounds is not None
+    assert step.moved_bytes < 2 * on_a_gpu.memory.weights + 4 * 40 * 2 * 2 * 2 * 8 * 2 * 2
+    assert bounds.tpot == step.time.total == max(step.time.compute, step.time.memory), "alone, it exchanges nothing"
+    assert bounds.ttft == pytest.approx(2 * on_a_gpu.steps["prefill"].time.total), "32 tokens are two steps of 16"
+
+
+def test_what_was_compiled_is_not_compiled_again(question: Question, plan: Plan):
+    again = make_plan(question)
+    assert [replace(one, seconds=0.0) for one in again.compiled] == [replace(one, seconds=0.0) for one in plan.compiled]
+    (kept,) = {file.parent for file in Path(question.config.compilation_cache_dir or "").rglob("*.json")}
+    cache = FigureCache(kept)
+    key = next(kept.glob("*.json")).stem
+    (kept / f"{key}.json").write_text("half of")
+    assert cache.read(key) is None, "what cannot be read is compiled"
+
+
+def test_as_many_sequences_as_are_asked_for_must_fit(question: Question, plan: Plan):
+    """A device with room for a few sequences beside the weights has none for a hundred thousand."""
+    taken = max(one.taken_bytes for one in plan.compiled) + plan.memory.state + 2 * 2**20
+    small = cpu((taken + 6 * plan.memory.page) / 0.9)
+    asked = replace(question, target=Target("cpu-1", small, 1))
+    assert make_plan(asked).fits
+    refused = make_plan(replace(asked, max_num_seqs=100_000))
+    assert not refused.fits and refused.binds == "memory"
+    assert "100000 sequences of 64 tokens need" in refused.problems[0]
+    assert refused.remedies[0].startswith("lower max_num_seqs to ")
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_compiled(question: Question):
+    refused = make_plan(replace(question, target=Target("cpu-1", cpu(10_000), 1)))
+    assert (refused.fits, refused.compiled, refused.steps) == (False, (), {})
+    assert "of weights" in refused.problems[0]
+    assert "nothing was compiled" in plan_text(refused)
+
+
+def test_the_engine_refuses_what_cannot_fit_before_it_reads_weights(question: Question):
+    blueprint = Blueprint.of(question.config, devices_of(question.target))
+    needs = DeviceMemory.of(blueprint)
+    check_memory(blueprint, None)
+    on_an_accelerator = replace(blueprint, device=_Accelerator())
+    check_memory(on_an_accelerator, int(needs.least / 0.9) + 1)
+    with pytest.raises(ValueError, match=r"needs .* of weights, .* for one sequence of 64 tokens; lower max_model_len"):
+        check_memory(on_an_accelerator, int((needs.least - needs.page) / 0.9))
+    with pytest.raises(ValueError, match=r"share it between more devices|devices with more memory"):
+        check_memory(on_an_accelerator, needs.weights // 2)
+
+
+class _Accelerator:
+    """Of a device, its platform."""
+
+    platform = "gpu"
+
+
+def test_an_impossible_strategy_is_a_row_with_its_reason(question: Question, on_a_gpu: Plan):
+    bad = Candidate(parse_target("h200-1"), "sideways", "", {"sharding_strategy": "sideways"})
+    (row,) = compare(question, [bad])
+    assert isinstance(row, Impossible) and "must be one of tensor" in row.reason
+    rows = [on_a_gpu, row]
+    assert f"sideways on h200-1: {row.reason}" in comparison_text(rows)
+    svg = comparison_drawing(rows, "tiny & small").svg()
+    assert "tiny &amp; small" in svg and "sideways" in svg and row.reason[:40] in svg.replace("&#x27;", "'")
+    assert f"{1e3 * on_a_gpu.steps['decode'].time.memory:.3g} ms" in svg
+
+
+def test_a_comparison_has_every_strategy_on_every_device(question: Question):
+    targets = [parse_target("v6e-8"), parse_target("tpu7x-8"), parse_target("h200-1")]
+    found = candidates_of(question.config, targets, strategies=None)
+    names = {candidate.strategy for candidate in found}
+    assert "tensor" in names and len(found) == len(targets) * len(names)
+    assert {one.target.name: one.changes["tensor_parallel_size"] for one in found} == {
+        "v6e-8": 8,
+        "tpu7x-8": 8,
+        "h200-1": 1,
+    }
+    rules = replace(question.config, sharding_rules="my.toml")
+    (own,) = candidates_of(rules, targets[:1], strategies=())
+    assert own.strategy == "my.toml"
+
+
+@pytest.mark.parametrize("kind", ["html", "svg", "png"])
+def test_a_drawing_is_written_in_the_form_that_its_name_says(tmp_path: Path, on_a_gpu: Plan, kind: str):
+    if kind == "png":
+        pytest.importorskip("matplotlib")
+    path = tmp_path / f"plot.{kind}"
+    check_plot(path)
+    comparison_drawing([on_a_gpu], "tiny").write(path, title="tiny", table="a table")
+    starts = {"html": b"<!doctype html>", "svg": b"<svg ", "png": b"\x89PNG"}
+    assert path.read_bytes().startswith(starts[kind])
+
+
+def test_a_drawing_in_another_form_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"must end in \.html, \.svg or \.png"):
+        check_plot(tmp_path / "plot.gif")
+    with pytest.raises(ValueError, match="no folder that exists"):
+        check_plot(tmp_path / "nowhere" / "plot.svg")
+
+
+def test_a_plan_is_json(on_a_gpu: Plan):
+    found = json.loads(json.dumps(as_json(on_a_gpu)))
+    assert found["fits"] and found["steps"]["decode"]["seconds"]["binds"] == on_a_gpu.binds
+    assert found["bounds"]["tpot"] == on_a_gpu.bounds.tpot
