@@ -224,6 +224,7 @@ class EngineConfig:
             mesh_shape=self.mesh_shape,
             sizes=self.parallel_sizes,
             expert_parallel=self.enable_expert_parallel,
+            scan_layers=self.scan_layers,
         )
 
     def _check_sampling(self) -> None:

@@ -12,10 +12,10 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.registry import resolve_model
 from jax_engine.models.weights import Layout, Ranges, layout_of, stored_name
+from jax_engine.stacked_leaves import stack_layers
 
 logger = logging.getLogger(__name__)
 
@@ -254,8 +254,15 @@ def load_leaves(
     def load_leaf(parameter: Parameter) -> jax.Array:
         if parameter.is_of_adapters:
             return jax.device_put(np.zeros(parameter.shape, parameter.dtype), sharding_of(parameter))
-        parts = (load(part, sharding_of(part)) for part in parameter.parts)
-        leaf = _stack(parts, parameter, sharding_of(parameter)) if parameter.part_names else next(parts)
+        parts = parameter.parts
+        of_part = sharding_of(parts[0])
+        if parameter.part_names:
+            shape, dtype, whole = parameter.shape, parameter.dtype, sharding_of(parameter)
+            leaf = stack_layers(
+                lambda layer, where: load(parts[layer], where), len(parts), shape, dtype, whole, of_layer=of_part
+            )
+        else:
+            leaf = load(parameter, of_part)
         with bar.get_lock():
             bar.update(leaf.nbytes)
         return leaf
@@ -269,19 +276,6 @@ def load_leaves(
 
 def _on_first_device(_: Parameter) -> Sharding:
     return SingleDeviceSharding(jax.devices()[0])
-
-
-def _stack(parts: Iterator[jax.Array], parameter: Parameter, sharding: Sharding) -> jax.Array:
-    """The leaf of stacked layers, filled in place layer by layer: beside it there is only ever one part."""
-    stack: jax.Array = jax.jit(partial(jnp.zeros, parameter.shape, parameter.dtype), out_shardings=sharding)()
-    set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)
-    for index, part in enumerate(parts):
-        stack = set_layer(stack, part, index).block_until_ready()
-    return stack
-
-
-def _set_layer(stack: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(stack, part, index, axis=0)
 
 
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:

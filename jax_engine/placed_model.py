@@ -92,6 +92,7 @@ class PlacedModel:
         ops, reason = select_ops(
             attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
         )
+        ops = ops.in_stages(platform)
         _log_choices(config, ops, reason, placement)
         structure = ModelStructure.of(
             model_class,
@@ -104,7 +105,7 @@ class PlacedModel:
         )
         geometry = CacheGeometry.of(
             config,
-            model_class.cache_layout(config),
+            model_class.cache_layout(config, ops.num_stages),
             page_size=page_size,
             dtype=jnp.dtype(dtype),
             page_shape=ops.page_shape,

@@ -34,12 +34,13 @@ SMALLEST_SPLIT = 8  # the least power of two with a size between it and the next
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """One page of the cache, all layers of a cache group."""
+    """One page of the cache, all layers of a cache group, on whatever device they are."""
 
     layout: CacheLayout
     page_shape: PageShape  # of one layer
     dtype: np.dtype
     num_parts: int = 1  # that a page is split into, each on a device of its own
+    num_stages: int = 1  # each of which has layers as `layout` says
     draft_bytes: int = 0  # memory, on each device, of the page of the same number in the draft model's cache
 
     @classmethod
@@ -57,7 +58,8 @@ class CacheGeometry:
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
-        return cls(layout, shape, np.dtype(dtype), placement.activations.num_parts("kv_heads", "cache_layers"))
+        parts = placement.activations.num_parts
+        return cls(layout, shape, np.dtype(dtype), parts("kv_heads", "cache_layers"), parts("cache_layers"))
 
     @property
     def page_size(self) -> int:
@@ -66,7 +68,7 @@ class CacheGeometry:
 
     def shape(self, num_pages: int) -> tuple[int, ...]:
         """Of the whole cache, over all devices."""
-        return (self.layout.layers_a_page, num_pages, *self.page_shape)
+        return (self.num_stages * self.layout.layers_a_page, num_pages, *self.page_shape)
 
     @property
     def page_bytes(self) -> int:

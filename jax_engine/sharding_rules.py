@@ -34,6 +34,11 @@ def strategy_of(config: EngineConfig, model: "ModelConfig") -> Strategy:
     Raises:
         ValueError: the file or function of `sharding_rules` is not one, or describes none.
     """
+    strategy = _strategy_within_stages(config, model)
+    return strategy.in_stages() if config.pipeline_parallel_size > 1 else strategy
+
+
+def _strategy_within_stages(config: EngineConfig, model: "ModelConfig") -> Strategy:
     rules = config.sharding_rules
     if rules is None:
         return STRATEGIES[config.sharding_strategy]

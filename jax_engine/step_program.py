@@ -262,8 +262,11 @@ def run_model(
     if row_block is None:
         return run(cache, tokens, sequences)
 
+    # Decodes take the way of longer ranges: whether a row is one of them must not show in its numbers.
+    ranges = replace(sequences, num_decodes=jnp.zeros((), jnp.int32))
+
     def block(first: Int[Array, ""], cache: KVPages) -> tuple[KVPages, Float[Array, "R D"]]:
-        return run(cache, lax.dynamic_slice_in_dim(tokens, first, row_block), sequences.block(first, row_block))
+        return run(cache, lax.dynamic_slice_in_dim(tokens, first, row_block), ranges.block(first, row_block))
 
     return by_blocks(block, cache, num_rows=tokens.shape[0], size=row_block, used=sequences.query_starts[-1])
 

@@ -5,15 +5,16 @@ those of a step's other arrays are:
 
 - `heads`, `kv_heads`: of attention, the latter also of the cache's pages
 - `mlp`, `vocab`: what the feed-forward and the head make of each row
+- `cache_layers`: the layers of the cache's pages; with the weights' `layers`, of a pipeline's stages (`in_stages`)
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 
 MESH_AXES = ("data", "stage", "expert", "tensor")
-WEIGHT_AXES = ("vocab", "heads", "kv_heads", "mlp")
-ACTIVATION_AXES = ("heads", "kv_heads", "mlp", "vocab")
+WEIGHT_AXES = ("vocab", "heads", "kv_heads", "mlp", "layers")
+ACTIVATION_AXES = ("heads", "kv_heads", "mlp", "vocab", "cache_layers")
 
 Axes = Mapping[str, tuple[str, ...]]
 
@@ -47,6 +48,12 @@ class Strategy:
                     )
                 self._check_mesh_axes(f"{what}.{logical}", mesh_axes)
         self._check_mesh_axes("mesh", self.mesh)
+        over = self.weights.get("layers", ()), self.activations.get("cache_layers", ())
+        if over not in (((), ()), (("stage",), ("stage",))):
+            raise ValueError(
+                f"sharding strategy {self.name!r}: weights.layers and activations.cache_layers must both be over "
+                f"['stage'], or neither be there: a stage has the pages of its own layers"
+            )
         if not self.mesh:
             raise ValueError(f"sharding strategy {self.name!r}: mesh must name at least one of {', '.join(MESH_AXES)}")
 
@@ -84,6 +91,11 @@ class Strategy:
                 f"{tensor_parallel_size} times pipeline_parallel_size={pipeline_parallel_size} is {devices}; make them "
                 "equal"
             )
+        if pipeline_parallel_size > 1 and shape["stage"] != pipeline_parallel_size:
+            raise ValueError(
+                f"mesh_shape={shape_text(shape)} has {shape['stage']} devices along 'stage' and pipeline_parallel_size="
+                f"{pipeline_parallel_size}; make them equal"
+            )
         for axis, size in shape.items():
             if size > 1 and axis not in self.used_axes:
                 raise ValueError(
@@ -91,6 +103,29 @@ class Strategy:
                     f"strategy {self.name!r} splits nothing; it uses {', '.join(sorted(self.used_axes))}"
                 )
         return shape
+
+    def in_stages(self) -> "Strategy":
+        """The same within each stage of a pipeline: layers are split over `stage`, and so is the vocabulary, which all
+        stages share.
+
+        Raises:
+            ValueError: the strategy uses `stage` for something else.
+        """
+        if "stage" in self.used_axes and self.weights.get("layers") != ("stage",):
+            raise ValueError(
+                f"sharding strategy {self.name!r} splits something else than layers over 'stage', which "
+                "pipeline_parallel_size splits layers over; use another axis, or leave pipeline_parallel_size out"
+            )
+        if "stage" in self.used_axes:
+            return self
+
+        def staged(table: Axes, layers: str) -> Axes:
+            vocabulary = {"vocab": ("stage", *table["vocab"])} if "vocab" in table else {}
+            return {layers: ("stage",)} | dict(table) | vocabulary
+
+        return replace(
+            self, weights=staged(self.weights, "layers"), activations=staged(self.activations, "cache_layers")
+        )
 
 
 def _divided(size: int, axes: tuple[str, ...]) -> dict[str, int]:
@@ -126,6 +161,7 @@ def check_sharding(
     mesh_shape: Mapping[str, int] | None,
     sizes: tuple[int, int],
     expert_parallel: bool,
+    scan_layers: bool | None,
 ) -> None:
     """Check the settings of an `EngineConfig` against each other; `sizes` are its tensor and pipeline parallel ones.
 
@@ -139,10 +175,10 @@ def check_sharding(
             f"sharding_rules={rules!r} and sharding_strategy={strategy!r} both say how the model is split; leave one "
             "of them out"
         )
-    if sizes[1] > 1:
+    if sizes[1] > 1 and scan_layers is False:
         raise ValueError(
-            f"pipeline_parallel_size={sizes[1]} must be 1: stages of layers are not supported yet; use "
-            "tensor_parallel_size"
+            f"scan_layers=False unrolls the layers, and pipeline_parallel_size={sizes[1]} stacks them to divide them "
+            "between its stages; leave scan_layers out"
         )
     if expert_parallel:
         raise ValueError("enable_expert_parallel=True is not supported: no model here has experts; leave it out")
@@ -153,4 +189,5 @@ def check_sharding(
                 f"{', '.join(MESH_AXES)}"
             )
     if rules is None:
-        STRATEGIES[strategy].mesh_shape(*sizes, asked=mesh_shape)
+        known = STRATEGIES[strategy]
+        (known.in_stages() if sizes[1] > 1 else known).mesh_shape(*sizes, asked=mesh_shape)

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
@@ -163,19 +162,22 @@ class SequenceTable:
     def block(self, first: Int[Array, ""], size: int) -> "SequenceTable":
         """The table of token rows `first` to `first + size`, for a step that runs them after all rows before them.
 
-        Ranges of one token are none of its decodes, since they need not lead: sequences outside of the block are
-        there with a range of zero.
+        Its sequences are those that have such rows, in their order, so that decodes still lead; without any where
+        `first` is the number of rows.
         """
-        ends = self.query_starts[1:]
-        return SequenceTable(
-            self.block_tables,
-            jnp.clip(self.query_starts - first, 0, size),
-            self.kv_lengths - (ends - jnp.clip(first + size, self.query_starts[:-1], ends)),
-            jnp.zeros((), jnp.int32),
-            lax.dynamic_slice_in_dim(self.token_sequences, first, size),
-            lax.dynamic_slice_in_dim(self.positions, first, size),
-            adapters=None if self.adapters is None else self.adapters.block(first, size),
+        num_sequences = self.kv_lengths.shape[0]
+        index = jnp.append(self.token_sequences, num_sequences)[first] + jnp.arange(min(size, num_sequences) + 1)
+        starts = self.query_starts[jnp.minimum(index, num_sequences)]
+        owners = jnp.minimum(index[:-1], num_sequences - 1)
+        past_block = starts[1:] - jnp.clip(first + size, starts[:-1], starts[1:])
+        table = SequenceTable.build(
+            self.block_tables[..., owners, :],
+            jnp.clip(starts - first, 0, size),
+            jnp.where(index[:-1] < num_sequences, self.kv_lengths[owners] - past_block, 0),
+            jnp.clip(self.num_decodes - first, 0, size),
+            num_tokens=size,
         )
+        return replace(table, adapters=None if self.adapters is None else self.adapters.block(first, size))
 
     def with_adapters(self, slots: Int[Array, " B"], num_slots: int) -> "SequenceTable":
         """The table of sequences that have the adapters of these slots, or `NO_ADAPTER`, of `num_slots` (static)."""

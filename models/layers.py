@@ -148,15 +148,20 @@ LayerModule = TypeVar("LayerModule", bound=nnx.Module)
 
 @dataclass(frozen=True)
 class LayerRun:
-    """Layers `first .. first + period * repeats - 1`, of which each is like the one `period` before it."""
+    """Layers `first .. first + period * repeats - 1`, of which each is like the one `period` before it.
+
+    The last `padding` of them no checkpoint has: their weights are zeros, so that they add nothing to what passes
+    through.
+    """
 
     first: int
     period: int
     repeats: int
+    padding: int = 0
 
     def layers_of(self, phase: int) -> tuple[int, ...]:
         """The layers at one place of the period."""
-        return tuple(range(self.first + phase, self.first + self.period * self.repeats, self.period))
+        return tuple(range(self.first + phase, self.first + self.period * self.repeats - self.padding, self.period))
 
 
 def layer_runs(kinds: Sequence[Hashable], *, scan: bool) -> tuple[LayerRun, ...]:
@@ -181,17 +186,17 @@ def layer_runs(kinds: Sequence[Hashable], *, scan: bool) -> tuple[LayerRun, ...]
     return tuple(runs)
 
 
-def stack_layers(layer: LayerModule, layers: tuple[int, ...]) -> LayerModule:
-    """`layer`, marked as that of all `layers`; if they are several, its parameters get a first axis `layers`.
+def stack_layers(layer: LayerModule, layers: tuple[int, ...], *, size: int) -> LayerModule:
+    """`layer`, marked as that of all `layers`; if `size` is above 1, its parameters get a first axis `layers` of it.
 
     Every layer starts with the values of the given one: this is the shape that weights are loaded into.
     """
     for _, parameter in nnx.iter_graph(layer):
         if isinstance(parameter, nnx.Param):
             parameter.set_metadata(layers=layers)
-            if len(layers) > 1:
+            if size > 1:
                 value = parameter[...]
-                parameter.set_value(jnp.broadcast_to(value, (len(layers), *value.shape)))
+                parameter.set_value(jnp.broadcast_to(value, (size, *value.shape)))
                 parameter.set_metadata(logical_axes=("layers", *parameter.logical_axes))
     return layer
 
@@ -217,11 +222,11 @@ def run_layers(
                 own = _of_group(sequences, layout.groups[index])
                 hidden, cache = layer(hidden, cache, rotate, own, layer=layout.places[index])
         else:
-            hidden, cache = _scan_layers(run, period, hidden, cache, rotate, sequences, layout)
+            hidden, cache = scan_layers(run, period, hidden, cache, rotate, sequences, layout)
     return hidden, cache
 
 
-def _scan_layers(
+def scan_layers(
     run: LayerRun,
     period: Sequence[DecoderLayer],
     hidden: Float[Array, "T D"],
@@ -230,6 +235,7 @@ def _scan_layers(
     sequences: Sequences,
     layout: CacheLayout,
 ) -> tuple[Float[Array, "T D"], Cache]:
+    """One run of `run_layers`, as a loop over the stacked parameters of its period's layers."""
     graphs, weights, in_place = zip(*(nnx.split(layer, _is_sliced, ...) for layer in period), strict=True)
 
     def body(

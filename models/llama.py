@@ -23,10 +23,10 @@ from jax_engine.models.layers import (
     Sequences,
     adapters_of,
     layer_runs,
-    run_layers,
     stack_layers,
 )
 from jax_engine.models.ops import Ops
+from jax_engine.models.pipeline import of_one_stage, staged_run
 from jax_engine.models.rope import Rotation, inverse_frequencies, rotation
 from jax_engine.models.weights import Rule
 
@@ -39,6 +39,9 @@ class AttentionSpec:
     output_bias: bool = False
     qk_norm: bool = False
     window: int | None = None
+
+
+LayerKind = tuple[AttentionSpec, ExpertsConfig | None]  # what a layer is; equal ones share a program
 
 
 class Attention(nnx.Module):
@@ -127,8 +130,7 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: ModelConfig,
-        specs: list[AttentionSpec],
-        experts: list[ExpertsConfig | None],
+        kinds: list[LayerKind],
         *,
         ops: Ops,
         dtype: DTypeLike,
@@ -137,13 +139,16 @@ class Decoder(nnx.Module):
     ):
         self.config = config
         self.ops = ops
-        self.cache_layout = CacheLayout.of([spec.window for spec in specs], config.max_model_len)
+        stages = ops.num_stages
+        windows = [spec.window for spec, _ in of_one_stage(kinds, stages)]
+        self.cache_layout = CacheLayout.of(windows, config.max_model_len)
         self.embed_tokens = Embed(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        kinds = list(zip(specs, experts, strict=True))
-        self.runs = layer_runs(kinds, scan=scan_layers)
+        self.runs = (staged_run(kinds, stages),) if stages > 1 else layer_runs(kinds, scan=scan_layers)
         self.layers = nnx.List(
             [
-                stack_layers(Layer(config, *kinds[indices[0]], ops=ops, dtype=dtype, rngs=rngs), indices)
+                stack_layers(
+                    Layer(config, *kinds[indices[0]], ops=ops, dtype=dtype, rngs=rngs), indices, size=run.repeats
+                )
                 for run in self.runs
                 for indices in map(run.layers_of, range(run.period))
             ]
@@ -170,7 +175,8 @@ class Decoder(nnx.Module):
             )
         layers = iter(self.layers)
         runs = [(run, list(itertools.islice(layers, run.period))) for run in self.runs]
-        hidden, cache = run_layers(runs, self.embed_tokens(token_ids), cache, rotate, sequences, self.cache_layout)
+        embedded = self.embed_tokens(token_ids)
+        hidden, cache = self.ops.run_layers(runs, embedded, cache, rotate, sequences, self.cache_layout)
         return self.norm(hidden), cache
 
 
@@ -193,9 +199,8 @@ class LlamaForCausalLM(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, ops: Ops, dtype: DTypeLike, rngs: nnx.Rngs | None, scan_layers: bool = False
     ):
-        specs = self.attention_specs(config)
-        experts = [self.layer_experts(config, layer) for layer in range(config.num_hidden_layers)]
-        self.model = Decoder(config, specs, experts, ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers)
+        kinds = self.layer_kinds(config)
+        self.model = Decoder(config, kinds, ops=ops, dtype=dtype, rngs=rngs, scan_layers=scan_layers)
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()
@@ -222,9 +227,15 @@ class LlamaForCausalLM(nnx.Module):
         return [dataclasses.replace(spec, window=None) if (spec.window or 0) >= longest else spec for spec in specs]
 
     @classmethod
-    def cache_layout(cls, config: ModelConfig) -> CacheLayout:
-        """How the layers share pages."""
-        return CacheLayout.of([spec.window for spec in cls.attention_specs(config)], config.max_model_len)
+    def layer_kinds(cls, config: ModelConfig) -> list[LayerKind]:
+        """What every layer is."""
+        return [(spec, cls.layer_experts(config, layer)) for layer, spec in enumerate(cls.attention_specs(config))]
+
+    @classmethod
+    def cache_layout(cls, config: ModelConfig, num_stages: int = 1) -> CacheLayout:
+        """How the layers, or those of one of several stages, share pages."""
+        kinds = of_one_stage(cls.layer_kinds(config), num_stages)
+        return CacheLayout.of([spec.window for spec, _ in kinds], config.max_model_len)
 
     def __call__(
         self, token_ids: Int[Array, " T"], positions: Int[Array, " T"], cache: Cache, sequences: Sequences

@@ -1,7 +1,8 @@
 """The operations a model is built from, and the choice of their implementations.
 
 A model receives an immutable `Ops` and never asks what platform it runs on, nor over how many devices. An engine picks
-one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file.
+one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file, but for
+that over the stages of a pipeline (`pipeline.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
-from jax_engine.models.kv_pages import PAGE_AXES, KVPages, PageShape, SequenceTable, split_page_shape
+from jax_engine.models.kv_pages import PAGE_AXES, CacheLayout, KVPages, PageShape, SequenceTable, split_page_shape
+from jax_engine.models.layers import Cache, DecoderLayer, LayerRun, Sequences, run_layers
 from jax_engine.models.partition import ONE_DEVICE, Partition
+from jax_engine.models.pipeline import Pipeline, microbatch_rows
+from jax_engine.models.rope import Rotation
 from jax_engine.pallas_kernels import reference
 
 ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
@@ -42,6 +46,20 @@ class AttentionOp(Protocol):
         scale: float,
         window: int | None,
     ) -> tuple[Float[Array, "T N H"], KVPages | None]: ...
+
+
+class RunLayers(Protocol):
+    """Run a decoder's layers in order (`layers.run_layers`)."""
+
+    def __call__(
+        self,
+        runs: Sequence[tuple[LayerRun, Sequence[DecoderLayer]]],
+        hidden: Float[Array, "T D"],
+        cache: Cache,
+        rotate: Rotation,
+        sequences: Sequences,
+        layout: CacheLayout,
+    ) -> tuple[Float[Array, "T D"], Cache]: ...
 
 
 class PrepareOp(Protocol):
@@ -111,6 +129,17 @@ class Ops:
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
     prepare: PrepareOp = _as_it_is
     partition: Partition = ONE_DEVICE  # where a step's arrays lie
+    num_stages: int = 1
+    run_layers: RunLayers = run_layers
+
+    def in_stages(self, platform: str) -> "Ops":
+        """The same for a pipeline, where devices hold some of the layers each; itself, if all hold all."""
+        mesh = self.partition.mesh
+        if mesh is None or self.partition.num_parts("cache_layers") == 1:
+            return self
+        pipeline = Pipeline(mesh, microbatch_rows(platform))
+        prepare = self.prepare if self.prepare is _as_it_is else partial(pipeline.prepare, self.prepare)
+        return replace(self, prepare=prepare, num_stages=pipeline.num_stages, run_layers=pipeline.run_layers)
 
 
 def select_ops(
@@ -250,7 +279,8 @@ class _PagedAttention:
             pages = self.partition.spec(PAGE_AXES)
             attend = jax.shard_map(
                 attend,
-                mesh=self.partition.mesh,
+                mesh=self.partition.current_mesh,
+                axis_names=self.partition.free_axes,
                 in_specs=(P(), heads, kv_heads, kv_heads, pages, *(P() for _ in (*tables, *prepared))),
                 out_specs=(heads, pages),
                 check_vma=False,  # kernels do not say which of their values differ between devices

@@ -6,14 +6,15 @@ from math import prod
 
 import jax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, get_abstract_mesh
 
 
 @dataclass(frozen=True)
 class Partition:
     """Which mesh axes each logical axis is split over; without a mesh, everything is on one device. Hashable.
 
-    Of one array, a mesh axis splits one dimension only: that whose logical axis comes first in the table.
+    Of one array, a mesh axis splits one dimension only: that whose logical axis comes first in the table. Within a
+    `shard_map` over some axes of the mesh, arrays are those of one of its parts, which the other axes split.
     """
 
     mesh: Mesh | None = None
@@ -46,12 +47,25 @@ class Partition:
             name if name is not None and size % self.num_parts(name) == 0 else None
             for name, size in zip(logical_axes, array.shape, strict=False)
         ]
-        return lax.with_sharding_constraint(array, NamedSharding(self.mesh, self.spec(even)))
+        return lax.with_sharding_constraint(array, NamedSharding(self.current_mesh, self.spec(even)))
+
+    @property
+    def current_mesh(self) -> Mesh | AbstractMesh:
+        """The mesh, within a `shard_map` with what that has made of its axes."""
+        assert self.mesh is not None
+        context = get_abstract_mesh()
+        return context if context.manual_axes else self.mesh
+
+    @property
+    def free_axes(self) -> frozenset[str]:
+        """The axes of the mesh over which no `shard_map` around has split the arrays already."""
+        mesh = self.current_mesh
+        return frozenset(mesh.axis_names) - frozenset(mesh.manual_axes if isinstance(mesh, AbstractMesh) else ())
 
     def axes_of(self, logical_axes: Sequence[str | None]) -> list[tuple[str, ...]]:
         """The mesh axes of each dimension of an array with these axes."""
         ranks = {name: rank for rank, (name, _) in enumerate(self.table)}
-        taken: set[str] = set()
+        taken: set[str] = set(get_abstract_mesh().manual_axes)
         found: list[tuple[str, ...]] = [()] * len(logical_axes)
         for place in sorted(
             range(len(logical_axes)), key=lambda place: ranks.get(logical_axes[place] or "", len(ranks))

@@ -293,7 +293,7 @@ def test_threads_take_turns(llm: LLM) -> None:
 
 
 def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
-    config = engine_config({"model": "demo", "max_num_seqs": 3, "pipeline_parallel_size": 1, "async_scheduling": True})
+    config = engine_config({"model": "demo", "max_num_seqs": 3, "data_parallel_size": 1, "async_scheduling": True})
     assert (config.model, config.max_num_seqs) == ("demo", 3)
     assert [engine_config({"enable_prefix_caching": on}).enable_prefix_caching for on in (True, False)] == [True, False]
 
@@ -303,7 +303,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
     [
         ({"max_num_seq": 3}, "LLM has no setting 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"color": "red"}, "LLM has no setting 'color'; known are model, tokenizer"),
-        ({"pipeline_parallel_size": 2}, r"pipeline_parallel_size=2 is not supported yet; leave it out \(.* is 1\)"),
+        ({"cpu_offload_gb": 2}, r"cpu_offload_gb=2 is not supported yet; leave it out \(.* is 0\)"),
         ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"deterministic": "yes"}, "deterministic='yes' must be true or false; leave it out for false"),

@@ -294,7 +294,6 @@ def test_rules_that_mean_nothing_are_refused(tmp_path, rules, message):
     ("settings", "message"),
     [
         ({"sharding_strategy": "tonsor"}, "sharding_strategy='tonsor' must be one of tensor"),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 must be 1"),
         ({"enable_expert_parallel": True}, "enable_expert_parallel=True is not supported"),
         ({"mesh_shape": {"tensor": 4}}, "mesh_shape=tensor=4 has 4 devices, and tensor_parallel_size=1 .* is 1"),
         (

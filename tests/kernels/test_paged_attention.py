@@ -149,16 +149,24 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(ragged_case):
 
 
 def test_a_block_of_a_sequence_table_is_the_table_of_its_rows():
-    """Of two decodes, a continued chunk, a fresh prompt and padding: the rows from the chunk's second on."""
+    """Of two decodes, a continued chunk, a fresh prompt and padding: the sequences that have rows in it, and from the
+    first of them on as many as a block can hold.
+    """
     starts, lengths = jnp.array([0, 1, 2, 5, 9, 9]), jnp.array([7, 3, 10, 4, 0])
-    table = SequenceTable.build(jnp.zeros((5, 2), jnp.int32), starts, lengths, jnp.array(2), num_tokens=12)
+    tables = jnp.arange(5, dtype=jnp.int32)[:, None]
+    table = SequenceTable.build(tables, starts, lengths, jnp.array(2), num_tokens=12)
+    block = table.block(jnp.array(1), 3)
+    assert block.block_tables[:, 0].tolist() == [1, 2, 3]
+    assert (block.token_sequences.tolist(), block.positions.tolist()) == ([0, 1, 1], [2, 7, 8])
+    assert (block.query_starts.tolist(), block.kv_lengths.tolist()) == ([0, 1, 3, 3], [3, 9, 0])
+    assert block.num_decodes == 1
     block = table.block(jnp.array(3), 4)
-    assert block.token_sequences.tolist() == [2, 2, 3, 3]
-    assert block.positions.tolist() == [8, 9, 0, 1]
-    assert block.query_starts.tolist() == [0, 0, 0, 2, 4, 4]
-    assert block.kv_lengths.tolist() == [7, 3, 10, 2, 0]
+    assert block.block_tables[:2, 0].tolist() == [2, 3]
+    assert (block.token_sequences.tolist(), block.positions.tolist()) == ([0, 0, 1, 1], [8, 9, 0, 1])
+    assert (block.query_starts.tolist(), block.kv_lengths.tolist()) == ([0, 2, 4, 4, 4], [10, 2, 0, 0])
     assert block.num_decodes == 0
-    assert table.block(jnp.array(8), 4).query_starts.tolist() == [0, 0, 0, 0, 1, 1]
+    assert table.block(jnp.array(8), 4).query_starts.tolist() == [0, 1, 1, 1, 1]
+    assert table.block(jnp.array(12), 4).query_starts.tolist() == [0, 0, 0, 0, 0], "past the rows there is nobody"
 
 
 def test_sequence_table_places_every_token():
