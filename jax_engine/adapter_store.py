@@ -59,16 +59,17 @@ class AdapterStore:
         """Let go of an adapter, if it is there."""
         self._loaded.pop(lora, None)
 
-    def write(self, leaves: Sequence[jax.Array], slot: int, lora: LoRARequest) -> tuple[jax.Array, ...]:
-        """The leaves with an adapter in a slot; those that change are donated. Raises what `fetch` does."""
+    def values(self, lora: LoRARequest) -> Mapping[str, Values]:
+        """An adapter's factors, by the names of their parameters. Raises what `fetch` does."""
         self.fetch(lora)
-        return self._write(leaves, slot, self._loaded[lora])
+        return self._loaded[lora]
 
     def warm_up(self, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """The leaves as they were, with zeros in slot 0, and every program of `write` compiled."""
-        return self._write(leaves, 0, {})
+        return self.write(leaves, 0, {})
 
-    def _write(self, leaves: Sequence[jax.Array], slot: int, values: Mapping[str, Values]) -> tuple[jax.Array, ...]:
+    def write(self, leaves: Sequence[jax.Array], slot: int, values: Mapping[str, Values]) -> tuple[jax.Array, ...]:
+        """The leaves with an adapter's factors in a slot; those that change are donated."""
         changed = list(leaves)
         for place, parameter in self._places.items():
             sharding = self._placed.sharding_of(parameter)

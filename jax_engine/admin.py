@@ -5,6 +5,7 @@ import logging
 import jax
 
 from jax_engine.messages import AdminReply, IsSleeping, Profile, Sleep, WakeUp
+from jax_engine.orders import BringBackWeights, DropState, PutAwayWeights, RenewState, StartProfile, StopProfile
 from jax_engine.runner import Runner
 from jax_engine.scheduler import Scheduler
 
@@ -53,21 +54,19 @@ class Admin:
             assert self._scheduler.cache.reset(), "no request holds pages"
             if self._scheduler.drafts is not None:
                 self._scheduler.drafts.proposer.reset()
-            self._runner.drop_state()
+            self._runner.do(DropState())
         if "weights" not in self._asleep or level > 1:
-            for weights in self._runner.all_weights:
-                weights.put_away(keep=level == 1)
+            self._runner.do(PutAwayWeights(keep=level == 1))
         self._asleep = {"weights", "kv_cache"}
         logger.info("asleep, level %d: the devices' memory is free", level)
 
     def _wake_up(self, tags: tuple[str, ...]) -> None:
         if "weights" in self._asleep and "weights" in tags:
-            were_kept = [weights.bring_back() for weights in self._runner.all_weights]
-            if not all(were_kept):
+            if not self._runner.do(BringBackWeights()):
                 self._scheduler.adapters.forget_all()
             self._asleep.remove("weights")
         if "kv_cache" in self._asleep and "kv_cache" in tags:
-            self._runner.renew_state()
+            self._runner.do(RenewState())
             self._asleep.remove("kv_cache")
         if not self._asleep:
             logger.info("awake")
@@ -77,10 +76,10 @@ class Admin:
         if start == self._is_recording:
             return self._busy("a profile is being recorded; stop it first" if start else "no profile is being recorded")
         if start:
-            jax.profiler.start_trace(self._profile_dir)
+            self._runner.do(StartProfile(self._profile_dir))
             logger.info("recording a profile into %s", self._profile_dir)
         else:
-            jax.profiler.stop_trace()
+            self._runner.do(StopProfile())
             logger.info("a profile was written into %s", self._profile_dir)
         self._is_recording = start
         return AdminReply(self.is_sleeping)

@@ -49,6 +49,7 @@ class CompiledSteps:
         self._load = load
         self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
+        self._numbers = {program: number for number, program in enumerate(self.programs)}
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self._can_draft: set[bool] = set()  # in the FULL mode, or not
         self._with_drafts = [program for program in self.programs if program.draft_rows]
@@ -189,6 +190,14 @@ class CompiledSteps:
         fitting = (program for program in self._of_draft_model if program.bucket.holds(num_tokens, num_sequences))
         program = next(fitting)
         return program, self._executables[program]
+
+    def number_of(self, program: Program) -> int:
+        """Its place in `programs`."""
+        return self._numbers[program]
+
+    def executable(self, number: int) -> jax.stages.Compiled:
+        """That of a program, which `find` has given, by its number."""
+        return self._executables[self.programs[number]]
 
     def is_coming(self, mode: SamplingMode) -> bool:
         """Whether no program is ready for steps of a mode and a background thread compiles one, next from now on. Steps

@@ -1,4 +1,4 @@
-"""A draft model on the device: its weights, its place beside the model that it drafts for, and its launches."""
+"""A draft model on the device: its weights, its place beside the model that it drafts for, and its buffers."""
 
 import logging
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from math import prod
 import jax
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
@@ -18,7 +19,7 @@ from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.planner import draft_model_programs
 from jax_engine.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch, page_updates_of
 from jax_engine.step_plan import Chunk
-from jax_engine.step_program import DeviceState, Program
+from jax_engine.step_program import Program
 from jax_engine.surroundings import Surroundings
 from jax_engine.weights import Weights
 
@@ -104,11 +105,11 @@ class DraftModel:
         """Trace one of its programs."""
         return self.target.lower_draft(self._layouts[program], size)
 
-    def launch(
-        self, compiled: CompiledSteps, state: DeviceState, chunks: Sequence[Chunk], parameters: SlotParameters
-    ) -> tuple[DeviceState, PendingDrafts]:
-        """Start taking in the fills of a step's chunks, those that have any, and drafting behind them. Donates the
-        state and returns the new one.
+    def pack(
+        self, compiled: CompiledSteps, chunks: Sequence[Chunk], parameters: SlotParameters
+    ) -> tuple[Program, list[Chunk], NDArray[np.int32]]:
+        """What takes in the fills of a step's chunks, those that have any, and drafts behind them: the program, the
+        chunks in the order of its rows, and its buffer.
         """
         filled = order_chunks(
             [
@@ -119,11 +120,9 @@ class DraftModel:
                 if chunk.fill
             ]
         )
-        program, executable = compiled.find_draft(sum(chunk.length for chunk in filled), len(filled))
+        program, _ = compiled.find_draft(sum(chunk.length for chunk in filled), len(filled))
         layout = self._layouts[program]
-        buffer = pack_batch(filled, page_updates_of(filled, layout), layout, parameters)
-        state, tokens = executable(self.weights.leaves, state, buffer)
-        return state, PendingDrafts(filled, tokens)
+        return program, filled, pack_batch(filled, page_updates_of(filled, layout), layout, parameters)
 
     @cached_property
     def _layouts(self) -> dict[Program, BatchLayout]:

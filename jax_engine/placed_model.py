@@ -6,12 +6,13 @@ The runner serves with it. Without weights and without the devices, it compiles 
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from jax_engine.draft_program import draft_function
 from jax_engine.full_sampling import FullInputs, FullState
@@ -147,6 +148,11 @@ class PlacedModel:
             return self._full_zeros(num_slots)
         shardings = _shardings(self.full_state_shapes(num_slots))
         return jax.jit(lambda: self._full_zeros(num_slots), out_shardings=shardings)()
+
+    def whole_array(self, values: NDArray[Any]) -> jax.Array:
+        """An array on the devices, a copy on each."""
+        sharding = self.placement.of() or SingleDeviceSharding(jax.devices()[0])
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     def lower(
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0

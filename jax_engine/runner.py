@@ -5,25 +5,37 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.blueprint import WRITE_TABLES, Blueprint
+from jax_engine.blueprint import Blueprint
 from jax_engine.bundles import HELPERS, Bundle
 from jax_engine.compilation_cache import use_compilation_cache
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
+from jax_engine.devices import Devices
 from jax_engine.draft_model import PendingDrafts
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
 from jax_engine.loader import load_leaves
 from jax_engine.logprob_results import read_logprobs, what_is_asked
 from jax_engine.memory_check import check_memory
-from jax_engine.page_copies import PageCopier, check_host_memory
+from jax_engine.orders import (
+    CopyPages,
+    Draft,
+    FullStep,
+    Order,
+    Result,
+    Step,
+    WriteAdapter,
+    WritePages,
+    WriteSlot,
+)
+from jax_engine.page_copies import check_host_memory
 from jax_engine.planner import (
     host_pages,
 )
@@ -40,7 +52,7 @@ from jax_engine.step_batch import (
     page_updates_of,
 )
 from jax_engine.step_plan import Chunk, ChunkFindings, SchedulerLimits, StepPlan
-from jax_engine.step_program import DeviceState, Program
+from jax_engine.step_program import Program
 from jax_engine.weights import Weights
 
 logger = logging.getLogger(__name__)
@@ -108,8 +120,7 @@ class Runner:
         )
         if watch is not None:
             watch(self.compiled)
-        self._state: DeviceState
-        self.weights: Weights
+        self.devices = Devices(self.placed, self.draft, self.adapters, self.compiled)
         self._load_while_compiling(config)
         self._seconds_per_loaded_page = self._time_loads(config, device)
         least = SamplingMode.FULL if self.placed.processors else SamplingMode.GREEDY
@@ -140,24 +151,29 @@ class Runner:
             draft_context=self.draft.max_len if self.draft is not None else 0,
         )
 
+    def do(self, order: Order[Result]) -> Result:
+        """Have something done on the devices."""
+        return order.run(self.devices)
+
     def launch(self, plan: StepPlan) -> PendingTokens:
-        """Start one step on the device; returns before it has run. Donates and replaces the device state."""
+        """Start one step on the devices; returns before it has run."""
         start = time.perf_counter()
         chunks = order_chunks(plan.chunks)
-        if plan.copies:
-            self._state = replace(self._state, cache=self._page_copier.run(self._state.cache, plan.copies))
+        if copies := plan.copies:
+            self.do(CopyPages(copies.saves, copies.copies, copies.loads))
         for slot, lora in plan.adapter_loads:
-            self.weights.leaves = self.adapters.write(self.weights.leaves, slot, lora)
+            self.do(WriteAdapter(slot, dict(self.adapters.values(lora))))
         self._take_parameters(chunks)
         drafts: PendingDrafts | None = None
         if self.draft is not None and any(chunk.fill for chunk in chunks):
-            self._state, drafts = self.draft.launch(self.compiled, self._state, chunks, self._parameters)
+            program, filled, buffer = self.draft.pack(self.compiled, chunks, self._parameters)
+            drafts = PendingDrafts(filled, self.do(Draft(self.compiled.number_of(program), buffer)))
             if any(chunk.drafts and chunk.request.constraint is not None for chunk in chunks):
                 chunks, drafts = drafts.resolve(chunks), None  # masks depend on them
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
         num_tokens = plan.num_tokens
         mode = self._parameters.mode(slots)
-        program, executable = self.compiled.find(
+        program, _ = self.compiled.find(
             num_tokens, len(chunks), mode, num_steps=plan.num_steps, draft_rows=plan.num_draft_rows
         )
         layout = self.blueprint.layouts[program.bucket]
@@ -168,14 +184,12 @@ class Runner:
         inputs = self._full.inputs(chunks, slots, program) if program.mode is SamplingMode.FULL else None
         packed = time.perf_counter()
         full: FullResults | None = None
+        number = self.compiled.number_of(program)
         if inputs is not None:
-            self._state, self._full.state, full = executable(
-                self.weights.leaves, self._state, self._full.state, buffer, inputs
-            )
-            full = what_is_asked(full, chunks)
+            full = what_is_asked(self.do(FullStep(number, buffer, inputs)), chunks)
             tokens = full.tokens[None]
         else:
-            self._state, tokens = executable(self.weights.leaves, self._state, buffer)
+            tokens = self.do(Step(number, buffer))
         if self._is_remote:
             jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full, drafts and drafts.tokens))
         launched = time.perf_counter()
@@ -226,33 +240,31 @@ class Runner:
         if rows := self.counters.token_rows:
             share = 100 * self.counters.padding_tokens / rows
             logger.info("%d steps, %.1f %% of their token rows padding", self.counters.steps, share)
-        del self._state, self.weights, self._full
+        self.devices.let_go()
 
     def _take_parameters(self, chunks: Sequence[Chunk]) -> None:
         """Record the sampling parameters of requests that have just taken a slot."""
         for chunk in chunks:
             if chunk.first_new_page == 0 and chunk.new_pages:
                 self._parameters.set(chunk.slot, chunk.request.asked)
-                self._full.take(chunk)
+                if (row := self._full.take(chunk)) is not None:
+                    self.do(WriteSlot(chunk.slot, row))
 
     def _write_pages(self, updates: NDArray[np.int32]) -> None:
         """Write into the block tables what a step's own buffer has no room for, before the step."""
-        size = self._updates_shape[0]
-        tables = self._state.block_tables
-        for start in range(0, len(updates), size):
-            some = updates[start : start + size]
-            padded = np.full(self._updates_shape, tables.shape[0], np.int32)
+        shape, past_last = self.devices.updates_shape, self.devices.state.block_tables.shape[0]
+        for start in range(0, len(updates), shape[0]):
+            some = updates[start : start + shape[0]]
+            padded = np.full(shape, past_last, np.int32)
             padded[: len(some)] = some
-            tables = self._write_block_tables(tables, padded)
-        self._state = replace(self._state, block_tables=tables)
+            self.do(WritePages(padded))
 
     def _time_loads(self, config: EngineConfig, device: jax.Device) -> float:
         """How long a page takes from host memory to the device; 0 where that is not to matter."""
         if not config.host_cache_bytes:
             return 0.0
         check_host_memory(device)
-        seconds, cache = self._page_copier.seconds_per_load(self._state.cache)
-        self._state = replace(self._state, cache=cache)
+        seconds = self.devices.time_loads()
         logger.info(
             "KV cache in host memory: %d pages, %.1f MiB; a page comes back in %.0f us",
             host_pages(config, self._geometry),
@@ -266,7 +278,7 @@ class Runner:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
         try:
-            self.weights = Weights(
+            weights = Weights(
                 partial(
                     load_leaves,
                     self.placed.structure,
@@ -280,36 +292,16 @@ class Runner:
                 self.draft.load(config)
             if self._is_remote:
                 compiling.result()  # an accelerator's compiler may try kernels out, in memory that the state would fill
-            self.weights.leaves = self.adapters.warm_up(self.weights.leaves)
-            self._make_state()
+            weights.leaves = self.adapters.warm_up(weights.leaves)
+            self.devices.weights = weights
+            self.devices.make_state(self.blueprint.state_size(self.memory), self._helpers())
             compiling.result()
         finally:
             pool.shutdown(wait=False)
 
-    @property
-    def all_weights(self) -> tuple[Weights, ...]:
-        """Those of the model, and of the draft model if there is one."""
-        return (self.weights,) if self.draft is None else (self.weights, self.draft.weights)
-
-    def drop_state(self) -> None:
-        """Free the device memory of everything but the weights, and the pages in host memory; for `renew_state`."""
-        self._page_copier.forget()
-        self._full.drop()
-        for leaf in jax.tree.leaves(self._state):
-            leaf.delete()
-
-    def renew_state(self) -> None:
-        """Make the device state as it is before the first step; nothing is compiled anew."""
-        self._state = self.placed.zero_state(self.blueprint.state_size(self.memory))
-
-    def _make_state(self) -> None:
-        """The device state before the first step, and the programs that copy its pages and write its block tables."""
-        self.renew_state()
+    def _helpers(self) -> dict[str, jax.stages.Compiled]:
+        """The small programs beside the steps, by name."""
         if self._bundle is not None:
-            helpers = {name: self._bundle.load(name) for name in HELPERS}
-        else:
-            lowered = self.blueprint.lower_helpers(self.memory)
-            helpers = {name: lowered[name].compile() for name in HELPERS}
-        self._page_copier = PageCopier(self._state.cache, helpers)
-        self._updates_shape = (self._state.block_tables.shape[1], 3)  # one whole block table
-        self._write_block_tables = helpers[WRITE_TABLES]
+            return {name: self._bundle.load(name) for name in HELPERS}
+        lowered = self.blueprint.lower_helpers(self.memory)
+        return {name: lowered[name].compile() for name in HELPERS}

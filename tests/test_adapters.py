@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_merged_model(family, references, scan):
     leaves = load_leaves(placed.structure, family.base)
     store = AdapterStore(placed, max_rank=16, max_adapters=3)
     for slot, lora in enumerate(family.adapters):
-        leaves = store.write(leaves, 2 - slot, lora)
+        leaves = store.write(leaves, 2 - slot, store.values(lora))
     tokens = jnp.asarray([token for prompt in PROMPTS for token in prompt] + [0] * 2, jnp.int32)
     starts = np.cumsum([0, *map(len, PROMPTS)]).astype(np.int32)
     tables = jnp.arange(6, dtype=jnp.int32).reshape(1, 3, 2)

@@ -62,7 +62,7 @@ def numbers(core: InProcessCore, asked: CoreRequest, others: Sequence[CoreReques
         if steps == after:
             core.send(Add(list(others[:1])))
         if request.pages and (count := min(request.num_computed, len(request.tokens))) >= num_computed:
-            pages = np.asarray(core._core.runner._state.cache.data)[:, request.pages]  # [L, M, 2, K, S, H]
+            pages = np.asarray(core._core.runner.devices.state.cache.data)[:, request.pages]  # [L, M, 2, K, S, H]
             kept = pages.transpose(1, 4, 0, 2, 3, 5).reshape(-1, *pages.shape[:1], 2, *pages.shape[3::2])[:count].copy()
             num_computed = count
     tokens = request.tokens[request.num_prompt :]

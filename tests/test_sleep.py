@@ -51,8 +51,8 @@ def live_bytes() -> int:
 @pytest.mark.parametrize("level", [1, 2])
 def test_what_sleeps_has_no_arrays_and_answers_as_before_once_awake(llm: LLM, adapter: LoRARequest, level: int) -> None:
     before = answers(llm, adapter)
-    runner = llm._core._core.runner  # type: ignore[union-attr]
-    held = [*runner.weights.leaves, *jax.tree.leaves((runner._state, runner._full.state))]
+    devices = llm._core._core.runner.devices  # type: ignore[union-attr]
+    held = [*devices.weights.leaves, *jax.tree.leaves((devices.state, devices.full))]
     num_bytes, awake = sum(array.nbytes for array in held), live_bytes()
     compiled = llm.get_metrics().programs_compiled
     llm.sleep(level)
@@ -78,7 +78,7 @@ def test_to_sleep_deeper_lets_go_of_the_weights_in_host_memory(llm: LLM, adapter
     before = answers(llm, adapter)
     llm.sleep(1)
     llm.sleep(2)
-    assert llm._core._core.runner.weights._on_host is None  # type: ignore[union-attr]
+    assert llm._core._core.runner.devices.weights._on_host is None  # type: ignore[union-attr]
     llm.wake_up()
     llm.wake_up()
     assert answers(llm, adapter) == before

@@ -150,8 +150,8 @@ def test_pages_given_up_are_read_by_nobody(folder: Path, name: str) -> None:
             tokens[output.request_id] += output.new_token_ids
         pool, runner = scheduler_of(core).cache.pool, core._core.runner
         unused = np.asarray([pool.num_users(page) == 0 for page in range(pool.num_pages)])
-        cache = jnp.where(unused[None, :, None, None, None, None], jnp.nan, runner._state.cache.data)
-        runner._state = replace(runner._state, cache=KVPages(cache))
+        cache = jnp.where(unused[None, :, None, None, None, None], jnp.nan, runner.devices.state.cache.data)
+        runner.devices.state = replace(runner.devices.state, cache=KVPages(cache))
     assert tokens == checkpoint(folder, name)[1]
     assert core.stats().preemptions_total > 0
     core.shutdown()
