@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 
@@ -26,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_THREADS = 4  # a compile of a large program takes gigabytes of host memory
 MOST_MEMORY_MAPS = 0.75  # of those that Linux allows: the rest is for arrays, threads and the compiler itself
+
+
+class Agree(Protocol):
+    """See `group.Group.agree`."""
+
+    def __call__(self, number: int, *, ok: bool) -> bool: ...
 
 
 class CompiledSteps:
@@ -39,14 +46,17 @@ class CompiledSteps:
         threads: int | None = None,
         most_memory_maps: float = MOST_MEMORY_MAPS,
         load: Callable[[Program], jax.stages.Compiled] | None = None,
+        agree: Agree | None = None,
     ) -> None:
         """`programs` are all there will be, of each size one in SAMPLE mode at least; `lower` traces one; `threads`
         compile at once (None: half of the processor's cores, `MAX_DEFAULT_THREADS` at most), until the process
         has the share `most_memory_maps` of those it may have. With `load`, executables come from there instead: nothing
-        is traced or compiled, and `seconds` stays 0.
+        is traced or compiled, and `seconds` stays 0. Of several processes that run the same programs, each says by
+        `agree` which it has and which it never will, and one is in use once all have it.
         """
         self._lower = lower
         self._load = load
+        self._agree = agree
         self._most_memory_maps = most_memory_maps
         self.programs = compile_order(programs)
         self._numbers = {program: number for number, program in enumerate(self.programs)}
@@ -182,7 +192,7 @@ class CompiledSteps:
         assert largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
         if largest not in self._executables:
             self.num_in_request_path += 1
-            self._compile(largest)
+            self._compile(largest, everywhere=False)
         return largest, self._executables[largest]
 
     def find_draft(self, num_tokens: int, num_sequences: int) -> tuple[Program, jax.stages.Compiled]:
@@ -196,8 +206,11 @@ class CompiledSteps:
         return self._numbers[program]
 
     def executable(self, number: int) -> jax.stages.Compiled:
-        """That of a program, which `find` has given, by its number."""
-        return self._executables[self.programs[number]]
+        """That of a program, which `find` has given here or in the process that leads, by its number."""
+        program = self.programs[number]
+        if program not in self._executables:  # there it was compiled in the path of a request
+            self._compile(program, everywhere=False)
+        return self._executables[program]
 
     def is_coming(self, mode: SamplingMode) -> bool:
         """Whether no program is ready for steps of a mode and a background thread compiles one, next from now on. Steps
@@ -233,6 +246,7 @@ class CompiledSteps:
             except jax.errors.JaxRuntimeError as error:
                 logger.exception("the step program %s did not compile; its steps are padded to a larger one", program)
                 self._failure = self._failure or error
+                self._never_have(program)
             finally:
                 with self._changing:
                     self._at_hand.remove(program)
@@ -242,6 +256,7 @@ class CompiledSteps:
 
     def _leave_out(self, program: Program, share: float) -> None:
         """Compile no more, and say why."""
+        self._never_have(*(other for other in self.programs if other not in self._executables))
         with self._changing:
             if not self._stop.is_set():
                 logger.warning(
@@ -273,7 +288,14 @@ class CompiledSteps:
             self.eta,
         )
 
-    def _compile(self, program: Program) -> jax.stages.Compiled:
+    def _never_have(self, *programs: Program) -> None:
+        """Have no process use them."""
+        for program in programs:
+            if self._agree is not None:
+                self._agree(self._numbers[program], ok=False)
+
+    def _compile(self, program: Program, *, everywhere: bool = True) -> jax.stages.Compiled:
+        """Compile a program and put it to use: `everywhere`, once all processes have it, if they all will."""
         if self._load is not None:
             executable, seconds = self._load(program), 0.0
         else:
@@ -282,6 +304,8 @@ class CompiledSteps:
                 lowered = self._lower(program)
             executable = lowered.compile()
             seconds = time.monotonic() - start
+        if everywhere and self._agree is not None and not self._agree(self._numbers[program], ok=True):
+            return executable
         with self._changing:
             self.seconds += seconds
             self._seconds[program] = seconds

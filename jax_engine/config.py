@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from jax_engine.host_settings import check_hosts
 from jax_engine.lora_request import split_module
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
@@ -133,6 +134,13 @@ class EngineConfig:
     sharding_rules: str | None = None  # a strategy of one's own in its place: a TOML file, or module:function
     mesh_shape: dict[str, int] | None = None  # devices along each mesh axis; None: as the strategy divides them
     data_parallel_size: int = 1  # replicas of the engine behind one front end, each a core with devices of its own
+    # One engine over the devices of several hosts, a process on each: how many, which this one is, and where process 0
+    # listens, on this port and the next. Without an address, a TPU pod knows its own.
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int = 29501
+    distributed_timeout_seconds: float = 300.0  # that the processes wait for each other at the start
     logits_processors: tuple[str, ...] = ()  # functions, as module:function, that run on every step's logits
     enable_lora: bool = False  # requests may use adapters beside the model's weights
     max_loras: int = 4  # adapters on the device at once, and so in one step
@@ -197,6 +205,7 @@ class EngineConfig:
                 high=2**62,
                 remedy="leave it out for a default",
             )
+        check_hosts(self)
         PoolingParams.of_engine(self.pooler_config)
         self._check_scheduling()
 

@@ -70,6 +70,10 @@ class InProcessCore:
                 f"data_parallel_size={config.data_parallel_size} is for servers (`jax-engine serve`, AsyncLLM) and "
                 "must be 1 here; start a process for each replica, with its part of the prompts"
             )
+        if config.nnodes > 1:
+            raise ValueError(
+                f"nnodes={config.nnodes} needs an engine core in a process of its own: use `jax-engine serve`"
+            )
         from jax_engine.engine_core import EngineCore  # JAX is imported with it
 
         with CompileBar() as bar, reports_of_start(bar.update) as watch:

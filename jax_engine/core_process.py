@@ -5,22 +5,22 @@ ends when it is told to, when it fails, or when its parent is gone.
 """
 
 import gc
-import json
 import logging
 import os
-import signal
 import sys
-import threading
+import time
 from types import TracebackType
 
 import msgspec
 import zmq
 
+from jax_engine.child_process import begin_as_child
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import COMMANDS, EVENTS, endpoint
 from jax_engine.engine_core import EngineCore
 from jax_engine.engine_view import EngineView
-from jax_engine.log_lines import log_to_stderr
+from jax_engine.group_leader import Leader
+from jax_engine.hosts import lead
 from jax_engine.messages import (
     Abort,
     AbortNamed,
@@ -38,6 +38,10 @@ from jax_engine.messages import (
 from jax_engine.progress import reports_of_start
 
 COMPILE_REPORT_MS = 500  # how often an idle core reports compile progress
+LOSS_SECONDS = 2.0  # in which a lost process of the group is found
+SENDING_SECONDS = 0.3  # that a last message takes at most
+
+logger = logging.getLogger(__name__)
 
 
 class CoreServer:
@@ -47,10 +51,12 @@ class CoreServer:
     """
 
     def __init__(self, folder: str, num_channels: int) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         channels = range(num_channels)
-        commands = [_connect(context, endpoint(folder, COMMANDS, channel), zmq.PULL) for channel in channels]
-        self._events = [_connect(context, endpoint(folder, EVENTS, channel), zmq.PUSH) for channel in channels]
+        commands = [_connect(self._context, endpoint(folder, COMMANDS, channel), zmq.PULL) for channel in channels]
+        self._event_addresses = [endpoint(folder, EVENTS, channel) for channel in channels]
+        self._events = [_connect(self._context, address, zmq.PUSH) for address in self._event_addresses]
+        self.group: Leader | None = None  # of several processes
         self._poller = zmq.Poller()
         for socket in commands:
             self._poller.register(socket, zmq.POLLIN)
@@ -82,10 +88,25 @@ class CoreServer:
 
     def report_failure(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """An exception hook: tell the front ends, then log as usual."""
-        self.send_to_all(Failed(f"the engine core failed: {kind.__name__}: {error}"))
+        reason = f"the engine core failed: {kind.__name__}: {error}"
+        if self.group is not None:
+            time.sleep(LOSS_SECONDS)  # another process may be the reason: then this one ends meanwhile
+            self.group.close(reason)
+        self.send_to_all(Failed(reason))
         for socket in self._events:
             socket.close(linger=1000)
         sys.__excepthook__(kind, error, trace)
+
+    def end_with_member(self, reason: str, user_error: bool) -> None:
+        """End because of another process of the group. Called in a thread, with sockets of its own: the others' thread
+        may wait for devices that will never answer.
+        """
+        logger.error("%s", reason)
+        failed = self._encoder.encode(Failed(reason, user_error))
+        for address in self._event_addresses:
+            _connect(self._context, address, zmq.PUSH).send(failed)
+        time.sleep(SENDING_SECONDS)
+        os._exit(2 if user_error else 1)
 
     def _distribute(self, step: StepOutputs) -> None:
         """Send each channel the outputs of its own requests; the statistics go to all."""
@@ -143,34 +164,20 @@ def _connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, kind: int)
     return socket
 
 
-def _end_with_parent() -> None:
-    """Exit once standard input ends, which is when the parent process is gone, however it went."""
-
-    def watch() -> None:
-        os.read(sys.stdin.fileno(), 1)  # not through sys.stdin, whose lock would hold up the interpreter's end
-        os._exit(1)
-
-    threading.Thread(target=watch, name="lifeline", daemon=True).start()
-
-
 def main() -> None:
-    # The front end decides when to end: a terminal's Ctrl-C reaches both processes.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    settings = json.loads(sys.stdin.readline())
-    _end_with_parent()
-    text = f"%(asctime)s %(levelname)s [{settings['name']}] %(message)s"
-    log_to_stderr(settings["log_format"], level=settings["log_level"], text=text)
-    logging.getLogger("jax").setLevel(
-        max(settings["log_level"], logging.WARNING)
-    )  # it reports every platform that it does not find
+    settings = begin_as_child()
     server = CoreServer(sys.argv[1], settings["num_channels"])
     sys.excepthook = server.report_failure
+    config = EngineConfig(**settings["config"])
     try:
+        if config.nnodes > 1:
+            server.group = lead(config, server.end_with_member)
         with reports_of_start(server.report_start) as watch:
-            core = EngineCore(EngineConfig(**settings["config"]), watch=watch)
+            core = EngineCore(config, watch=watch, group=server.group)
     except ValueError as error:
         server.send_to_all(Failed(str(error), user_error=True))
+        if server.group is not None:
+            server.group.close(str(error), user_error=True)
         sys.exit(2)
     # What start-up made stays: the garbage collector need not look at it again and again, each time for milliseconds.
     gc.collect()

@@ -11,6 +11,7 @@ from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.constraints import Constraints
 from jax_engine.engine_view import EngineView, StepLog, view_of
+from jax_engine.group_leader import Leader
 from jax_engine.logits_processors import argument_defaults
 from jax_engine.lora_request import split_module
 from jax_engine.messages import (
@@ -50,11 +51,17 @@ WASTE_PERIOD = 4  # steps between samples of the page waste
 class EngineCore:
     """Scheduler and runner in one loop. Mutable; owned by whoever calls `step`, in one thread."""
 
-    def __init__(self, config: EngineConfig, *, watch: Callable[[CompiledSteps], object] | None = None) -> None:
-        """`watch` is given the step programs before the first one is compiled."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        watch: Callable[[CompiledSteps], object] | None = None,
+        group: Leader | None = None,
+    ) -> None:
+        """`watch` is given the step programs before the first one is compiled; `group` leads the other processes."""
         for module in config.lora_modules:  # a mistake there shows before anything compiles
             read_adapter(split_module(module)[1], max_rank=config.max_lora_rank)
-        self.runner = Runner(config, watch=watch)
+        self.runner = Runner(config, watch=watch, group=group)
         limits = self.runner.limits(config)
         slots = AdapterSlots(config.max_loras if config.enable_lora else 0, self.runner.adapters.fetch)
         self.scheduler = Scheduler(limits, config.speculation, adapters=slots)

@@ -10,6 +10,7 @@ passes the arrays to the jitted function and merges inside it, which costs nothi
 
 import logging
 import re
+import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -242,18 +243,19 @@ def load_leaves(
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
     sharding_of = _on_first_device if sharding_of is None else sharding_of
     start = time.monotonic()
+    load: _Draw | _Read
     if load_format == "dummy":
-        load: Callable[[Parameter, Sharding], jax.Array] = _Draw(seed)
-        source, num_threads = f"random, seed {seed}", 1
+        load, source, num_threads = _Draw(seed), f"random, seed {seed}", 1
     else:
         folder = resolve_model_path(path_or_name)
-        load, source, num_threads = _Read(_checked_files(folder, structure)), str(folder), _NUM_READERS
+        load, source = _Read(_checked_files(folder, structure)), str(folder)
+        num_threads = _NUM_READERS if jax.process_count() == 1 else 1  # several stack layers in the same order
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
 
     def load_leaf(parameter: Parameter) -> jax.Array:
         if parameter.is_of_adapters:
-            return jax.device_put(np.zeros(parameter.shape, parameter.dtype), sharding_of(parameter))
+            return _filled(parameter, 0, sharding_of(parameter))
         parts = parameter.parts
         of_part = sharding_of(parts[0])
         if parameter.part_names:
@@ -271,7 +273,17 @@ def load_leaves(
         leaves = tuple(pool.map(load_leaf, structure.parameters))
     seconds = time.monotonic() - start
     logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, seconds, source)
+    if jax.process_count() > 1 and isinstance(load, _Read):
+        logger.info("of the weight files, this process has read %d bytes", load.num_bytes)
     return leaves
+
+
+def _filled(parameter: Parameter, value: float, sharding: Sharding) -> jax.Array:
+    """An array of one value, made on each device by itself."""
+    shape = sharding.shard_shape(parameter.shape)
+    return jax.make_array_from_callback(
+        parameter.shape, sharding, lambda _: np.full(shape, value, parameter.dtype)
+    ).block_until_ready()
 
 
 def _on_first_device(_: Parameter) -> Sharding:
@@ -315,11 +327,15 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_LISTED]) + (", ..." if len(names) > _NUM_LISTED else "")
 
 
-@dataclass(frozen=True)
 class _Read:
-    """Reads parameters from files, each device's part by itself, converted to the model's dtype on the way."""
+    """Reads parameters from files, each device's part by itself, converted to the model's dtype on the way. Mutable;
+    owned by `load_leaves`.
+    """
 
-    files: WeightFiles
+    def __init__(self, files: WeightFiles) -> None:
+        self.files = files
+        self.num_bytes = 0  # that were read
+        self._counting = threading.Lock()
 
     def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
         shape, tensors = parameter.shape, parameter.tensors
@@ -346,6 +362,8 @@ class _Read:
         pairs = list(zip(ranges, parameter.copies, strict=True))
         once = tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs)
         block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(parameter.base_shape, once))]
+        with self._counting:
+            self.num_bytes += block.nbytes
         values = layout.arrange(block, parameter.base_shape, once)
         for axis, ((start, stop), copies) in enumerate(pairs):
             if copies > 1:
@@ -361,7 +379,7 @@ class _Draw:
 
     def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
         if not parameter.std:  # norms and biases
-            return jax.device_put(np.full(parameter.shape, parameter.mean, parameter.dtype), sharding)
+            return _filled(parameter, parameter.mean, sharding)
         key = jax.random.fold_in(self._key, zlib.crc32(parameter.name.encode()))
         program = _normal_program(parameter.base_shape, parameter.copies, parameter.dtype, sharding)
         return program(key, parameter.mean, parameter.std).block_until_ready()

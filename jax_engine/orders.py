@@ -140,3 +140,20 @@ class StopProfile(msgspec.Struct, array_like=True, frozen=True, tag="stop_profil
 
     def run(self, devices: Devices) -> None:
         jax.profiler.stop_trace()
+
+
+ORDERS = (
+    Step
+    | FullStep
+    | Draft
+    | CopyPages
+    | WritePages
+    | WriteSlot
+    | WriteAdapter
+    | DropState
+    | RenewState
+    | PutAwayWeights
+    | BringBackWeights
+    | StartProfile
+    | StopProfile
+)

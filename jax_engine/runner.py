@@ -21,6 +21,9 @@ from jax_engine.devices import Devices
 from jax_engine.draft_model import PendingDrafts
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
+from jax_engine.group_leader import Leader
+from jax_engine.group_member import Member
+from jax_engine.hosts import check_mesh
 from jax_engine.loader import load_leaves
 from jax_engine.logprob_results import read_logprobs, what_is_asked
 from jax_engine.memory_check import check_memory
@@ -88,17 +91,27 @@ class LaunchCounters:
 class Runner:
     """Runs step plans on the device. Mutable; owned by the engine core."""
 
-    def __init__(self, config: EngineConfig, *, watch: Callable[[CompiledSteps], object] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        watch: Callable[[CompiledSteps], object] | None = None,
+        group: Leader | Member | None = None,
+    ) -> None:
         """Plan memory, compile the largest step while weights load, and start compiling the rest. `watch` is given the
-        step programs beforehand.
+        step programs beforehand; `group` are the other processes that do the same.
 
         Raises:
             ValueError: the model or the settings cannot be served; the message says what would be.
         """
         use_compilation_cache(config.compilation_cache_dir)
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
+        self._group = group
         self.blueprint = blueprint = Blueprint.of(config, jax.devices())
+        if group is not None:
+            check_mesh(blueprint.placed.placement.mesh, config.nnodes)
         limit = (device.memory_stats() or {}).get("bytes_limit")
+        limit = limit if group is None or limit is None else group.least(limit)
         check_memory(blueprint, limit)
         self._is_remote = device.platform != "cpu"  # tokens must travel to the host
         self.placed, self.draft = blueprint.placed, blueprint.draft
@@ -117,6 +130,7 @@ class Runner:
             lambda program: blueprint.lower(program, self.memory),
             threads=config.compile_threads,
             load=None if self._bundle is None else self._bundle.load_step,
+            agree=None if group is None else group.agree,
         )
         if watch is not None:
             watch(self.compiled)
@@ -128,6 +142,8 @@ class Runner:
         self._full = FullSlots(self.placed, self._num_slots)
         self.counters = LaunchCounters()
         self.compiled.compile_rest(background=not config.compile_before_ready)
+        if isinstance(group, Leader):
+            group.wait_until_loaded()
 
     def limits(self, config: EngineConfig) -> SchedulerLimits:
         """What the scheduler may plan with."""
@@ -152,7 +168,9 @@ class Runner:
         )
 
     def do(self, order: Order[Result]) -> Result:
-        """Have something done on the devices."""
+        """Have something done on the devices, here and in the processes that follow."""
+        if isinstance(self._group, Leader):
+            self._group.send(order)
         return order.run(self.devices)
 
     def launch(self, plan: StepPlan) -> PendingTokens:
@@ -236,6 +254,9 @@ class Runner:
 
     def shutdown(self) -> None:
         """Stop compiling, log what padding there was, and let go of device memory."""
+        if isinstance(self._group, Leader):
+            self._group.close()
+            jax.distributed.shutdown()  # the others do so now, too
         self.compiled.stop()
         if rows := self.counters.token_rows:
             share = 100 * self.counters.padding_tokens / rows

@@ -1,6 +1,7 @@
 """The model's weights on the devices, and where they are while the engine sleeps."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,6 +10,26 @@ from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 Leaves = tuple[jax.Array, ...]
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class _HostLeaf:
+    """What this process has of an array, by the part that it is of the whole."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    parts: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, leaf: jax.Array) -> "_HostLeaf":
+        shards = {str(shard.index): shard for shard in leaf.addressable_shards}  # devices may have the same part
+        # A CPU's array may be its device's own memory, which is to be freed here too.
+        parts = {part: np.array(shard.data, copy=True) for part, shard in shards.items()}
+        return cls(leaf.shape, leaf.sharding, parts)
+
+    def on_device(self) -> jax.Array:
+        return jax.make_array_from_callback(self.shape, self.sharding, lambda index: self.parts[str(index)])
 
 
 class Weights:
@@ -20,7 +41,7 @@ class Weights:
     def __init__(self, load: Callable[[], Leaves]) -> None:
         self._load = load
         self.leaves = load()
-        self._on_host: list[tuple[NDArray[Any], Sharding]] | None = None
+        self._on_host: list[_HostLeaf] | None = None
 
     def put_away(self, *, keep: bool) -> None:
         """Free the devices' memory; `keep` a copy in host memory, one leaf after the other."""
@@ -28,8 +49,7 @@ class Weights:
         self._on_host = [] if keep else None
         for leaf in leaves:
             if self._on_host is not None:
-                # A CPU's array may be its device's own memory, which is to be freed here too.
-                self._on_host.append((np.array(leaf, copy=True), leaf.sharding))
+                self._on_host.append(_HostLeaf.of(leaf))
             leaf.delete()
 
     def bring_back(self) -> bool:
@@ -37,6 +57,6 @@ class Weights:
         if self._on_host is None:
             self.leaves = self._load()
             return False
-        self.leaves = tuple(jax.device_put(value, sharding) for value, sharding in self._on_host)
+        self.leaves = tuple(leaf.on_device() for leaf in self._on_host)
         self._on_host = None
         return True

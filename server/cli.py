@@ -59,6 +59,7 @@ HTTP_GROUPS = {
         Flag("uds", "path of a Unix socket to listen on instead", metavar="PATH"),
         Flag("root_path", "what a proxy in front puts before every path: /llm", metavar="PATH"),
         Flag("api_server_count", "processes that answer HTTP, all before one engine", type=int, metavar="N"),
+        Flag("headless", "answer no HTTP: for every process of --nnodes but the first", type=bool),
         Flag("shutdown_timeout", "seconds that requests in flight have after SIGTERM", type=float, metavar="SECONDS"),
     ),
     "encryption": (
@@ -231,6 +232,11 @@ def run_serve(options: Options) -> int:
     )
     log_level = options["log_level"] or "info"
     set_up_logging(log_level, settings.log_format)
+    check_headless(config, settings)
+    if settings.headless:
+        from jax_engine.server.headless import follow
+
+        return follow(config, shutdown_timeout=settings.shutdown_timeout)
     from jax_engine.server.listening import listening_sockets, tls_context
     from jax_engine.server.tracing import check_tracing
 
@@ -244,6 +250,17 @@ def run_serve(options: Options) -> int:
         from jax_engine.server.serve import serve
 
         return serve(config, settings, listening[0])
+
+
+def check_headless(config: EngineConfig, settings: ServerSettings) -> None:
+    """ValueError unless the first process answers HTTP, and no other does."""
+    if settings.headless and config.node_rank == 0:
+        raise ValueError(
+            f"--headless is for the processes that follow, and nnodes={config.nnodes} node_rank=0 is the one that "
+            "answers HTTP; leave it out, or set node_rank"
+        )
+    if config.node_rank > 0 and not settings.headless:
+        raise ValueError(f"node_rank={config.node_rank} follows process 0 and answers no HTTP; add --headless")
 
 
 def answer_settings(options: Options, config: EngineConfig) -> dict[str, Any]:

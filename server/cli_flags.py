@@ -244,6 +244,18 @@ STEP_FLAGS = (
     Flag("profile_dir", "folder for profiles, which clients may then record; XProf shows them", metavar="DIR"),
     Flag("compile_threads", "step programs compiled at once; else half the cores, 4 at most", type=count, metavar="N"),
 )
+HOST_FLAGS = (
+    Flag("nnodes", "processes that run the engine together, one on each host", type=count, metavar="N"),
+    Flag("node_rank", "which of them this is; 0 schedules and answers HTTP", type=count, metavar="K"),
+    Flag("master_addr", "address of the host of process 0; TPU pods know it themselves", metavar="ADDRESS"),
+    Flag("master_port", "port that process 0 listens on for the others, and the next one", type=int, metavar="PORT"),
+    Flag(
+        "distributed_timeout_seconds",
+        "how long the processes wait for each other at the start",
+        type=float,
+        metavar="SECONDS",
+    ),
+)
 LORA_FLAGS = (
     Flag("enable_lora", "let requests use LoRA adapters, by default it does not", type=bool),
     Flag("max_loras", "adapters on the device at once, and so in one step", type=count, metavar="N"),
@@ -266,6 +278,7 @@ ENGINE_GROUPS = {
     "memory": MEMORY_FLAGS,
     "scheduling": SCHEDULING_FLAGS,
     "adapters": LORA_FLAGS,
+    "several hosts": HOST_FLAGS,
     "speed": STEP_FLAGS,
 }
 

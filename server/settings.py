@@ -69,6 +69,7 @@ class ServerSettings:
     enable_tokenizer_info_endpoint: bool = False  # GET /tokenizer_info shows the tokenizer's configuration
     enable_admin_routes: bool = False  # clients may put the engine to sleep, wake it and abort any request
     api_server_count: int = 1  # processes that answer HTTP, all before one engine core
+    headless: bool = False  # answers no HTTP: a process that follows the one with node_rank=0
 
     def __post_init__(self) -> None:
         integer("port", self.port, low=0, high=65535, remedy="8000 is the default, 0 takes any free port")
