@@ -25,7 +25,8 @@ FREE_SETTINGS = frozenset(
     "enable_chunked_prefill long_prefill_token_threshold scheduling_policy max_num_queued_reqs pooler_config "
     "sharding_strategy sharding_rules enable_expert_parallel mesh_shape "  # what comes of them is compared
     "enable_prefix_caching prefix_caching_hash_algo kv_offloading_load max_cpu_loras lora_modules "
-    "compilation_cache_dir compile_before_ready compile_threads profile_dir compiled".split()
+    "compilation_cache_dir compile_before_ready compile_threads profile_dir compiled "
+    "nnodes node_rank master_addr master_port distributed_timeout_seconds".split()
 )
 JAX_SETTINGS = (
     *("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable"),

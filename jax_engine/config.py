@@ -11,7 +11,7 @@ from jax_engine.host_settings import check_hosts
 from jax_engine.lora_request import split_module
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
-from jax_engine.speculative_config import SpeculativeConfig
+from jax_engine.speculative_config import SpeculativeConfig, check_speculation
 from jax_engine.strategies import check_sharding
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -273,7 +273,7 @@ class EngineConfig:
                 "are all the same program; leave one of them out"
             )
         self._check_processors()
-        self._check_speculation()
+        check_speculation(self)
         threshold = self.long_prefill_token_threshold
         integer("long_prefill_token_threshold", threshold, low=0, high=2**31 - 1, remedy="0 is no threshold")
         if threshold and not self.enable_chunked_prefill:
@@ -286,26 +286,6 @@ class EngineConfig:
             integer("max_num_queued_reqs", self.max_num_queued_reqs, low=1, high=2**31 - 1, remedy=remedy)
         if self.max_model_len is not None:
             self.check_whole_prompts(self.max_model_len)
-
-    def _check_speculation(self) -> None:
-        speculation = self.speculation
-        if speculation is None:
-            return
-        for name, value, reason in (
-            ("num_scheduler_steps", 1, "both draw several tokens a step"),
-            ("deterministic", False, "its one step program draws one token for each sequence"),
-            ("logits_processors", (), "their steps draw one token for each sequence"),
-        ):
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be {value} with speculative_config ({reason}); "
-                    "leave one of them out"
-                )
-        if speculation.num_speculative_tokens >= self.token_budget:
-            raise ValueError(
-                f"speculative_config.num_speculative_tokens={speculation.num_speculative_tokens} must be less than "
-                f"max_num_batched_tokens={self.token_budget}, which bounds all tokens of a step; lower it"
-            )
 
     def check_whole_prompts(self, max_model_len: int) -> None:
         """Without chunked prefill, a step must hold the longest sequence: ValueError when `max_model_len` is longer."""

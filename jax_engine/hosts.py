@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -147,6 +148,12 @@ def _facts(config: EngineConfig) -> Facts:
     weights = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     contents = json.dumps([read_model_config(folder), weights], sort_keys=True)
     versions = {f"the version of {name}": metadata.version(name) for name in ("jax-engine", "jax", "jaxlib")}
-    files = {"the model's config.json and sizes of weight files": hashlib.sha256(contents.encode()).hexdigest()[:16]}
+    files = {"the model's config.json and sizes of weight files": _digest(contents.encode())}
+    if config.sharding_rules is not None and (rules := Path(config.sharding_rules)).is_file():
+        files["the file of sharding_rules"] = _digest(rules.read_bytes())
     facts: Facts = json.loads(json.dumps(settings | versions | files))  # as they arrive: without tuples
     return facts
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -241,12 +241,11 @@ def load_leaves(
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
-    sharding_of = _on_first_device if sharding_of is None else sharding_of
+    sharding_of = sharding_of or (lambda _: SingleDeviceSharding(jax.devices()[0]))
     start = time.monotonic()
-    load: _Draw | _Read
-    if load_format == "dummy":
-        load, source, num_threads = _Draw(seed), f"random, seed {seed}", 1
-    else:
+    load: _Draw | _Read = _Draw(seed)
+    source, num_threads = f"random, seed {seed}", 1
+    if load_format != "dummy":
         folder = resolve_model_path(path_or_name)
         load, source = _Read(_checked_files(folder, structure)), str(folder)
         num_threads = _NUM_READERS if jax.process_count() == 1 else 1  # several stack layers in the same order
@@ -271,23 +270,15 @@ def load_leaves(
 
     with ThreadPoolExecutor(num_threads) as pool, bar:
         leaves = tuple(pool.map(load_leaf, structure.parameters))
-    seconds = time.monotonic() - start
-    logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, seconds, source)
-    if jax.process_count() > 1 and isinstance(load, _Read):
-        logger.info("of the weight files, this process has read %d bytes", load.num_bytes)
+    source += f", {load.num_bytes} bytes read" if isinstance(load, _Read) else ""
+    logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, time.monotonic() - start, source)
     return leaves
 
 
 def _filled(parameter: Parameter, value: float, sharding: Sharding) -> jax.Array:
     """An array of one value, made on each device by itself."""
     shape = sharding.shard_shape(parameter.shape)
-    return jax.make_array_from_callback(
-        parameter.shape, sharding, lambda _: np.full(shape, value, parameter.dtype)
-    ).block_until_ready()
-
-
-def _on_first_device(_: Parameter) -> Sharding:
-    return SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(parameter.shape, sharding, lambda _: np.full(shape, value, parameter.dtype))
 
 
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
@@ -328,9 +319,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Read:
-    """Reads parameters from files, each device's part by itself, converted to the model's dtype on the way. Mutable;
-    owned by `load_leaves`.
-    """
+    """Reads parameters from files, each device's part by itself, in the model's dtype. Mutable; owned by a load."""
 
     def __init__(self, files: WeightFiles) -> None:
         self.files = files

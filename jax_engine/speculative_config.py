@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax_engine.sampling_params import integer
+
+if TYPE_CHECKING:
+    from jax_engine.config import EngineConfig
 
 METHODS = {
     "ngram": '"ngram" looks up what the prompt and the answer have said before',
@@ -98,3 +101,25 @@ def _lookup(given: Mapping[str, Any]) -> tuple[int, int]:
             "lower it, or raise the other"
         )
     return longest, shortest
+
+
+def check_speculation(config: "EngineConfig") -> None:
+    """Raise a ValueError unless `speculative_config` is one, and fits the other settings."""
+    speculation = config.speculation
+    if speculation is None:
+        return
+    for name, value, reason in (
+        ("num_scheduler_steps", 1, "both draw several tokens a step"),
+        ("deterministic", False, "its one step program draws one token for each sequence"),
+        ("logits_processors", (), "their steps draw one token for each sequence"),
+    ):
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{name}={getattr(config, name)} must be {value} with speculative_config ({reason}); "
+                "leave one of them out"
+            )
+    if speculation.num_speculative_tokens >= config.token_budget:
+        raise ValueError(
+            f"speculative_config.num_speculative_tokens={speculation.num_speculative_tokens} must be less than "
+            f"max_num_batched_tokens={config.token_budget}, which bounds all tokens of a step; lower it"
+        )

@@ -102,9 +102,9 @@ def test_an_engine_starts_from_it_without_compiling_and_gives_the_same_tokens(
     built.clear()
     core = InProcessCore(replace(config, compiled=str(compiled)))
     runner = core._core.runner
-    pages = runner._state.cache.data.unsafe_buffer_pointer()
+    pages = runner.devices.state.cache.data.unsafe_buffer_pointer()
     assert run_requests(core, requests) == expected
-    assert runner._state.cache.data.unsafe_buffer_pointer() == pages, (
+    assert runner.devices.state.cache.data.unsafe_buffer_pointer() == pages, (
         "the cache is updated in place, as it was compiled"
     )
     assert core.info == sizes

@@ -50,7 +50,7 @@ def test_two_processes_sleep_and_wake_up(pair: Group) -> None:
 
 
 def bytes_read(log: str) -> int:
-    found = re.search(r"this process has read (\d+) bytes", log)
+    found = re.search(r", (\d+) bytes read\)", log)
     assert found, log
     return int(found[1])
 
