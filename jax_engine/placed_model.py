@@ -6,6 +6,7 @@ The runner serves with it. Without weights and without the devices, it compiles 
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +22,7 @@ from jax_engine.logits_processors import LogitsProcessor, argument_names
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PAGE_AXES
+from jax_engine.models.layers import run_layers
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops, select_ops
 from jax_engine.planner import CacheGeometry
@@ -93,6 +95,8 @@ class PlacedModel:
         ops, reason = select_ops(
             attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
         )
+        if placement.weights_in_use.mesh is not None:
+            ops = replace(ops, run_layers=partial(run_layers, weights_in_use=placement.weights_in_use))
         ops = ops.in_stages(platform)
         _log_choices(config, ops, reason, placement)
         structure = ModelStructure.of(

@@ -16,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
+
+from jax_engine.models.partition import Partition
 
 
 class SamplingMode(StrEnum):
@@ -52,7 +55,7 @@ class SamplingRows:
 def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) -> Int[Array, " B"]:
     """The next token of each row; `full_sampling.sample_full` does what FULL has beyond SAMPLE."""
     if mode is SamplingMode.GREEDY:
-        return lax.platform_dependent(logits, cpu=likeliest, default=_argmax).astype(jnp.int32)
+        return sample_greedy(logits)
     holds = rows.positions < rows.hold_until
     index = jnp.arange(logits.shape[0])[:, None]
     held = logits.at[index, jnp.where(holds[:, None], rows.held_back, logits.shape[1])].set(-jnp.inf, mode="drop")
@@ -63,6 +66,33 @@ def sample(logits: Float[Array, "B V"], rows: SamplingRows, mode: SamplingMode) 
     greedy = likeliest(held)
     drawn = lax.cond(asked[0], _draw, lambda *_: jnp.zeros_like(greedy), held, rows, asked[1])
     return jnp.where(is_drawn, drawn, greedy).astype(jnp.int32)
+
+
+def sample_greedy(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The likeliest token of each row."""
+    return lax.platform_dependent(logits, cpu=likeliest, default=_argmax).astype(jnp.int32)
+
+
+def likeliest_of_parts(logits: Float[Array, "B V"], partition: Partition, vocab_size: int) -> Int[Array, " B"]:
+    """`argmax` of each row, the first of equals, of logits whose vocabulary is split over devices: each finds its own
+    part's, and only those and their values travel. Columns from `vocab_size` on are padding.
+    """
+    axes = partition.mesh_axes("vocab")
+    if partition.mesh is None or not axes:
+        return sample_greedy(logits[:, :vocab_size])
+
+    def find(part: Float[Array, "B S"]) -> Int[Array, " B"]:
+        first = lax.axis_index(axes) * part.shape[1]
+        own = jnp.where(first + jnp.arange(part.shape[1]) < vocab_size, part, -jnp.inf)
+        token = sample_greedy(own)
+        value = jnp.take_along_axis(own, token[:, None], axis=1)[:, 0]
+        pairs = jnp.stack([lax.bitcast_convert_type(value, jnp.int32), first + token])
+        values, tokens = jnp.moveaxis(lax.all_gather(pairs, axes), 1, 0)  # [devices, B] each
+        best = jnp.argmax(lax.bitcast_convert_type(values, jnp.float32), axis=0)
+        return jnp.take_along_axis(tokens, best[None], axis=0)[0]
+
+    spec = partition.spec((None, "vocab"))
+    return jax.shard_map(find, mesh=partition.mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False)(logits)
 
 
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

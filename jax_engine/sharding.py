@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,10 +25,14 @@ class Placement:
     mesh: Mesh | None = None
     weights: Partition = ONE_DEVICE  # where parameters lie
     activations: Partition = ONE_DEVICE  # where a step's other arrays lie, and the cache
+    weights_in_use: Partition = ONE_DEVICE  # where a layer's parameters are brought first; nowhere, without a mesh
     kv_head_copies: int = 1  # devices that hold the same key and value head
 
     def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
         """The sharding of a parameter with these axes; without axes, a copy on every device."""
+        is_vector = len([axis for axis in logical_axes if axis not in ("layers", None)]) == 1
+        if self.weights_in_use.mesh is not None and is_vector:
+            return self.weights_in_use.of(logical_axes)  # no device saves much by a part of a norm
         return self.weights.of(logical_axes)
 
     def constrain(self, array: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
@@ -35,16 +40,24 @@ class Placement:
         return self.activations.constrain(array, logical_axes)
 
     def by_rows(self, array: jax.Array, logical_axes: Sequence[str | None]) -> jax.Array:
-        """Within a step, split the rows of an array over all devices, or, where they are uneven, hold it whole on each.
+        """Within a step, split the rows of an array over all devices, with rows of zeros behind it where they would be
+        uneven.
 
         `logical_axes` say how it lay before. Left unsaid, the compiler would move the rows further up the program,
         and gather weights for them.
         """
         if self.mesh is None:
             return array
-        rows = MESH_AXES if array.shape[0] % self.mesh.size == 0 else None
         array = self.constrain(array, logical_axes)
-        return lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(rows)))
+        missing = self.whole_shares(array.shape[0]) - array.shape[0]
+        if missing:
+            array = self.constrain(jnp.pad(array, ((0, missing), *((0, 0),) * (array.ndim - 1))), logical_axes)
+        return lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(MESH_AXES)))
+
+    def whole_shares(self, num_rows: int) -> int:
+        """The least number from `num_rows` on that all devices divide."""
+        num_devices = 1 if self.mesh is None else self.mesh.size
+        return -(-num_rows // num_devices) * num_devices
 
     def describe(self, model: ModelConfig) -> str:
         """What is split over how many devices, and what is not, in one sentence."""
@@ -102,9 +115,12 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
                 f"a mesh of {shape_text(mesh.shape)} has {size} devices along {axis!r}, over which the sharding "
                 f"strategy {strategy.name!r} splits nothing"
             )
-    weights, activations = (_fitted(model, mesh, table, strategy) for table in (strategy.weights, strategy.activations))
+    tables = strategy.weights, strategy.all_activations
+    weights, activations = (_fitted(model, mesh, table, strategy) for table in tables)
     copies = max(1, activations.num_parts("kv_heads") // model.num_key_value_heads)
-    return Placement(strategy.name, weights.mesh, weights, activations, copies)
+    in_use = tuple((logical, mesh_axes) for logical, mesh_axes in weights.table if logical not in strategy.gathers)
+    weights_in_use = Partition(mesh, in_use) if strategy.gathers else ONE_DEVICE
+    return Placement(strategy.name, mesh, weights, activations, weights_in_use, copies)
 
 
 def _fitted(model: ModelConfig, mesh: Mesh, table: Axes, strategy: Strategy) -> Partition:

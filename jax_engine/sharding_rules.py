@@ -25,7 +25,7 @@ from jax_engine.strategies import STRATEGIES, Axes, Strategy
 if TYPE_CHECKING:
     from jax_engine.models.config import ModelConfig
 
-_KEYS = ("name", "mesh", "weights", "activations")
+_KEYS = ("name", "mesh", "gathers", "weights", "activations")
 
 
 def strategy_of(config: EngineConfig, model: "ModelConfig") -> Strategy:
@@ -58,7 +58,8 @@ def read_strategy(path: Path) -> Strategy:
             name=_of_type(contents, "name", str, path.stem),
             weights=_table(contents, "weights"),
             activations=_table(contents, "activations"),
-            mesh=_mesh_axes("mesh", contents.get("mesh", ["tensor"])),
+            mesh=_names("mesh", contents.get("mesh", ["tensor"])),
+            gathers=_names("gathers", contents.get("gathers", [])),
         )
     except (OSError, ValueError) as error:  # tomllib's own errors are ValueErrors
         raise ValueError(f"sharding_rules={str(path)!r}: {error}") from error
@@ -81,14 +82,16 @@ def _called(rules: str, model: "ModelConfig", num_devices: int) -> Strategy:
 
 def _table(contents: Mapping[str, Any], key: str) -> Axes:
     table = _of_type(contents, key, dict, {})
-    return {logical: _mesh_axes(f"{key}.{logical}", axes) for logical, axes in table.items()}
+    return {logical: _names(f"{key}.{logical}", axes) for logical, axes in table.items()}
 
 
-def _mesh_axes(where: str, value: object) -> tuple[str, ...]:
-    """One mesh axis, or a list of them."""
+def _names(where: str, value: object) -> tuple[str, ...]:
+    """The name of one axis, or a list of them."""
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{where}={value!r} must be a mesh axis, or a list of them, such as ["data", "tensor"]')
+        raise ValueError(
+            f'{where}={value!r} must be the name of an axis, or a list of them, such as ["data", "tensor"]'
+        )
     return tuple(names)
 
 

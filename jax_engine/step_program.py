@@ -23,7 +23,7 @@ from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.pooling import pool_rows
 from jax_engine.row_blocks import by_blocks
-from jax_engine.sampler import SamplingMode, SamplingRows, sample
+from jax_engine.sampler import SamplingMode, SamplingRows, likeliest_of_parts, sample
 from jax_engine.sharding import Placement
 from jax_engine.step_batch import TAKE_LAST, BatchLayout, Bucket, StepBatch, write_block_tables
 from jax_engine.step_plan import TAKE_DRAFT
@@ -127,9 +127,7 @@ def step_function(
             last_rows: Int[Array, " B"],
             rows: SamplingRows,
         ) -> tuple[KVPages, Int[Array, " B"]]:
-            def draw(logits: Float[Array, "R V"], rows: SamplingRows) -> Int[Array, " R"]:
-                return sample(logits, rows, mode)
-
+            draw = partial(_draw, mode=mode, placement=placement, vocab_size=model.vocab_size)
             cache, hidden = run_model(model, tokens, cache, sequences, row_block)
             # A draw sums a row over the vocabulary dozens of times: on one device, and in the same order on any mesh.
             by_rows = mode is not SamplingMode.GREEDY
@@ -153,6 +151,15 @@ def step_function(
         return replace(state, cache=cache, block_tables=block_tables, last_tokens=last_tokens), drawn
 
     return step
+
+
+def _draw(
+    logits: Float[Array, "R V"], rows: SamplingRows, *, mode: SamplingMode, placement: Placement, vocab_size: int
+) -> Int[Array, " R"]:
+    """The next token of each row, of logits that lie by rows or, in the GREEDY mode, by the vocabulary."""
+    if mode is SamplingMode.GREEDY:
+        return likeliest_of_parts(logits, placement.activations, vocab_size)
+    return sample(logits, rows, mode)
 
 
 def full_step_function(
@@ -284,15 +291,17 @@ def draw_tokens(
 ) -> Results:
     """What `draw` makes of each sequence's logits and its `rows`, from the hidden state of its last token.
 
-    `by_rows` moves logits and rows so that each row is whole on one device of a mesh.
+    `by_rows` moves logits and rows so that each row is whole on one device of a mesh: no device holds the logits of all
+    rows, nor the vocabulary of more than its share of them.
     """
 
     def draw_rows(hidden: Float[Array, "R D"], rows: Rows) -> Results:
         logits = model.compute_logits(hidden)
         if by_rows:
-            logits = placement.by_rows(logits, (None, "vocab"))
+            logits = placement.by_rows(logits, (None, "vocab"))[:, : model.vocab_size]
             rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
-        return jax.tree.map(lambda column: placement.constrain(column, ()), draw(logits, rows))
+        results = draw(logits, rows)
+        return jax.tree.map(lambda column: placement.constrain(column, ())[: hidden.shape[0]], results)
 
     if row_block is None:
         return draw_rows(hidden, rows)
@@ -317,7 +326,7 @@ def score_prompts(
     """Log-probabilities of the prompt tokens that are asked about, from the hidden states of those before them."""
 
     def logits_of(hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))
+        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))[:, : model.vocab_size]
 
-    block = row_block or prompt_block(hidden.shape[0], model.model.embed_tokens.weight.shape[0])
+    block = placement.whole_shares(row_block or prompt_block(hidden.shape[0], model.vocab_size))
     return prompt_logprobs(logits_of, hidden, targets, num_top=num_logprobs, block=block)

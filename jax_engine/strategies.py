@@ -3,9 +3,15 @@
 Logical axes are names for the dimensions of arrays. Those of weights are on the parameters (see `models/layers.py`),
 those of a step's other arrays are:
 
+- `tokens`: rows of the residual stream between a layer's blocks, and in its norms
+- `block_tokens`: rows within a block, where they meet its weights
+- `embed`: what the residual stream has of each row
 - `heads`, `kv_heads`: of attention, the latter also of the cache's pages
+- `output_heads`: of what attention gives, as the projection behind it takes it
 - `mlp`, `vocab`: what the feed-forward and the head make of each row
 - `cache_layers`: the layers of the cache's pages; with the weights' `layers`, of a pipeline's stages (`in_stages`)
+
+What a strategy does not say of those from `embed` on is as with the weights, other than those that it gathers.
 """
 
 from collections.abc import Mapping
@@ -13,8 +19,18 @@ from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 
 MESH_AXES = ("data", "stage", "expert", "tensor")
-WEIGHT_AXES = ("vocab", "heads", "kv_heads", "mlp", "layers")
-ACTIVATION_AXES = ("heads", "kv_heads", "mlp", "vocab", "cache_layers")
+WEIGHT_AXES = ("vocab", "embed", "heads", "kv_heads", "mlp", "layers")
+ACTIVATION_AXES = (
+    "tokens",
+    "block_tokens",
+    "embed",
+    "heads",
+    "kv_heads",
+    "output_heads",
+    "mlp",
+    "vocab",
+    "cache_layers",
+)
 
 Axes = Mapping[str, tuple[str, ...]]
 
@@ -34,6 +50,8 @@ class Strategy:
     activations: Axes = field(default_factory=dict)
     # Mesh axes that the devices are divided between, in parts as equal as can be, the last of them the largest.
     mesh: tuple[str, ...] = ("tensor",)
+    # Logical axes of weights that are made whole just before a layer is run.
+    gathers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, table, known in (
@@ -47,6 +65,12 @@ class Strategy:
                         f"{', '.join(known)}"
                     )
                 self._check_mesh_axes(f"{what}.{logical}", mesh_axes)
+        for logical in self.gathers:
+            if logical not in self.weights:
+                raise ValueError(
+                    f"sharding strategy {self.name!r}: gathers names {logical!r}, which weights do not split, but "
+                    f"{', '.join(self.weights) or 'nothing'}"
+                )
         self._check_mesh_axes("mesh", self.mesh)
         over = self.weights.get("layers", ()), self.activations.get("cache_layers", ())
         if over not in (((), ()), (("stage",), ("stage",))):
@@ -65,6 +89,17 @@ class Strategy:
             )
         if len(set(mesh_axes)) < len(mesh_axes):
             raise ValueError(f"sharding strategy {self.name!r}: {where} names a mesh axis twice: {list(mesh_axes)}")
+
+    @property
+    def all_activations(self) -> Axes:
+        """`activations`, with those that are as the weights are."""
+        like = {"output_heads": "heads"} | {axis: axis for axis in ("vocab", "heads", "kv_heads", "mlp", "embed")}
+        derived = {
+            axis: self.weights[of]
+            for axis, of in like.items()
+            if of in self.weights and of not in self.gathers and axis not in self.activations
+        }
+        return {**self.activations, **derived}
 
     @property
     def used_axes(self) -> frozenset[str]:
@@ -116,6 +151,11 @@ class Strategy:
                 f"sharding strategy {self.name!r} splits something else than layers over 'stage', which "
                 "pipeline_parallel_size splits layers over; use another axis, or leave pipeline_parallel_size out"
             )
+        if self.gathers:
+            raise ValueError(
+                f"sharding strategy {self.name!r} gathers weights, and a pipeline's stages keep "
+                "those of their layers; use another strategy, or leave pipeline_parallel_size out"
+            )
         if "stage" in self.used_axes:
             return self
 
@@ -143,13 +183,30 @@ def shape_text(shape: Mapping[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in shape.items() if size > 1) or f"{MESH_AXES[-1]}=1"
 
 
-# What is split by heads, features and vocabulary over `tensor`.
 _BY_TENSOR: Axes = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",))
+_BY_BOTH = ("tensor", "data")
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         # Megatron (arXiv 1909.08053): two sums over devices a layer, after attention and after the feed-forward.
-        Strategy("tensor", weights=_BY_TENSOR, activations=_BY_TENSOR),
+        Strategy("tensor", weights=_BY_TENSOR),
+        # Its sequence parallelism (arXiv 2205.05198): each sum in two halves, with rows split in between.
+        Strategy("tensor_sequence", weights=_BY_TENSOR, activations={"tokens": ("tensor",)}),
+        # ZeRO's third stage (arXiv 1910.02054): rows are split, weights come to them layer by layer. Attention is by
+        # heads, as in DeepSpeed-Ulysses (arXiv 2309.14509), since a row's keys are of all rows before it.
+        Strategy(
+            "fully_sharded",
+            weights={"vocab": ("tensor",), "embed": ("tensor",)},
+            activations=dict.fromkeys(("tokens", "block_tokens", "heads", "kv_heads"), ("tensor",)),
+            gathers=("embed",),
+        ),
+        # Weights stay and are split both ways (arXiv 2211.05102, 2D weight-stationary); heads over all devices.
+        Strategy(
+            "tensor_2d",
+            weights={**_BY_TENSOR, "embed": ("data",)},
+            activations={"heads": _BY_BOTH, "kv_heads": _BY_BOTH},
+            mesh=("data", "tensor"),
+        ),
     )
 }
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.models.adapters import ADAPTED_MODULES, AdapterRows, AdapterShape, adapter_product
 from jax_engine.models.kv_pages import CacheLayout, KVPages, SequenceTable
+from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.models.rope import Rotation
 
 Axes = tuple[str, ...]
@@ -208,8 +209,12 @@ def run_layers(
     rotate: Rotation,
     sequences: Sequences,
     layout: CacheLayout,
+    *,
+    weights_in_use: Partition = ONE_DEVICE,
 ) -> tuple[Float[Array, "T D"], Cache]:
     """Run the decoder's layers in order; the only place that does. Hidden states and cache pass through all of them.
+
+    On the mesh of `weights_in_use`, a layer's weights are first brought to where that says, and freed after it.
 
     Each run comes with the layers of one period. A run that repeats is a `lax.scan` over their stacked parameters
     (`stack_layers`), whose body is one period: the program's size, and so the time it takes to compile, does not follow
@@ -220,10 +225,26 @@ def run_layers(
             for phase, layer in enumerate(period):
                 index = run.first + phase
                 own = _of_group(sequences, layout.groups[index])
+                if weights_in_use.mesh is not None:
+                    graph, state = nnx.split(layer)
+                    layer = nnx.merge(graph, _moved(state, weights_in_use))
                 hidden, cache = layer(hidden, cache, rotate, own, layer=layout.places[index])
         else:
-            hidden, cache = scan_layers(run, period, hidden, cache, rotate, sequences, layout)
+            hidden, cache = scan_layers(run, period, hidden, cache, rotate, sequences, layout, weights_in_use)
     return hidden, cache
+
+
+def _moved(state: nnx.State, partition: Partition) -> nnx.State:
+    """The weights of one layer where `partition` says."""
+    if partition.mesh is None:
+        return state
+
+    def move(variable: nnx.Variable[Array]) -> nnx.Variable[Array]:
+        value = variable[...]
+        axes = variable.get_metadata()["logical_axes"][-value.ndim :]  # without `layers`
+        return variable.replace(partition.constrain(value, axes))
+
+    return jax.tree.map(move, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def scan_layers(
@@ -234,6 +255,7 @@ def scan_layers(
     rotate: Rotation,
     sequences: Sequences,
     layout: CacheLayout,
+    weights_in_use: Partition = ONE_DEVICE,
 ) -> tuple[Float[Array, "T D"], Cache]:
     """One run of `run_layers`, as a loop over the stacked parameters of its period's layers."""
     graphs, weights, in_place = zip(*(nnx.split(layer, _is_sliced, ...) for layer in period), strict=True)
@@ -245,7 +267,7 @@ def scan_layers(
         (hidden, cache), (repeat, places, groups, slices) = carry, step
         for phase, (graph, state) in enumerate(zip(graphs, slices, strict=True)):
             whole = jax.tree.map(lambda stack: InStack(stack, repeat), in_place[phase])
-            layer: DecoderLayer = nnx.merge(graph, state, whole)
+            layer: DecoderLayer = nnx.merge(graph, _moved(state, weights_in_use), whole)
             group = groups[phase]
             own = _of_group(sequences, layout.groups[run.first + phase] if group is None else group)
             hidden, cache = layer(hidden, cache, rotate, own, layer=places[phase])

@@ -76,9 +76,14 @@ class Attention(nnx.Module):
         queries, keys, values = self.q_proj(x, adapters), self.k_proj(x, adapters), self.v_proj(x, adapters)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        lies, rows = self.ops.partition.constrain, "block_tokens"
+        queries, keys = lies(rotate(queries), (rows, "heads")), lies(rotate(keys), (rows, "kv_heads"))
+        values = lies(lies(values, (rows, "kv_heads")), (None, "kv_heads"))
+        queries, keys = lies(queries, (None, "heads")), lies(keys, (None, "kv_heads"))
         out, cache = self.ops.attention(
-            rotate(queries), rotate(keys), values, cache, sequences, layer=layer, scale=self.scale, window=self.window
+            queries, keys, values, cache, sequences, layer=layer, scale=self.scale, window=self.window
         )
+        out = lies(out, (rows, "output_heads"))
         return self.o_proj(out, adapters), cache
 
 
@@ -105,6 +110,7 @@ class Layer(nnx.Module):
             if experts is None
             else Mixture(size, experts, activation=activation, ops=ops, dtype=dtype, rngs=rngs)
         )
+        self.ops = ops
 
     def __call__(
         self,
@@ -115,9 +121,12 @@ class Layer(nnx.Module):
         *,
         layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], Cache]:
-        attended, cache = self.self_attn(self.input_layernorm(hidden), cache, rotate, sequences, layer=layer)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), sequences), cache
+        lies, between, within = self.ops.partition.constrain, ("tokens", "embed"), ("block_tokens", "embed")
+        x = lies(self.input_layernorm(hidden), within)
+        attended, cache = self.self_attn(x, cache, rotate, sequences, layer=layer)
+        hidden = hidden + lies(attended, between)
+        x = lies(self.post_attention_layernorm(hidden), within)
+        return hidden + lies(self.mlp(x, sequences), between), cache
 
 
 class Decoder(nnx.Module):
@@ -175,8 +184,10 @@ class Decoder(nnx.Module):
             )
         layers = iter(self.layers)
         runs = [(run, list(itertools.islice(layers, run.period))) for run in self.runs]
-        embedded = self.embed_tokens(token_ids)
-        hidden, cache = self.ops.run_layers(runs, embedded, cache, rotate, sequences, self.cache_layout)
+        lies = self.ops.partition.constrain
+        # First as the table gives it: rows that are split at once would split what the token ids come from.
+        hidden = lies(lies(self.embed_tokens(token_ids), (None, "embed")), ("tokens", "embed"))
+        hidden, cache = self.ops.run_layers(runs, hidden, cache, rotate, sequences, self.cache_layout)
         return self.norm(hidden), cache
 
 
@@ -204,6 +215,7 @@ class LlamaForCausalLM(nnx.Module):
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()
+        self.vocab_size = config.vocab_size
 
     @staticmethod
     def attention_spec(config: ModelConfig, layer: int) -> AttentionSpec:
@@ -249,4 +261,7 @@ class LlamaForCausalLM(nnx.Module):
 
     def compute_logits(self, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
         """Float32 logits of what follows each token, from its hidden state after the final norm."""
-        return self.model.embed_tokens.project(hidden) if self.lm_head is None else self.lm_head.project(hidden)
+        lies = self.model.ops.partition.constrain
+        hidden = lies(hidden, (None, "embed"))
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return lies(head.project(hidden), (None, "vocab"))

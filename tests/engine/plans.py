@@ -2,8 +2,9 @@
 
 from random import Random
 
-from tiny_engine import core_request
+from tiny_engine import VOCAB_SIZE, core_request
 
+from jax_engine.core_client import InProcessCore
 from jax_engine.drafting import Drafts
 from jax_engine.messages import CoreRequest
 from jax_engine.proposers import Proposal, Proposer
@@ -62,6 +63,26 @@ class Untimed(StepTimes):
 
     def ratio(self, num_rows: int, num_plain_rows: int, drafted_in_turn: int = 0) -> float:
         return 1.0
+
+
+class Oracle(Proposer):
+    """Drafts what plain decoding is known to say, each token with a chance to be wrong."""
+
+    def __init__(self, core: InProcessCore, answers: dict[str, list[int]], chance: float, random: Random) -> None:
+        self._core, self._answers, self._chance, self._random = core, answers, chance, random
+
+    def propose(self) -> list[Proposal]:
+        proposals = []
+        for request in self._core._core.scheduler.running:
+            start = len(request.tokens) - request.num_prompt
+            answer = self._answers[request.asked.request_id][start : start + self._random.randint(0, 5)]
+            tokens = [
+                token if self._random.random() < self._chance else self._random.randrange(VOCAB_SIZE)
+                for token in answer[: request.num_undrawn - 1]
+            ]
+            if tokens:
+                proposals.append(Proposal(request, tokens, [1.0] * len(tokens)))
+        return proposals
 
 
 class RandomProposer(Proposer):

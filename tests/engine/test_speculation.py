@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import Untimed
+from plans import Oracle, Untimed
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request
 
 from jax_engine.config import EngineConfig
@@ -17,7 +17,7 @@ from jax_engine.core_client import InProcessCore
 from jax_engine.drafting import Drafts
 from jax_engine.messages import Abort, Add, CoreOutput, CoreRequest, TokenControls, TokenLogprobs
 from jax_engine.ngram import NgramHistory
-from jax_engine.proposers import NgramProposer, Proposal, Proposer
+from jax_engine.proposers import NgramProposer
 from jax_engine.request import Request
 from jax_engine.speculative_config import SpeculativeConfig
 from jax_engine.step_times import StepTimes
@@ -27,26 +27,6 @@ PAGE_BYTES = TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * PAGE 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
 FEW_PAGES = {"kv_cache_memory_bytes": 14 * PAGE_BYTES, "max_model_len": 96}
 SEEDED = {"temperature": 1.0, "top_p": 0.9}
-
-
-class Oracle(Proposer):
-    """Drafts what plain decoding is known to say, each token with a chance to be wrong."""
-
-    def __init__(self, core: InProcessCore, answers: dict[str, list[int]], chance: float, random: Random) -> None:
-        self._core, self._answers, self._chance, self._random = core, answers, chance, random
-
-    def propose(self) -> list[Proposal]:
-        proposals = []
-        for request in self._core._core.scheduler.running:
-            start = len(request.tokens) - request.num_prompt
-            answer = self._answers[request.asked.request_id][start : start + self._random.randint(0, 5)]
-            tokens = [
-                token if self._random.random() < self._chance else self._random.randrange(VOCAB_SIZE)
-                for token in answer[: request.num_undrawn - 1]
-            ]
-            if tokens:
-                proposals.append(Proposal(request, tokens, [1.0] * len(tokens)))
-        return proposals
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,144 @@
+"""Engines whose model is spread over devices, and what they answer: a table of cases, each equal to one device.
+
+`report` runs in a child process over eight devices that the CPU pretends to be, and prints what `test_sharded_answers`
+compares. A strategy is covered by a row of `CASES`: every case runs all kinds of steps.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from adapters import write_adapter
+from plans import Oracle, Untimed
+from tiny_engine import TINY, core_request, run_requests
+
+from jax_engine import planner
+from jax_engine.config import EngineConfig
+from jax_engine.core_client import InProcessCore
+from jax_engine.lora_request import LoRARequest
+
+# Two key and value heads: over four and eight devices, several hold the same one.
+HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": HF,
+    "uneven": HF | {"vocab_size": 101, "tie_word_embeddings": True},
+    "windows": HF
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "max_window_layers": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model under settings that spread it over devices; it must answer as its model does on one device."""
+
+    name: str
+    settings: dict[str, Any]
+    model: str = "plain"
+    counters: tuple[str, ...] = field(default=("prefix_cache_hits_total", "spec_draft_tokens_total"))  # above 0
+
+
+def tensor(size: int, **settings: Any) -> dict[str, Any]:
+    return {"tensor_parallel_size": size, "scan_layers": True} | settings
+
+
+def by(strategy: str, size: int, **settings: Any) -> dict[str, Any]:
+    return tensor(size, sharding_strategy=strategy, **settings)
+
+
+CASES = (
+    Case("tensor_sequence 8", by("tensor_sequence", 8)),
+    Case("fully_sharded 8", by("fully_sharded", 8)),
+    Case("tensor_2d 8", by("tensor_2d", 8)),
+    Case("tensor 2, unrolled", tensor(2, scan_layers=False)),
+    Case("tensor 8", tensor(8)),
+    Case("tensor 4, uneven vocabulary, tied", tensor(4), "uneven"),
+    Case("tensor 2, windows", tensor(2), "windows"),
+    # Nine pages on each of four devices, and a hundred of all four parts in host memory.
+    Case(
+        "tensor 4, pages in host memory",
+        tensor(
+            4,
+            kv_cache_memory_bytes=9 * 1024,
+            kv_offloading_size=100 * 4 * 1024 / 2**30,
+            kv_offloading_load="always",
+        ),
+        counters=("loaded_pages_total",),
+    ),
+)
+
+
+def answers(
+    folder: Path, known: dict[str, list[int]], counters: tuple[str, ...] = (), **settings: Any
+) -> dict[str, list[int]]:
+    """What requests of all kinds are given: greedy and seeded, with an adapter and without, and, in a second round,
+    behind a prefix that the pages hold. Drafts are of the answers that are `known`, some of them wrong.
+
+    Prompts are longer than a step, so that chunks of some share steps with decodes of others.
+    """
+    config = EngineConfig(
+        model=str(folder),
+        load_format="dummy",
+        compilation_cache_dir="",
+        max_num_seqs=8,
+        max_num_batched_tokens=8,
+        block_size=8,
+        max_model_len=64,
+        enable_lora=True,
+        max_loras=1,
+        max_lora_rank=4,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 7},
+        **settings,
+    )
+    core = InProcessCore(config)
+    while known and not core._core.runner.compiled.can_draft(full=False):
+        time.sleep(0.05)
+    drafts = core._core.scheduler.drafts
+    assert drafts is not None
+    drafts.proposer, drafts.times = Oracle(core, known, 0.7, Random(0)), Untimed((), ())
+    lora = LoRARequest("adapter", 1, str(folder / "adapter"))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 100, size).tolist() for size in (1, 9, 20, 17)]
+    drawn: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "top_k": 20}
+    tokens: dict[str, list[int]] = {}
+    for turn, suffix in enumerate(([], [3, 1])):
+        requests = []
+        for index, prompt in enumerate(prompts):
+            of = f"{turn} {index}"
+            adapter = lora if index % 2 else None
+            requests.append(core_request(f"{of} greedy", prompt + suffix, 10, lora=adapter))
+            requests.append(core_request(f"{of} seeded", prompt + suffix, 10, prng_key=(index, 3), **drawn))
+        tokens |= run_requests(core, requests)
+    stats = core.stats()
+    missed = [name for name in counters if not getattr(stats, name)]
+    assert not missed, f"{missed} are zero: the case does not show what it is for"
+    core.shutdown()
+    return tokens
+
+
+def write_model(folder: Path, hf: dict[str, Any]) -> Path:
+    """A model folder without weights, and an adapter."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf))
+    write_adapter(folder / "adapter", rank=4, seed=1, hf=hf)
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """The answers of every model on one device, and of every case."""
+    # Steps of one size beside that of a single token: compiling is most of the time.
+    planner.MAX_PROGRAMS, planner.MAX_FULL_PROGRAMS = 4, 2
+    folders = {name: write_model(folder / name, hf) for name, hf in MODELS.items()}
+    found = {name: answers(path, {}, scan_layers=True) for name, path in folders.items()}
+    for case in CASES:
+        found[case.name] = answers(folders[case.model], found[case.model], case.counters, **case.settings)
+    return found
