@@ -54,7 +54,8 @@ def candidates_of(
     spread: bool = True,
     all_meshes: bool = False,
 ) -> list[Candidate]:
-    """Every strategy on every target: those named, or None for all, and the user's own of `config.sharding_rules`.
+    """Every strategy on every target: those named, or None for all and a pipeline, and the user's own of
+    `config.sharding_rules`.
 
     With `spread`, an engine takes all devices of a target, else as many as are configured. With `all_meshes`,
     strategies that divide the devices between several mesh axes do so in every way.
@@ -71,9 +72,25 @@ def candidates_of(
                 changes["mesh_shape"] = None
             found += [Candidate(target, name, shape_text(shape), changes | {"mesh_shape": shape}) for shape in shapes]
             found += [] if shapes else [Candidate(target, name, "", changes)]
+        if strategies is None and spread and config.pipeline_parallel_size == 1:
+            found += [_in_stages(target, stages) for stages in _stage_counts(devices, every=all_meshes)]
         if own is not None:
             found.append(Candidate(target, own, "", sizes))
     return found
+
+
+def _in_stages(target: Target, stages: int) -> Candidate:
+    """A pipeline of stages that share their layers by tensor parallelism."""
+    tensor = target.num_devices // stages
+    sizes = {"tensor_parallel_size": tensor, "pipeline_parallel_size": stages, "mesh_shape": None}
+    mesh = shape_text({"stage": stages, "tensor": tensor})
+    return Candidate(target, "pipeline", mesh, sizes | {"sharding_strategy": "tensor", "sharding_rules": None})
+
+
+def _stage_counts(devices: int, *, every: bool) -> list[int]:
+    """How many stages a pipeline of so many devices has in a comparison: two, or `every` number that divides them."""
+    counts = [count for count in range(2, devices + 1) if devices % count == 0]
+    return counts if every else counts[:1]
 
 
 def parallel_sizes(config: EngineConfig, target: Target, *, spread: bool) -> dict[str, int]:

@@ -232,10 +232,11 @@ def _made(value: Instruction, computation: Computation) -> float:
 
 def _moved(one: Instruction, computation: Computation) -> float:
     """Bytes of an asynchronous copy: read, if it comes from main memory, and written, if it goes there."""
-    destination = one.arrays[0]
     if one.opcode.removesuffix("-start") in COLLECTIVES:
         return 2 * sum(computation.instructions[name].num_bytes for name in one.operands)
-    source = computation.instructions[one.operands[0]].arrays[0]
+    given = [array for name in one.operands for array in computation.instructions[name].arrays]
+    # A copy's result begins with where it goes, any other's with what it is given.
+    destination, source = one.arrays[0 if one.opcode == "copy-start" else len(given)], given[0]
     size = min(destination.num_bytes, source.num_bytes)
     return size * ((not source.is_on_chip) + (not destination.is_on_chip))
 

@@ -150,6 +150,15 @@ def test_what_stays_in_a_chips_scratch_memory_moves_nothing():
     assert program_costs(text).num_bytes == 64 * 128 * 2
 
 
+def test_a_slice_on_its_way_to_scratch_memory_is_read_once():
+    """Of an asynchronous copy the destination is named first, of any other operation what it is given."""
+    copied = "%y = (bf16[64,128]{1,0:S(1)}, bf16[64,128]{1,0}, u32[]{:S(2)}) copy-start(%x)"
+    sliced = "%y = ((bf16[64,128]{1,0}), bf16[32,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:32], [0:128]}"
+    done = "ROOT %z = bf16[64,128]{1,0:S(1)} copy-done(%y)"
+    assert program_costs(a_program(copied, done)).num_bytes == 64 * 128 * 2
+    assert program_costs(a_program(sliced, done)).num_bytes == 32 * 128 * 2
+
+
 TPU_LOOP = """\
 HloModule jit_step, is_scheduled=true
 
