@@ -1,13 +1,16 @@
 """Compile the engine's whole step program for devices that are not here, and read what it takes from its text."""
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from jax_engine.model_files import read_model_config
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
 from jax_engine.placed_model import PlacedModel, StateSize
+from jax_engine.plan.hlo_costs import COLLECTIVES
+from jax_engine.plan.hlo_text import Computation, Instruction, parse_module
+from jax_engine.plan.models import model_folder
 from jax_engine.planner import memory_for_pages
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import make_mesh
@@ -22,51 +25,10 @@ PAGE_SIZE = 128
 NUM_PAGES = 512
 UTILIZATION = 0.9  # the default of gpu_memory_utilization
 
-_LLAMA_3 = {
-    "architectures": ["LlamaForCausalLM"],
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "vocab_size": 128256,
-}
-MODELS = {
-    "llama-3-8b": {
-        **_LLAMA_3,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-    },
-    "llama-3-70b": {
-        **_LLAMA_3,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 80,
-    },
-    "qwen3-32b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "head_dim": 128,
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "max_position_embeddings": 40960,
-        "num_attention_heads": 64,
-        "num_hidden_layers": 64,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "vocab_size": 151936,
-    },
-}
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
 
 @dataclass(frozen=True)
 class StepJob:
-    """A model of the table above on a slice; `topology` None is the smallest of the chip."""
+    """A model whose configuration comes with the package, on a slice; `topology` None is the smallest of the chip."""
 
     model: str
     chip: str
@@ -89,20 +51,6 @@ class CompiledStep:
     bytes_for_pages: int
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    """One line of an executable's text."""
-
-    shape: str
-    opcode: str
-    line: str
-
-
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-_CALLED = re.compile(
-    r"(?:body|calls|condition|to_apply|called_computations|branch_computations)=\{?([^}\s]+(?:, %[^}\s]+)*)"
-)
 # Instructions whose result is the same memory as their operand.
 _NO_COPY = {"bitcast", "custom-call", "get-tuple-element", "opt-barrier", "parameter", "tuple", "while"}
 
@@ -115,7 +63,8 @@ def compile_step(job: StepJob) -> CompiledStep:
     """
     chip = CHIPS[job.chip]
     devices = topology_devices(chip, job.topology)
-    config = ModelConfig.from_hf(MODELS[job.model])
+    with model_folder(job.model) as folder:
+        config = ModelConfig.from_hf(read_model_config(folder))
     placed = PlacedModel.of(
         resolve_model(config.architecture),
         config,
@@ -149,7 +98,7 @@ def compile_step(job: StepJob) -> CompiledStep:
         cache_copies=len(cache_copies(text, (config.num_hidden_layers, NUM_PAGES, planes, heads // parts, *page))),
         collectives_per_layer=layer,
         collectives_besides=rest,
-        bytes_for_pages=memory_for_pages(executable, int(chip.hbm_gib * 2**30), UTILIZATION, cache_bytes),
+        bytes_for_pages=memory_for_pages(executable, chip.chip.device_bytes, UTILIZATION, cache_bytes),
     )
 
 
@@ -159,16 +108,13 @@ def cache_copies(text: str, shape: Sequence[int]) -> list[str]:
     In-place updates are not told from copies by their text alone, so a fusion that yields a cache counts: in our
     programs only the kernel writes it.
     """
-    dimensions = [",".join(map(str, sizes)) for sizes in (shape, (1, *shape[1:]), shape[1:])]
-    forms = tuple(f"[{sizes}]" for sizes in dimensions)
+    forms = {tuple(shape), (1, *shape[1:]), tuple(shape[1:])}
     return [
-        instruction.line.strip()[:300]
-        for name, body in _computations(text).items()
+        f"{instruction.name} = {instruction.opcode}({', '.join(instruction.operands)})"
+        for name, body in parse_module(text).computations.items()
         if "fused" not in name
         for instruction in body
-        if instruction.opcode not in _NO_COPY
-        and not instruction.shape.startswith("(")
-        and any(form in instruction.shape for form in forms)
+        if instruction.opcode not in _NO_COPY and not instruction.is_tuple and instruction.arrays[0].sizes in forms
     ]
 
 
@@ -180,14 +126,14 @@ def collectives(text: str) -> tuple[dict[str, float], dict[str, int]]:
     Raises:
         ValueError: there is not exactly one such loop.
     """
-    computations = _computations(text)
+    computations = parse_module(text).computations
     loops: dict[str, tuple[set[str], int]] = {}
     for body in computations.values():
         for instruction in body:
-            if instruction.opcode == "while" and (match := re.search(r"body=%?([\w.\-]+)", instruction.line)):
-                inside = set(_reachable(computations, match[1]))
-                if kernels := sum(_is_kernel(line) for name in inside for line in computations[name]):
-                    loops[match[1]] = inside, kernels
+            for root in instruction.called("body"):
+                inside = set(_reachable(computations, root))
+                if kernels := sum(_is_kernel(part) for name in inside for part in computations[name]):
+                    loops[root] = inside, kernels
     innermost = [
         found for root, found in loops.items() if not any(other in found[0] for other in loops.keys() - {root})
     ]
@@ -200,47 +146,22 @@ def collectives(text: str) -> tuple[dict[str, float], dict[str, int]]:
     rest: Counter[str] = Counter()
     for name, body in computations.items():
         found = layers if name in inside else rest
-        found.update(opcode for instruction in body if (opcode := _collective(instruction.opcode)))
+        opcodes = (instruction.opcode.removesuffix("-start") for instruction in body)  # an asynchronous one starts once
+        found.update(opcode for opcode in opcodes if opcode in COLLECTIVES)
     return {opcode: count / kernels for opcode, count in layers.items()}, dict(rest)
 
 
-def _is_kernel(instruction: _Instruction) -> bool:
-    return 'custom_call_target="tpu_custom_call"' in instruction.line
+def _is_kernel(instruction: Instruction) -> bool:
+    return 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 
-def _collective(opcode: str) -> str | None:
-    """An asynchronous one counts where it starts."""
-    opcode = opcode.removesuffix("-start")
-    return opcode if opcode in COLLECTIVES else None
-
-
-def _computations(text: str) -> dict[str, list[_Instruction]]:
-    """Instructions of every computation in an executable's text.
-
-    Raises:
-        ValueError: the text holds none in the known form.
-    """
-    found: dict[str, list[_Instruction]] = {}
-    current: list[_Instruction] = []
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = found.setdefault(header[1], [])
-        elif match := _INSTRUCTION.match(line):
-            current.append(_Instruction(match[1], match[2], line))
-    if not any(found.values()):
-        raise ValueError("no computations in the executable's text")
-    return found
-
-
-def _reachable(computations: dict[str, list[_Instruction]], root: str) -> Iterator[str]:
+def _reachable(computations: Mapping[str, Computation], root: str) -> Iterator[str]:
     """`root` and what it calls, directly or not."""
     seen, left = {root}, [root]
     while left:
         name = left.pop()
         yield name
         for instruction in computations[name]:
-            for names in _CALLED.findall(instruction.line):
-                for called in re.findall(r"[\w.\-]+", names):
-                    if called in computations and called not in seen:
-                        seen.add(called)
-                        left.append(called)
+            called = [other for other in instruction.called() if other in computations and other not in seen]
+            seen.update(called)
+            left += called

@@ -10,51 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from jax_engine.plan import targets
+from jax_engine.plan.chips import CHIPS as ALL_CHIPS
+from jax_engine.plan.chips import Target
 
-@dataclass(frozen=True)
-class Chip:
-    """A kind of device as the compiler sees it; a `v4` or `tpu7x` chip has two of them.
-
-    `topology` is the smallest that the compiler knows with it, `whole_host` whether it is a full host's. `hbm_gib` is
-    what a program may use, as the compiler says in its error when one needs more.
-    """
-
-    topology: str
-    whole_host: bool
-    hbm_gib: float
-
-
-CHIPS = {
-    "v4": Chip("v4:2x2x1", whole_host=True, hbm_gib=15.25),
-    "v5e": Chip("v5e:1x1", whole_host=False, hbm_gib=15.75),
-    "v5p": Chip("v5p:2x2x1", whole_host=True, hbm_gib=95.74),
-    "v6e": Chip("v6e:1x1", whole_host=False, hbm_gib=31.25),
-    "tpu7x": Chip("tpu7x:2x2x1", whole_host=True, hbm_gib=94.75),
-}
+# The smallest slice of each TPU that the compiler knows.
+CHIPS = {name: Target(name, chip, chip.sizes[0]) for name, chip in ALL_CHIPS.items() if chip.platform == "tpu"}
 
 
 def compiler_environment(dump: Path | None) -> dict[str, str]:
     """Variables for a process that compiles; the compiler writes its schedules to `dump`."""
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_pass_label_regex=.*final.*" if dump else ""
-    return {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # else a second process ends at the first one's lock
+    return targets.TPU_COMPILER | {
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it holds is not compiled again, and so not dumped
         "JAX_PLATFORMS": "cpu",
         "LIBTPU_INIT_ARGS": flags,
         "TPU_DUMP_DIR": str(dump or ""),
-        "TPU_SKIP_MDS_QUERY": "1",
     }
 
 
-def topology_devices(chip: Chip, topology: str | None = None) -> list[jax.Device]:
+def topology_devices(chip: Target, topology: str | None = None) -> list[jax.Device]:
     """Devices to compile for: of the chip's smallest topology, or of a larger one of it."""
-    single = topology is None and not chip.whole_host
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
-    name = topology or chip.topology
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices)
+    return targets.topology_devices(topology or chip.topology, single=topology is None and chip.num_chips == 1)
 
 
 def traced_for(device: jax.Device) -> AbstractContextManager[AbstractMesh]:

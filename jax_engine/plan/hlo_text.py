@@ -45,6 +45,7 @@ class Instruction:
     arrays: tuple[Array, ...]
     operands: tuple[str, ...]  # names; of a constant or a parameter, what stands in the parentheses
     attributes: str
+    is_tuple: bool = False  # its result is several arrays, or one in a tuple
 
     def called(self, kind: str | None = None) -> tuple[str, ...]:
         """Names of the computations that it calls, of one kind such as `body`, or of all."""
@@ -145,7 +146,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
     closing = _closing(rest, opening)
-    return Instruction(name, rest[:opening], _arrays(shape), _operands(rest[opening + 1 : closing - 1]), rest[closing:])
+    operands = _operands(rest[opening + 1 : closing - 1])
+    return Instruction(name, rest[:opening], _arrays(shape), operands, rest[closing:], shape.startswith("("))
 
 
 def _closing(text: str, start: int) -> int:
