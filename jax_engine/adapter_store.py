@@ -12,8 +12,8 @@ from jax.sharding import Sharding
 from numpy.typing import NDArray
 
 from jax_engine.adapter_files import AdapterError, ModuleFactors, adapter_folder, read_adapter
-from jax_engine.loader import Parameter
 from jax_engine.lora_request import LoRARequest
+from jax_engine.model_structure import Parameter
 from jax_engine.models.adapters import ADAPTED_MODULES
 from jax_engine.placed_model import PlacedModel
 

@@ -17,7 +17,7 @@ from jax_engine.strategies import check_sharding
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
 MAX_LOGPROBS = 1024  # beyond it, sorting takes longer than all else that a step does
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
 OFFLOADING_LOADS = ("auto", "always")

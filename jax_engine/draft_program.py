@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_engine.decode_loop import decode_loop
-from jax_engine.loader import ModelStructure
+from jax_engine.model_structure import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.sampler import SamplingMode, SamplingRows, ends_sequence, sample
 from jax_engine.sharding import Placement

@@ -13,179 +13,38 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache
-from math import prod
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jax_engine.model_files import ModelLoadError, WeightFiles, read_model_config, resolve_model_path
-from jax_engine.models.adapters import AdapterShape
+from jax_engine.checkpoint_manifest import is_converted
+from jax_engine.config import LOAD_FORMATS
+from jax_engine.model_files import ModelLoadError, WeightFiles, listed, read_model_config, resolve_model_path
+from jax_engine.model_structure import ModelStructure, Parameter
 from jax_engine.models.config import ModelConfig, architecture_of
-from jax_engine.models.layers import add_adapters
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.registry import resolve_model
-from jax_engine.models.weights import Layout, Ranges, layout_of, stored_name
+from jax_engine.models.weights import Ranges
+from jax_engine.orbax_reader import OrbaxTensors
 from jax_engine.stacked_leaves import stack_layers
 
 logger = logging.getLogger(__name__)
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
 # Host memory holds about this many tensors at once; more threads did not read faster from local disks.
 _NUM_READERS = 4
 # Stored by some checkpoints though it is computed here, or, with tied embeddings, stored already.
 _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# How many names an error lists.
-_NUM_LISTED = 5
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One leaf of a model: its name (the checkpoint's), its array, and the distribution of a random value.
-
-    The leaf of stacked layers (first axis `layers`) is made of as many parts as it has layers. A `*` in the name stands
-    for the number of an expert: a part is made of a tensor for each (first axis `experts`).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    logical_axes: tuple[str, ...]
-    layout: Layout  # of each tensor
-    copies: tuple[int, ...]  # how often each entry of a dimension is held, side by side, where a checkpoint has one
-    mean: float
-    std: float
-    part_names: tuple[str, ...] = ()  # of stacked layers: the name of each
-
-    @property
-    def is_of_adapters(self) -> bool:
-        """Whether it holds factors of adapters, which no checkpoint of the model has."""
-        return "adapters" in self.logical_axes
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the array."""
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def parts(self) -> tuple["Parameter", ...]:
-        """The parameters of a layer each; itself, unless layers are stacked."""
-        return tuple(map(self._entry, self.part_names)) or (self,)
-
-    @property
-    def tensors(self) -> tuple["Parameter", ...]:
-        """Of a part, the parameters that are a tensor each; itself, unless it is of all experts."""
-        if "*" not in self.name:
-            return (self,)
-        return tuple(self._entry(self.name.replace("*", str(expert))) for expert in range(self.shape[0]))
-
-    def _entry(self, name: str) -> "Parameter":
-        """One entry of the first dimension."""
-        shape, axes, copies = self.shape[1:], self.logical_axes[1:], self.copies[1:]
-        return replace(self, name=name, shape=shape, logical_axes=axes, copies=copies, part_names=())
-
-    @property
-    def base_shape(self) -> tuple[int, ...]:
-        """The shape without the copies."""
-        return tuple(size // copies for size, copies in zip(self.shape, self.copies, strict=True))
-
-
-@dataclass(frozen=True)
-class ModelStructure:
-    """A model without its weights: hashable, made without allocating any."""
-
-    graphdef: nnx.GraphDef[LlamaForCausalLM]
-    treedef: jax.tree_util.PyTreeDef
-    parameters: tuple[Parameter, ...]
-
-    @classmethod
-    def of(
-        cls,
-        model_class: type[LlamaForCausalLM],
-        config: ModelConfig,
-        *,
-        ops: Ops,
-        dtype: DTypeLike,
-        scan_layers: bool = False,
-        kv_head_copies: int = 1,
-        adapters: AdapterShape | None = None,
-    ) -> "ModelStructure":
-        """The structure of `model_class` for `config`, every parameter in `dtype`.
-
-        `scan_layers` stacks the parameters of like layers and runs them as a loop. With `kv_head_copies`, each key and
-        value head is there that many times, side by side, so that more devices than it has heads hold one each. With
-        `adapters`, there is room for so many beside the weights.
-        """
-        heads = config.num_key_value_heads * kv_head_copies
-        config = replace(config, num_key_value_heads=heads)
-
-        def build() -> LlamaForCausalLM:
-            model = model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers)
-            if adapters is not None:
-                add_adapters(model, adapters)
-            return model
-
-        model = nnx.eval_shape(build)
-        graphdef, state = nnx.split(model)
-        parameters = []
-        for path, variable in nnx.to_flat_state(state):
-            metadata, leaf = variable.get_metadata(), variable.get_value()
-            axes: tuple[str, ...] = metadata["logical_axes"]
-            layers: tuple[int, ...] = metadata["layers"] or ()
-            is_stack = axes[:1] == ("layers",)
-            names = [_stored_name(path, layer, model_class) for layer in layers or (None,)]
-            num_stacked = is_stack + ("*" in names[0])
-            parameters.append(
-                Parameter(
-                    name=_stored_name(path, f"{layers[0]}..{layers[-1]}", model_class) if is_stack else names[0],
-                    shape=leaf.shape,
-                    dtype=leaf.dtype,
-                    logical_axes=axes,
-                    layout=layout_of(_own_name(path, None), len(axes) - num_stacked, model_class.HF_WEIGHTS),
-                    copies=tuple(kv_head_copies if axis == "kv_heads" else 1 for axis in axes),
-                    mean=metadata["init_mean"],
-                    std=metadata["init_std"],
-                    part_names=tuple(names) if is_stack else (),
-                )
-            )
-        return cls(graphdef, jax.tree.structure(state), tuple(parameters))
-
-    def merge(self, leaves: Sequence[jax.Array]) -> LlamaForCausalLM:
-        """The model with `leaves`, in the order of `parameters`; call it while tracing."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the weights, without that of adapters."""
-        return sum(parameter.num_bytes for parameter in self.parameters if not parameter.is_of_adapters)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Memory of all adapters that there is room for."""
-        return sum(parameter.num_bytes for parameter in self.parameters if parameter.is_of_adapters)
-
-
-def _stored_name(path: Sequence[object], layer: int | str | None, model_class: type[LlamaForCausalLM]) -> str:
-    """A checkpoint's name for the parameter at `path`."""
-    return stored_name(_own_name(path, layer), model_class.HF_WEIGHTS)
-
-
-def _own_name(path: Sequence[object], layer: int | str | None) -> str:
-    """A parameter's name in the model, where the first number of `path` is the place of a layer among the modules."""
-    place = next((index for index, key in enumerate(path) if isinstance(key, int)), None)
-    return ".".join(str(layer if index == place else key) for index, key in enumerate(path))
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, type[LlamaForCausalLM]]:
@@ -243,11 +102,11 @@ def load_leaves(
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
     sharding_of = sharding_of or (lambda _: SingleDeviceSharding(jax.devices()[0]))
     start = time.monotonic()
-    load: _Draw | _Read = _Draw(seed)
+    load: _Draw | Reader = _Draw(seed)
     source, num_threads = f"random, seed {seed}", 1
     if load_format != "dummy":
         folder = resolve_model_path(path_or_name)
-        load, source = _Read(_checked_files(folder, structure)), str(folder)
+        load, source = reader_of(folder, structure, load_format), str(folder)
         num_threads = _NUM_READERS if jax.process_count() == 1 else 1  # several stack layers in the same order
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
@@ -270,7 +129,7 @@ def load_leaves(
 
     with ThreadPoolExecutor(num_threads) as pool, bar:
         leaves = tuple(pool.map(load_leaf, structure.parameters))
-    source += f", {load.num_bytes} bytes read" if isinstance(load, _Read) else ""
+    source += f", {load.num_bytes} bytes read" if isinstance(load, Reader) else ""
     logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, time.monotonic() - start, source)
     return leaves
 
@@ -281,6 +140,13 @@ def _filled(parameter: Parameter, value: float, sharding: Sharding) -> jax.Array
     return jax.make_array_from_callback(parameter.shape, sharding, lambda _: np.full(shape, value, parameter.dtype))
 
 
+def reader_of(folder: Path, structure: ModelStructure, load_format: str = "auto") -> "Reader":
+    """What reads parameters from a folder, which is checked to hold exactly the model's; ModelLoadError as above."""
+    if load_format == "orbax" or (load_format == "auto" and is_converted(folder)):
+        return Reader(OrbaxTensors.open(folder, structure).part, is_merged=True)
+    return Reader(partial(_read_part, _checked_files(folder, structure)))
+
+
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
@@ -289,13 +155,13 @@ def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(
-            f"the weights in {folder} lack {len(missing)} tensors that config.json calls for: {_listed(missing)}; "
+            f"the weights in {folder} lack {len(missing)} tensors that config.json calls for: {listed(missing)}; "
             "config.json and weights are of different models, or a weight file is missing: download the folder again"
         )
     extra = sorted(name for name in files.names - expected.keys() if not _IGNORED_TENSORS.search(name))
     if extra:
         raise ModelLoadError(
-            f"the weights in {folder} hold {len(extra)} tensors that config.json does not call for: {_listed(extra)}; "
+            f"the weights in {folder} hold {len(extra)} tensors that config.json does not call for: {listed(extra)}; "
             "config.json and weights are of different models: download the folder again"
         )
     for name, parameter in expected.items():
@@ -314,28 +180,35 @@ def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     return files
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NUM_LISTED]) + (", ..." if len(names) > _NUM_LISTED else "")
+def _read_part(files: WeightFiles, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
+    layout, shape = parameter.layout, parameter.base_shape
+    block = files.tensor(parameter.name)[tuple(slice(*bounds) for bounds in layout.stored_ranges(shape, ranges))]
+    return layout.arrange(block, shape, ranges)
 
 
-class _Read:
-    """Reads parameters from files, each device's part by itself, in the model's dtype. Mutable; owned by a load."""
+class Reader:
+    """Reads parameters, each device's part by itself, converted to the model's dtype on the way. Mutable; owned by a
+    load.
 
-    def __init__(self, files: WeightFiles) -> None:
-        self.files = files
-        self.num_bytes = 0  # that were read
+    `part` reads what is one tensor, at `ranges` of its `base_shape`; `is_merged`: what is of all experts is one.
+    """
+
+    def __init__(self, part: Callable[[Parameter, Ranges], np.ndarray[Any, Any]], *, is_merged: bool = False) -> None:
+        self._part = part
+        self._is_merged = is_merged
+        self.num_bytes = 0  # that were asked for
         self._counting = threading.Lock()
 
     def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
-        shape, tensors = parameter.shape, parameter.tensors
+        shape, tensors = parameter.shape, (parameter,) if self._is_merged else parameter.tensors
 
         @cache  # devices that hold the same part share one read
         def part(ranges: Ranges) -> np.ndarray[Any, Any]:
             if len(tensors[0].shape) == len(shape):
-                return self._part(parameter, ranges)
+                return self._with_copies(parameter, ranges)
             values = np.empty([stop - start for start, stop in ranges], parameter.dtype)
             for place, tensor in enumerate(tensors[slice(*ranges[0])]):
-                values[place] = self._part(tensor, ranges[1:])
+                values[place] = self._with_copies(tensor, ranges[1:])
             return values
 
         def callback(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
@@ -345,15 +218,12 @@ class _Read:
         # Wait for the copy: host memory must not fill with blocks that are still on their way to a device.
         return jax.make_array_from_callback(shape, sharding, callback).block_until_ready()
 
-    def _part(self, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
+    def _with_copies(self, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
         """A part of what is one tensor."""
-        tensor, layout = self.files.tensor(parameter.name), parameter.layout
         pairs = list(zip(ranges, parameter.copies, strict=True))
-        once = tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs)
-        block = tensor[tuple(slice(*bounds) for bounds in layout.stored_ranges(parameter.base_shape, once))]
+        values = self._part(parameter, tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs))
         with self._counting:
-            self.num_bytes += block.nbytes
-        values = layout.arrange(block, parameter.base_shape, once)
+            self.num_bytes += values.nbytes
         for axis, ((start, stop), copies) in enumerate(pairs):
             if copies > 1:
                 values = values.take([place // copies - start // copies for place in range(start, stop)], axis)

@@ -4,7 +4,7 @@ Whatever is wrong with a folder is a `ModelLoadError` that names the file and th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,16 @@ SINGLE_NAME = "model.safetensors"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _DOWNLOAD_IGNORE = ["original/*", "consolidated*", "onnx/*"]
 _GIT_LFS_POINTER = b"version https://git-lfs"
+_NUM_LISTED = 5  # how many names an error lists
 
 
 class ModelLoadError(ValueError):
     """A model cannot be loaded; the message names the file, what is wrong with it, and what to do."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as an error has them."""
+    return ", ".join(names[:_NUM_LISTED]) + (", ..." if len(names) > _NUM_LISTED else "")
 
 
 def resolve_model_path(name: str | Path | None, *, revision: str | None = None) -> Path:

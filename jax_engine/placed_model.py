@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from jax_engine.draft_program import draft_function
 from jax_engine.full_sampling import FullInputs, FullState
-from jax_engine.loader import ModelStructure, Parameter
 from jax_engine.logits_processors import LogitsProcessor, argument_names
+from jax_engine.model_structure import ModelStructure, Parameter
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PAGE_AXES

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 from jax_engine.decode_loop import decode_loop
 from jax_engine.draft_rows import DraftRows
 from jax_engine.full_sampling import FullInputs, FullResults, FullRows, FullState, sample_full
-from jax_engine.loader import ModelStructure
 from jax_engine.logits_processors import LogitsProcessor
 from jax_engine.logprobs import RowLogprobs, prompt_block, prompt_logprobs
+from jax_engine.model_structure import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.pooling import pool_rows

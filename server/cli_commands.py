@@ -7,6 +7,7 @@ from typing import Any
 from jax_engine.config import EngineConfig
 from jax_engine.server.cli_bench import MODEL, bench_commands
 from jax_engine.server.cli_compile import compile_command
+from jax_engine.server.cli_convert import convert_command
 from jax_engine.server.cli_flags import Flag, Options, count, engine_config, engine_groups
 from jax_engine.server.cli_parser import Command
 from jax_engine.server.cli_plan import plan_command
@@ -138,7 +139,8 @@ def commands(answer_flags: tuple[Flag, ...], answer_settings: AnswerSettings) ->
         groups={"output": COLLECT_FLAGS},
         configurable=False,
     )
-    return (chat, complete, generate, batch, *bench_commands(), compile_command(), plan_command(), collect)
+    more = (compile_command(), convert_command(), plan_command())
+    return (chat, complete, generate, batch, *bench_commands(), *more, collect)
 
 
 def run_generate(options: Options) -> int:

@@ -143,7 +143,12 @@ MODEL_FLAGS = (
     Flag("revision", "branch, tag or commit of a Hugging Face model", metavar="REV"),
     Flag("trust_remote_code", "refused: models are this engine's own, and no code comes with a checkpoint", type=bool),
     Flag("dtype", "type of weights and activations; auto: float32 on CPU, else the checkpoint's", choices=DTYPES),
-    Flag("load_format", "where weights come from; dummy: random ones, for measuring", choices=LOAD_FORMATS),
+    Flag(
+        "load_format",
+        "where weights come from; auto: orbax in a folder of jax-engine convert, else safetensors; dummy: random ones, "
+        "for measuring",
+        choices=LOAD_FORMATS,
+    ),
     Flag(
         "generation_config",
         "where default sampling parameters come from: auto, the model's generation_config.json; vllm: nowhere; or the "

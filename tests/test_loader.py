@@ -226,7 +226,7 @@ def test_a_broken_folder_is_refused_with_file_and_remedy(fault: str, folder: Pat
 
 
 def test_an_unknown_load_format_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="load_format='gguf' must be one of auto, safetensors, dummy"):
+    with pytest.raises(ValueError, match="load_format='gguf' must be one of auto, safetensors, orbax, dummy"):
         load(folder, load_format="gguf")
 
 

@@ -13,8 +13,8 @@ from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, placed_model, r
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
-from jax_engine.loader import ModelStructure
 from jax_engine.messages import Abort, Add, CoreRequest
+from jax_engine.model_structure import ModelStructure
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import select_ops
 from jax_engine.models.registry import resolve_model

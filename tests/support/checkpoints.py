@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_engine.loader import ModelStructure, load_config, load_leaves, load_model
+from jax_engine.loader import load_config, load_leaves, load_model
+from jax_engine.model_structure import ModelStructure
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import dense_ops
 from jax_engine.models.registry import resolve_model
