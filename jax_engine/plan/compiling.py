@@ -8,6 +8,7 @@ import jax
 
 from jax_engine.blueprint import Blueprint
 from jax_engine.memory_check import DeviceMemory, bytes_of
+from jax_engine.models.pipeline import microbatch_rows, num_microbatches
 from jax_engine.plan.figure_cache import FigureCache
 from jax_engine.plan.figures import CompiledProgram
 from jax_engine.plan.hlo_costs import program_costs
@@ -48,7 +49,7 @@ def compile_program(blueprint: Blueprint, program: Program, cache: FigureCache) 
     key = cache.key(lowered, list(mesh.devices.flat) if mesh is not None else [blueprint.device])
     figures = cache.read(key)
     if figures is None:
-        figures = _figures(lowered)
+        figures = _figures(lowered, _num_blocks(blueprint, program))
         cache.write(key, figures)
     seconds = time.perf_counter() - start
     logger.info("compiled %s in %.1f s", program, seconds)
@@ -57,7 +58,18 @@ def compile_program(blueprint: Blueprint, program: Program, cache: FigureCache) 
     return CompiledProgram(str(program), program.bucket.num_tokens, predicted, cache_bytes, seconds, **figures)
 
 
-def _figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
+def _num_blocks(blueprint: Blueprint, program: Program) -> int | None:
+    """Turns that a step of all its rows takes: the blocks or microbatches that it is cut into, and the ticks that the
+    last stages of a pipeline wait; None of a step that is not cut.
+    """
+    placed, rows = blueprint.placed, program.bucket.num_tokens
+    if placed.row_block is not None:
+        return rows // placed.row_block
+    stages = placed.geometry.num_stages
+    return None if stages == 1 else num_microbatches(rows, microbatch_rows(blueprint.device.platform)) + stages - 1
+
+
+def _figures(lowered: jax.stages.Lowered, num_blocks: int | None) -> dict[str, Any]:
     """What the compiler says of a program: the fields of `CompiledProgram` that depend on it alone."""
     compiled = lowered.compile()
     analysis, text = compiled.memory_analysis(), compiled.as_text()
@@ -66,7 +78,7 @@ def _figures(lowered: jax.stages.Lowered) -> dict[str, Any]:
         "argument_bytes": analysis.argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         "code_bytes": analysis.generated_code_size_in_bytes,
-        "costs": program_costs(text),
+        "costs": program_costs(text, num_blocks=num_blocks),
     }
 
 

@@ -100,17 +100,22 @@ class Costs:
         return sum(count * one.sent_bytes for one, count in self.collectives.items())
 
 
-def program_costs(text: str) -> Costs:
-    """Costs of a compiled program, by its text; ValueError where the text is not in the known form."""
+def program_costs(text: str, *, num_blocks: int | None = None) -> Costs:
+    """Costs of a compiled program, by its text; ValueError where the text is not in the known form.
+
+    A step that runs in blocks of rows loops over as many as hold tokens: `num_blocks` are the trips of a loop of the
+    program itself whose length depends on data and which multiplies matrices.
+    """
     module = parse_module(text)
-    return _Counter(module).of(module.entry)
+    return _Counter(module, num_blocks).of(module.entry)
 
 
 class _Counter:
     """Walks one module. Mutable: it remembers what computations cost."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, num_blocks: int | None) -> None:
         self._module = module
+        self._num_blocks = num_blocks
         self.of = cache(self._of)
 
     def _of(self, name: str) -> Costs:
@@ -127,6 +132,8 @@ class _Counter:
             (body,), (condition,) = one.called("body"), one.called("condition")
             trips = trip_count(one, computation, self._module)
             inside = self.of(body) + self.of(condition)
+            if trips is None and computation is self._module.computations[self._module.entry] and inside.flops:
+                trips = self._num_blocks
             unknown = () if trips is not None else (one.scope,)
             return inside.times(1 if trips is None else trips) + Costs(unknown_loops=unknown)
         if one.opcode == "conditional":

@@ -39,8 +39,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _capacity(plan: Plan) -> list[str]:
-    tokens = plan.num_pages * plan.memory.page_tokens
-    lines = [f"capacity: {plan.num_pages:,} pages of {plan.memory.page_tokens} tokens, {tokens:,} tokens"]
+    lines = [f"capacity: {plan.num_pages:,} pages of {plan.memory.page_tokens} tokens on each device"]
     for context, count in plan.sequences.items():
         bound = f" ({plan.max_num_seqs} run at once)" if count > plan.max_num_seqs else ""
         lines.append(f"  {count:>8,} sequences of {context:,} tokens{bound}")

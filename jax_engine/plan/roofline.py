@@ -60,11 +60,11 @@ class AttentionCosts:
 def attention_costs(placed: PlacedModel, model: ModelConfig, load: Load) -> AttentionCosts:
     """Two products with every position that a token sees, and every page read once a step.
 
-    Cached tokens that several queries of a step see are read once, as if a kernel kept them; devices that share heads,
-    pages or layers share the work equally.
+    Cached tokens that several queries of a step see are read once, as if a kernel kept them; devices that share heads
+    or pages share the work equally, and the layers of a stage are its own.
     """
     geometry, partition = placed.geometry, placed.placement.activations
-    sharers = partition.num_parts("heads") * partition.num_parts("pages") * partition.num_parts("cache_layers")
+    sharers = partition.num_parts("heads", "pages")
     layout = geometry.layout
     token_bytes = geometry.page_bytes / geometry.page_size / partition.num_parts("pages")
     pairs = sum(load.num_sequences * _seen(load, layout.windows[group]) for group in layout.groups)

@@ -60,11 +60,22 @@ def test_loops_in_loops_multiply():
 
 def test_a_loop_that_ends_by_its_data_counts_once_and_is_named():
     def until_small(x, w):
-        return lax.while_loop(lambda y: jnp.sum(y) > 1, lambda y: jnp.tanh(y @ w), x)
+        search = lax.while_loop(lambda y: jnp.sum(y) > 1, jnp.tanh, x)
+        return search @ w
 
     costs = costs_of(until_small, (32, 64), (64, 64))
     assert costs.total_flops == PRODUCT
     assert len(costs.unknown_loops) == 1 and "while" in costs.unknown_loops[0]
+
+
+def test_a_loop_over_blocks_of_rows_has_as_many_trips_as_the_step_has_blocks():
+    def by_blocks(x, w):
+        used = (x[0, 0] > 0).astype("int32") * 5
+        return lax.fori_loop(0, used, lambda _, y: scanned(y, w), x)
+
+    text = compiled_text(by_blocks, (32, 64), (3, 64, 64))
+    assert program_costs(text, num_blocks=5).total_flops == 5 * 3 * PRODUCT
+    assert program_costs(text).total_flops == 3 * PRODUCT
 
 
 def test_of_two_branches_the_dearer_counts():
