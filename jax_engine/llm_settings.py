@@ -17,7 +17,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "async_scheduling": (True, None),
         "compilation_config": (None,),
         "cpu_offload_gb": (0,),
-        "data_parallel_size": (1,),
         "disable_custom_all_reduce": (False, True),
         "disable_log_stats": (False, True),
         "distributed_executor_backend": (None,),

@@ -225,11 +225,7 @@ def run(command: Command, options: Options) -> int:
 
 def run_serve(options: Options) -> int:
     config = engine_config(options)
-    settings = ServerSettings(
-        **options.of(flag.field for flag in HTTP_FLAGS),
-        **answer_settings(options, config),
-        api_keys=tuple(options["api_key"] or ()),
-    )
+    settings = server_settings(options, config)
     log_level = options["log_level"] or "info"
     set_up_logging(log_level, settings.log_format)
     check_headless(config, settings)
@@ -261,6 +257,15 @@ def check_headless(config: EngineConfig, settings: ServerSettings) -> None:
         )
     if config.node_rank > 0 and not settings.headless:
         raise ValueError(f"node_rank={config.node_rank} follows process 0 and answers no HTTP; add --headless")
+
+
+def server_settings(options: Options, config: EngineConfig) -> ServerSettings:
+    """What `serve` is told beside the engine's settings."""
+    return ServerSettings(
+        **options.of(flag.field for flag in HTTP_FLAGS),
+        **answer_settings(options, config),
+        api_keys=tuple(options["api_key"] or ()),
+    )
 
 
 def answer_settings(options: Options, config: EngineConfig) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def normalised(requirement: str) -> str:
 
 
 def test_every_imported_distribution_is_declared() -> None:
-    """Tracing, plots and the training of the built-in model have extras, looked for before they are imported."""
+    """Tracing, Ray, plots and the training of the built-in model have extras, imported where they are used."""
     extras = {
         name: set(map(normalised, requirements))
         for name, requirements in PROJECT["project"]["optional-dependencies"].items()
@@ -124,7 +124,7 @@ def test_every_imported_distribution_is_declared() -> None:
     for package in PACKAGES:
         for file in package_folder(package).glob("*.py"):
             name = str(file.relative_to(REPOSITORY))
-            of_files = {"server/tracing.py": "otel", "jax_engine/plan/drawing.py": "plan"}
+            of_files = {"server/tracing.py": "otel", "server/ray_serve.py": "ray", "jax_engine/plan/drawing.py": "plan"}
             extra = {"jax_engine.models.demo": "train"}.get(package) or of_files.get(name)
             allowed = runtime | (extras[extra] if extra else set())
             if missing := [module for module, providers in imported_modules(file).items() if not providers & allowed]:
