@@ -14,18 +14,36 @@ from jax_engine.bundles import Manifest, write_bundle
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.new_folders import check_new_folder
+from jax_engine.plan.chips import parse_target
+from jax_engine.plan.targets import devices_of, prepare
 from jax_engine.start_log import log_cache, log_step_programs
 
 logger = logging.getLogger(__name__)
 
 
-def devices_here(platform: str | None) -> tuple[Sequence[jax.Device], int | None]:
-    """The devices that an engine would take, and the memory of each; ValueError if they are of another platform."""
+PLATFORMS = ("cpu", "gpu", "tpu")
+
+
+def find_devices(name: str | None) -> tuple[Sequence[jax.Device], int | None]:
+    """The devices to compile for, and the memory of each: a platform's, which must be here, those of a TPU slice, which
+    need not, such as `v6e-8`, or without a name what JAX runs on here. Call it before JAX has looked for devices.
+
+    Raises:
+        ValueError: JAX runs on another platform here; or there is no such slice, or nothing that compiles for it.
+    """
+    if name is not None and name not in PLATFORMS:
+        target = parse_target(name)
+        if target.chip.platform != "tpu":
+            raise ValueError(
+                f"device={name!r} must be here to be compiled for; run this on it, with --device gpu or cpu"
+            )
+        prepare([target])
+        return devices_of(target), target.chip.device_bytes
     devices = jax.devices()
-    if platform not in (None, devices[0].platform):
+    if name not in (None, devices[0].platform):
         raise ValueError(
-            f"device={platform!r} is not what JAX runs on here, which is {devices[0].platform!r}; leave it out, or "
-            f"set JAX_PLATFORMS"
+            f"device={name!r} is not what JAX runs on here, which is {devices[0].platform!r}; leave it out, or set "
+            "JAX_PLATFORMS"
         )
     return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
 

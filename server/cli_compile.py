@@ -12,15 +12,20 @@ EPILOG = """\
 examples:
   jax-engine compile ./my-model --max-num-seqs 32 -o ./my-model-compiled
   jax-engine serve ./my-model --max-num-seqs 32 --compiled ./my-model-compiled
+  jax-engine compile ./my-model --device v6e-8 --tensor-parallel-size 8 -o ./my-model-v6e-8
 
 The folder holds every program that `serve` runs with the same settings, and a manifest of what they are for: versions,
 devices, model and settings must be equal when they are used. It is code: use only what comes from whom you trust.
 """
 
-PLATFORMS = ("cpu", "gpu", "tpu")
 COMPILE_FLAGS = (
     Flag("output", "folder to write, which must not be there yet", metavar="DIR", short="-o", required=True, type=Path),
-    Flag("device", "what to compile for: cpu, gpu or tpu, which must be here; else what is here", choices=PLATFORMS),
+    Flag(
+        "device",
+        "what to compile for: cpu, gpu or tpu, which must be here; or a TPU slice that need not be, such as v6e-8; "
+        "what is here if left out",
+        metavar="NAME",
+    ),
 )
 
 
@@ -41,10 +46,9 @@ def run_compile(options: Options) -> int:
     config, folder = engine_config(options), options["output"]
     set_up_logging("info")
     start = time.monotonic()
-    from jax_engine.compile_ahead import compile_ahead, devices_here
+    from jax_engine.compile_ahead import compile_ahead, find_devices
 
-    devices, memory_bytes = devices_here(options["device"])
-    manifest = compile_ahead(config, folder, devices, memory_bytes=memory_bytes)
+    manifest = compile_ahead(config, folder, *find_devices(options["device"]))
     entries = manifest.executables.values()
     print(
         f"{len(entries)} programs in {folder}: {sum(entry.num_bytes for entry in entries) / 1e6:.1f} MB, "

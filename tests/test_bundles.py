@@ -16,7 +16,7 @@ from tiny_engine import TINY, core_request, run_requests
 from jax_engine.blueprint import Blueprint
 from jax_engine.bundle_identity import FREE_SETTINGS
 from jax_engine.bundles import FORMAT, MANIFEST, Bundle, BundleError, Manifest, read_manifest, write_bundle
-from jax_engine.compile_ahead import compile_ahead, devices_here
+from jax_engine.compile_ahead import compile_ahead, find_devices
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.messages import TokenControls
@@ -42,7 +42,7 @@ def config(model: Path) -> EngineConfig:
 @pytest.fixture(scope="module")
 def compiled(config: EngineConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compiled") / "bundle"
-    compile_ahead(config, folder, *devices_here("cpu"))
+    compile_ahead(config, folder, *find_devices("cpu"))
     return folder
 
 
@@ -148,6 +148,13 @@ def test_other_settings_are_refused(
 ) -> None:
     with pytest.raises(BundleError, match=message):
         open_bundle(compiled, replace(config, **changes))
+
+
+def test_an_engine_of_several_processes_is_refused(config: EngineConfig, compiled: Path) -> None:
+    blueprint = Blueprint.of(config, jax.devices())
+    several = replace(blueprint, config=replace(config, nnodes=2, tensor_parallel_size=2))
+    with pytest.raises(BundleError, match=r"is loaded by one process, and nnodes=2 needs 2; leave one of them out"):
+        Bundle.open(str(compiled), several)
 
 
 def test_settings_that_no_program_depends_on_are_free(config: EngineConfig, compiled: Path) -> None:
@@ -309,6 +316,10 @@ def test_what_a_killed_run_has_left_is_named(
 
 def test_what_is_not_here_is_not_taken_for_what_is() -> None:
     with pytest.raises(ValueError, match=r"device='tpu' is not what JAX runs on here, which is 'cpu'; leave it out"):
-        devices_here("tpu")
+        find_devices("tpu")
+    with pytest.raises(ValueError, match=r"device='h200-1' must be here to be compiled for; run this on it"):
+        find_devices("h200-1")
+    with pytest.raises(ValueError, match=r"device='v6e-3' is no size of a v6e slice; sizes are v6e-1, v6e-4"):
+        find_devices("v6e-3")
     with pytest.raises(ValueError, match=r"compiled='' must be a folder that `jax-engine compile` has made"):
         EngineConfig(compiled="")
