@@ -26,7 +26,7 @@ def server(model, tmp_path_factory, launch_server):
     running = launch_server(
         tmp_path_factory.mktemp("server"),
         *(str(model.folder), "--served-model-name", "counting", "--data-parallel-size", str(NUM_REPLICAS)),
-        *("--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "8M"),
+        *("--max-num-seqs", "8", "--max-num-batched-tokens", "16", "--kv-cache-memory-bytes", "8M"),
         *("--block-size", str(PAGE), "--enable-admin-routes"),
     )
     running.wait_for(running.is_ready, what="ready", seconds=240)
