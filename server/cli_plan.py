@@ -1,6 +1,7 @@
 """`jax-engine plan`: what a model needs and can do on devices that need not be here."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,11 @@ def answer(question: "Question", targets: "list[Target]", options: Options) -> i
         spread=options["tensor_parallel_size"] is None,
         all_meshes=bool(options["all_meshes"]),
     )
-    rows = list(compare(question, candidates))
+    rows = []
+    for candidate, row in zip(candidates, compare(question, candidates), strict=True):
+        rows.append(row)
+        if len(candidates) > 1:  # each takes a while
+            print(f"{candidate.strategy} on {candidate.target.name}: {len(rows)} of {len(candidates)}", file=sys.stderr)
     show(rows, options, title=question.model_name)
     return 0 if any(isinstance(row, Plan) and row.fits for row in rows) else 1
 

@@ -35,7 +35,8 @@ def make_plan(question: Question) -> Plan:
     compiled: tuple[CompiledProgram, ...] = ()
     if needs.least <= usable:
         cache = FigureCache.of(config.compilation_cache_dir)
-        compiled = tuple(compile_program(blueprint, program, cache) for program in programs_of_plan(blueprint))
+        source = _as_compiled(blueprint, target)
+        compiled = tuple(compile_program(source, program, cache) for program in programs_of_plan(source))
     return _Answer(question, blueprint, needs, usable, compiled).plan()
 
 
@@ -47,6 +48,15 @@ def _for_target(question: Question) -> tuple[EngineConfig, Target]:
         scan = True if config.scan_layers is None else config.scan_layers
         config = replace(config, dtype=dtype, block_size=config.block_size or 64, scan_layers=scan)
     return config, target
+
+
+def _as_compiled(blueprint: Blueprint, target: Target) -> Blueprint:
+    """What is compiled: of a GPU's engine, the same in float32, since XLA's compiler for CPUs widens sums of 16 bits,
+    and cannot widen all of them.
+    """
+    if not is_stand_in(target):
+        return blueprint
+    return Blueprint.of(replace(blueprint.config, dtype="float32"), devices_of(target))
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ class _Answer:
         left = self.usable - self.needs.fixed
         # The FULL mode, which is not compiled, keeps more than the others do.
         full = bytes_of(jax.tree.leaves(self.blueprint.placed.full_state_shapes(config.max_num_seqs)))
-        left = min([left, *(self.usable - one.taken_bytes - full for one in self.compiled)])
+        if not is_stand_in(self.question.target):
+            left = min([left, *(self.usable - one.taken_bytes - full for one in self.compiled)])
         return left - staging_pages(host=config.host_cache_bytes > 0) * geometry.page_bytes
 
     @property
@@ -189,8 +200,8 @@ class _Answer:
         )
 
     def _as_on_a_gpu(self, costs: Costs, rows: int) -> Costs:
-        """Counts of a program that was compiled for a CPU: products in the model's type, and for bytes what must move,
-        each weight once and each row's activations in and out of a layer's blocks.
+        """Counts of a program that was compiled for a CPU in float32: products and exchanges in the model's type, and
+        for bytes what must move, each weight once and each row's activations in and out of a layer's blocks.
         """
         placed, model = self.blueprint.placed, self.blueprint.model
         itemsize = placed.geometry.dtype.itemsize
@@ -198,7 +209,9 @@ class _Answer:
         embedding //= placed.placement.weights.num_parts("vocab", "embed")
         activations = 4 * rows * model.hidden_size * itemsize * model.num_hidden_layers
         num_bytes = self.needs.weights - embedding + activations
-        return replace(costs, flops={_HLO_TYPES[str(placed.geometry.dtype)]: costs.total_flops}, num_bytes=num_bytes)
+        flops = {_HLO_TYPES[str(placed.geometry.dtype)]: costs.total_flops}
+        sent = {replace(one, num_bytes=one.num_bytes * itemsize / 4): count for one, count in costs.collectives.items()}
+        return replace(costs, flops=flops, num_bytes=num_bytes, collectives=sent)
 
     def _bounds(self, steps: dict[str, PlannedStep]) -> Bounds | None:
         if not steps or steps["decode"].time is None or steps["prefill"].time is None:
