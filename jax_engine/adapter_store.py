@@ -100,16 +100,16 @@ class AdapterStore:
 
 
 def _spread(stored: NDArray[np.float32], part: Parameter, what: str) -> Values:
-    """One factor [rank, merged dimensions] as its parameter has it, with the copies of key and value heads."""
-    dims, copies = part.base_shape[2:], part.copies[2:]
+    """One factor [rank, merged dimensions] as its parameter has it, with copies of heads and zeros."""
+    dims, spreads = part.base_shape[2:], part.spreads[2:]
     if stored.shape[1] != int(np.prod(dims)):
         raise AdapterError(
             f"{what} is made for {stored.shape[1]} values, the model has {int(np.prod(dims))} there; the adapter "
             "belongs to another model"
         )
     values = stored.reshape(-1, *dims)
-    for axis, count in enumerate(copies, start=1):
-        values = values.repeat(count, axis) if count > 1 else values
+    for axis, (size, spread) in enumerate(zip(part.shape[2:], spreads, strict=True), start=1):
+        values = spread.fill(values, axis, 0, size)
     return values.astype(part.dtype)
 
 

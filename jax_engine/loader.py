@@ -37,6 +37,7 @@ from jax_engine.models.registry import resolve_model
 from jax_engine.models.weights import Ranges
 from jax_engine.orbax_reader import OrbaxTensors
 from jax_engine.stacked_leaves import stack_layers
+from jax_engine.widening import Spread
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +206,10 @@ class Reader:
         @cache  # devices that hold the same part share one read
         def part(ranges: Ranges) -> np.ndarray[Any, Any]:
             if len(tensors[0].shape) == len(shape):
-                return self._with_copies(parameter, ranges)
+                return self._widened(parameter, ranges)
             values = np.empty([stop - start for start, stop in ranges], parameter.dtype)
             for place, tensor in enumerate(tensors[slice(*ranges[0])]):
-                values[place] = self._with_copies(tensor, ranges[1:])
+                values[place] = self._widened(tensor, ranges[1:])
             return values
 
         def callback(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
@@ -218,15 +219,14 @@ class Reader:
         # Wait for the copy: host memory must not fill with blocks that are still on their way to a device.
         return jax.make_array_from_callback(shape, sharding, callback).block_until_ready()
 
-    def _with_copies(self, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
+    def _widened(self, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
         """A part of what is one tensor."""
-        pairs = list(zip(ranges, parameter.copies, strict=True))
-        values = self._part(parameter, tuple((start // copies, -(-stop // copies)) for (start, stop), copies in pairs))
+        pairs = list(zip(ranges, parameter.spreads, strict=True))
+        values = self._part(parameter, tuple(spread.stored_range(*bounds) for bounds, spread in pairs))
         with self._counting:
             self.num_bytes += values.nbytes
-        for axis, ((start, stop), copies) in enumerate(pairs):
-            if copies > 1:
-                values = values.take([place // copies - start // copies for place in range(start, stop)], axis)
+        for axis, (bounds, spread) in enumerate(pairs):
+            values = spread.fill(values, axis, *bounds)
         return values.astype(parameter.dtype, copy=False)
 
 
@@ -240,20 +240,20 @@ class _Draw:
         if not parameter.std:  # norms and biases
             return _filled(parameter, parameter.mean, sharding)
         key = jax.random.fold_in(self._key, zlib.crc32(parameter.name.encode()))
-        program = _normal_program(parameter.base_shape, parameter.copies, parameter.dtype, sharding)
+        program = _normal_program(parameter.base_shape, parameter.spreads, parameter.dtype, sharding)
         return program(key, parameter.mean, parameter.std).block_until_ready()
 
 
 @cache  # layers share their shapes, so a model of any depth compiles a handful
 def _normal_program(
-    shape: tuple[int, ...], copies: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding
+    shape: tuple[int, ...], spreads: tuple[Spread, ...], dtype: np.dtype[Any], sharding: Sharding
 ) -> Callable[[jax.Array, float, float], jax.Array]:
     """A program that draws an array of normally distributed values, from a key, their mean and their deviation."""
 
     def draw(key: jax.Array, mean: float, std: float) -> jax.Array:
         values = (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-        for axis, count in enumerate(copies):
-            values = jnp.repeat(values, count, axis) if count > 1 else values
+        for axis, spread in enumerate(spreads):
+            values = spread.widen(values, axis)
         return values
 
     return jax.jit(draw, out_shardings=sharding)

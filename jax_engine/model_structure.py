@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax_engine.models.layers import add_adapters
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.weights import Layout, layout_of, stored_name
+from jax_engine.widening import AS_STORED, Spread, Widening
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Parameter:
     dtype: np.dtype[Any]
     logical_axes: tuple[str, ...]
     layout: Layout  # of each tensor
-    copies: tuple[int, ...]  # how often each entry of a dimension is held, side by side, where a checkpoint has one
+    spreads: tuple[Spread, ...]  # how what a checkpoint has lies in each dimension
     mean: float
     std: float
     part_names: tuple[str, ...] = ()  # of stacked layers: the name of each
@@ -60,13 +62,13 @@ class Parameter:
 
     def _entry(self, name: str) -> "Parameter":
         """One entry of the first dimension."""
-        shape, axes, copies = self.shape[1:], self.logical_axes[1:], self.copies[1:]
-        return replace(self, name=name, shape=shape, logical_axes=axes, copies=copies, part_names=())
+        shape, axes, spreads = self.shape[1:], self.logical_axes[1:], self.spreads[1:]
+        return replace(self, name=name, shape=shape, logical_axes=axes, spreads=spreads, part_names=())
 
     @property
     def base_shape(self) -> tuple[int, ...]:
-        """The shape without the copies."""
-        return tuple(size // copies for size, copies in zip(self.shape, self.copies, strict=True))
+        """The shape of what a checkpoint has."""
+        return tuple(spread.stored for spread in self.spreads)
 
 
 @dataclass(frozen=True)
@@ -86,28 +88,28 @@ class ModelStructure:
         ops: Ops,
         dtype: DTypeLike,
         scan_layers: bool = False,
-        kv_head_copies: int = 1,
+        widening: Widening = AS_STORED,
         adapters: AdapterShape | None = None,
     ) -> "ModelStructure":
         """The structure of `model_class` for `config`, every parameter in `dtype`.
 
-        `scan_layers` stacks the parameters of like layers and runs them as a loop. With `kv_head_copies`, each key and
-        value head is there that many times, side by side, so that more devices than it has heads hold one each. With
-        `adapters`, there is room for so many beside the weights.
+        `scan_layers` stacks the parameters of like layers and runs them as a loop. By `widening`, heads are there
+        several times, and zeros beside them, so that devices divide them. With `adapters`, there is room for so many
+        beside the weights.
         """
-        heads = config.num_key_value_heads * kv_head_copies
-        config = replace(config, num_key_value_heads=heads)
 
-        def build() -> LlamaForCausalLM:
+        def build(config: ModelConfig) -> LlamaForCausalLM:
             model = model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers)
             if adapters is not None:
                 add_adapters(model, adapters)
             return model
 
-        model = nnx.eval_shape(build)
-        graphdef, state = nnx.split(model)
+        graphdef, state = nnx.split(nnx.eval_shape(partial(build, widening.config(config))))
+        # Random values are those of the model itself, whose deviations follow from how many heads it has.
+        own = nnx.state(nnx.eval_shape(partial(build, config))) if widening.head_padding else state
+        stds = [variable.get_metadata()["init_std"] for _, variable in nnx.to_flat_state(own)]
         parameters = []
-        for path, variable in nnx.to_flat_state(state):
+        for (path, variable), std in zip(nnx.to_flat_state(state), stds, strict=True):
             metadata, leaf = variable.get_metadata(), variable.get_value()
             axes: tuple[str, ...] = metadata["logical_axes"]
             layers: tuple[int, ...] = metadata["layers"] or ()
@@ -121,9 +123,9 @@ class ModelStructure:
                     dtype=leaf.dtype,
                     logical_axes=axes,
                     layout=layout_of(_own_name(path, None), len(axes) - num_stacked, model_class.HF_WEIGHTS),
-                    copies=tuple(kv_head_copies if axis == "kv_heads" else 1 for axis in axes),
+                    spreads=tuple(widening.spread(*of, config) for of in zip(axes, leaf.shape, strict=True)),
                     mean=metadata["init_mean"],
-                    std=metadata["init_std"],
+                    std=std,
                     part_names=tuple(names) if is_stack else (),
                 )
             )

@@ -105,7 +105,7 @@ class PlacedModel:
             ops=ops,
             dtype=dtype,
             scan_layers=scan_layers,
-            kv_head_copies=placement.kv_head_copies,
+            widening=placement.widening,
             adapters=adapters,
         )
         geometry = CacheGeometry.of(

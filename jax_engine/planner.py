@@ -56,7 +56,7 @@ class CacheGeometry:
     ) -> "CacheGeometry":
         """Pages of `page_size` tokens, shaped as the attention implementation wants them (`Ops.page_shape`)."""
         placement = placement or Placement()
-        heads = model.num_key_value_heads * placement.kv_head_copies
+        heads = model.num_key_value_heads * placement.widening.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
         parts = placement.activations.num_parts
         return cls(layout, shape, np.dtype(dtype), parts("kv_heads", "cache_layers"), parts("cache_layers"))

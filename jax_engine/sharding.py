@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.partition import ONE_DEVICE, Partition
-from jax_engine.strategies import MESH_AXES, STRATEGIES, Axes, Strategy, shape_text
-
-# Held whole, rather than refused, where the mesh does not divide them.
-WHOLE_IF_UNEVEN = frozenset({"vocab"})
+from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy, shape_text
+from jax_engine.widening import AS_STORED, Widening
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class Placement:
     weights: Partition = ONE_DEVICE  # where parameters lie
     activations: Partition = ONE_DEVICE  # where a step's other arrays lie, and the cache
     weights_in_use: Partition = ONE_DEVICE  # where a layer's parameters are brought first; nowhere, without a mesh
-    kv_head_copies: int = 1  # devices that hold the same key and value head
+    widening: Widening = AS_STORED  # what a model has beside its own, so that devices divide it
+    vocab_size: int | None = None  # the model's own: logits behind it are padding, on a mesh
 
     def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
         """The sharding of a parameter with these axes; without axes, a copy on every device."""
@@ -63,7 +62,6 @@ class Placement:
         """What is split over how many devices, and what is not, in one sentence."""
         if self.mesh is None:
             return "one device"
-        sizes = _axis_sizes(model)
 
         def parts(partition: Partition) -> str:
             split = {axis: partition.num_parts(axis) for axis, _ in partition.table}
@@ -71,10 +69,13 @@ class Placement:
 
         text = f"sharding strategy {self.strategy!r} on a mesh of {shape_text(self.mesh.shape)}: of weights, "
         text += f"{parts(self.weights)}; of a step and the cache, {parts(self.activations)}"
-        if self.kv_head_copies > 1:
-            text += f"; each key and value head on {self.kv_head_copies} devices"
-        if not self.weights.mesh_axes("vocab"):
-            text += f"; the vocabulary ({sizes['vocab']}) whole on each device"
+        wide = self.widening.config(model)
+        if self.widening.kv_head_copies > 1:
+            text += f"; each key and value head is there {self.widening.kv_head_copies} times"
+        if self.widening.head_padding:
+            text += f"; query heads padded from {model.num_attention_heads} to {wide.num_attention_heads}"
+        if self.widening.vocab_padding:
+            text += f"; the vocabulary padded from {model.vocab_size} to {wide.vocab_size}"
         return text
 
 
@@ -101,11 +102,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
 def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES["tensor"]) -> Placement:
     """Fit a strategy to a model.
 
-    With more devices than key and value heads, as many of them hold the same head.
+    Where its parts do not divide the key and value heads, as many devices hold the same one, and query heads and the
+    vocabulary are padded with zeros.
 
     Raises:
-        ValueError: a mesh axis does not divide what is split over it; with the sizes, and those that would do. Or the
-            strategy splits nothing over it.
+        ValueError: a mesh axis does not divide what is split over it; with the sizes, and those that would do. Or there
+            are more parts than heads, or the strategy splits nothing over a mesh axis.
     """
     if mesh is None:
         return Placement()
@@ -115,51 +117,40 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
                 f"a mesh of {shape_text(mesh.shape)} has {size} devices along {axis!r}, over which the sharding "
                 f"strategy {strategy.name!r} splits nothing"
             )
-    tables = strategy.weights, strategy.all_activations
-    weights, activations = (_fitted(model, mesh, table, strategy) for table in tables)
-    copies = max(1, activations.num_parts("kv_heads") // model.num_key_value_heads)
+    for table in (strategy.weights, strategy.all_activations):
+        for logical, mesh_axes in table.items():
+            _check_size(logical, mesh_axes, model, mesh, strategy)
+    weights, activations = (
+        Partition(mesh, tuple((logical, tuple(mesh_axes)) for logical, mesh_axes in table.items()))
+        for table in (strategy.weights, strategy.all_activations)
+    )
+    heads, kv_heads = map(activations.mesh_axes, ("heads", "kv_heads"))
+    if heads != kv_heads:
+        raise ValueError(
+            f"sharding strategy {strategy.name!r} splits heads over {list(heads)} and kv_heads over {list(kv_heads)}; "
+            "attention needs them over the same"
+        )
+    tables = weights, activations
+    widening = Widening.of(
+        model,
+        head_parts=lcm(*(table.num_parts(axis) for table in tables for axis in ("heads", "kv_heads"))),
+        vocab_parts=lcm(*(table.num_parts("vocab") for table in tables)),
+    )
     in_use = tuple((logical, mesh_axes) for logical, mesh_axes in weights.table if logical not in strategy.gathers)
     weights_in_use = Partition(mesh, in_use) if strategy.gathers else ONE_DEVICE
-    return Placement(strategy.name, mesh, weights, activations, weights_in_use, copies)
+    return Placement(strategy.name, mesh, weights, activations, weights_in_use, widening, model.vocab_size)
 
 
-def _fitted(model: ModelConfig, mesh: Mesh, table: Axes, strategy: Strategy) -> Partition:
-    """A table without the axes that stay whole; ValueError for those that are uneven and may not."""
-    sizes, kept = _axis_sizes(model), []
-    for logical, mesh_axes in table.items():
-        parts = prod(mesh.shape[axis] for axis in mesh_axes)
-        if logical in sizes and not _fits(logical, sizes[logical], parts):
-            if logical in WHOLE_IF_UNEVEN:
-                continue
-            raise ValueError(_uneven(logical, mesh_axes, parts, sizes, table, strategy))
-        kept.append((logical, tuple(mesh_axes)))
-    return Partition(mesh, tuple(kept))
-
-
-def _fits(logical: str, size: int, parts: int) -> bool:
-    return size % parts == 0 or (logical == "kv_heads" and parts % size == 0)
-
-
-def _axis_sizes(model: ModelConfig) -> dict[str, int]:
-    return {
-        "vocab": model.vocab_size,
-        "heads": model.num_attention_heads,
-        "kv_heads": model.num_key_value_heads,
-        "mlp": model.intermediate_size,
-        "embed": model.hidden_size,
-        "head_dim": model.head_dim,
-    }
-
-
-def _uneven(
-    logical: str, mesh_axes: Sequence[str], parts: int, sizes: Mapping[str, int], table: Axes, strategy: Strategy
-) -> str:
-    like = [name for name in table if tuple(table[name]) == tuple(mesh_axes) and name in sizes]
-    strict = [name for name in like if name not in WHOLE_IF_UNEVEN]
-    largest = max(sizes[name] for name in strict)
-    allowed = [count for count in range(1, largest + 1) if all(_fits(name, sizes[name], count) for name in strict)]
-    return (
-        f"sharding strategy {strategy.name!r} splits {logical} over {' x '.join(mesh_axes)}, and {parts} devices do "
-        f"not divide the model's {logical} ({sizes[logical]}); sizes that fit its "
-        f"{', '.join(f'{sizes[name]} {name}' for name in strict)} are {', '.join(map(str, allowed))}"
-    )
+def _check_size(logical: str, mesh_axes: Sequence[str], model: ModelConfig, mesh: Mesh, strategy: Strategy) -> None:
+    sizes = {"mlp": model.intermediate_size, "embed": model.hidden_size}
+    parts, heads = prod(mesh.shape[axis] for axis in mesh_axes), model.num_attention_heads
+    split = f"sharding strategy {strategy.name!r} splits {logical} over {' x '.join(mesh_axes)}, and {parts} devices"
+    if logical in ("heads", "kv_heads") and parts > heads:
+        raise ValueError(f"{split} are more than the model's heads ({heads}); use at most {heads}")
+    if logical in sizes and sizes[logical] % parts:
+        with_heads = not {"heads", "kv_heads"}.isdisjoint(strategy.all_activations)
+        most = min(sizes[logical], heads) if with_heads else sizes[logical]
+        fitting = [str(count) for count in range(1, most + 1) if sizes[logical] % count == 0]
+        raise ValueError(
+            f"{split} do not divide the model's {logical} ({sizes[logical]}); sizes that fit are {', '.join(fitting)}"
+        )

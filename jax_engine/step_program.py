@@ -127,7 +127,7 @@ def step_function(
             last_rows: Int[Array, " B"],
             rows: SamplingRows,
         ) -> tuple[KVPages, Int[Array, " B"]]:
-            draw = partial(_draw, mode=mode, placement=placement, vocab_size=model.vocab_size)
+            draw = partial(_draw, mode=mode, placement=placement)
             cache, hidden = run_model(model, tokens, cache, sequences, row_block)
             # A draw sums a row over the vocabulary dozens of times: on one device, and in the same order on any mesh.
             by_rows = mode is not SamplingMode.GREEDY
@@ -154,11 +154,11 @@ def step_function(
 
 
 def _draw(
-    logits: Float[Array, "R V"], rows: SamplingRows, *, mode: SamplingMode, placement: Placement, vocab_size: int
+    logits: Float[Array, "R V"], rows: SamplingRows, *, mode: SamplingMode, placement: Placement
 ) -> Int[Array, " R"]:
     """The next token of each row, of logits that lie by rows or, in the GREEDY mode, by the vocabulary."""
     if mode is SamplingMode.GREEDY:
-        return likeliest_of_parts(logits, placement.activations, vocab_size)
+        return likeliest_of_parts(logits, placement.activations, placement.vocab_size or logits.shape[1])
     return sample(logits, rows, mode)
 
 
@@ -298,7 +298,7 @@ def draw_tokens(
     def draw_rows(hidden: Float[Array, "R D"], rows: Rows) -> Results:
         logits = model.compute_logits(hidden)
         if by_rows:
-            logits = placement.by_rows(logits, (None, "vocab"))[:, : model.vocab_size]
+            logits = placement.by_rows(logits, (None, "vocab"))[:, : placement.vocab_size]
             rows = jax.tree.map(lambda column: placement.by_rows(column, ()), rows)
         results = draw(logits, rows)
         return jax.tree.map(lambda column: placement.constrain(column, ())[: hidden.shape[0]], results)
@@ -326,7 +326,7 @@ def score_prompts(
     """Log-probabilities of the prompt tokens that are asked about, from the hidden states of those before them."""
 
     def logits_of(hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))[:, : model.vocab_size]
+        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))[:, : placement.vocab_size]
 
-    block = placement.whole_shares(row_block or prompt_block(hidden.shape[0], model.vocab_size))
+    block = placement.whole_shares(row_block or prompt_block(hidden.shape[0], model.model.embed_tokens.weight.shape[0]))
     return prompt_logprobs(logits_of, hidden, targets, num_top=num_logprobs, block=block)

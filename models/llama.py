@@ -215,7 +215,6 @@ class LlamaForCausalLM(nnx.Module):
         size, vocab_size = (config.hidden_size,), (config.vocab_size,)
         head = partial(Linear, size, vocab_size, ("embed", "vocab"), bias=False, dtype=dtype, rngs=rngs)
         self.lm_head = None if config.tie_word_embeddings else head()
-        self.vocab_size = config.vocab_size
 
     @staticmethod
     def attention_spec(config: ModelConfig, layer: int) -> AttentionSpec:

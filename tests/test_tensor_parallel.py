@@ -10,11 +10,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from sharded_engines import HF
@@ -29,6 +31,7 @@ from jax_engine.sharding import make_mesh, place
 from jax_engine.sharding_rules import read_strategy, strategy_of
 from jax_engine.step_batch import BatchLayout, Bucket
 from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy
+from jax_engine.widening import Spread, Widening
 
 # How often each strategy moves a layer's values over the devices, in a step whose rows they divide.
 PER_LAYER = {
@@ -186,13 +189,12 @@ def placed(size: int, **changes: Any):
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
-        (3, {}, r"splits heads over tensor, and 3 devices do not divide the model's heads \(8\); .* are 1, 2, 4, 8$"),
+        (16, {}, r"splits heads over tensor, and 16 devices are more than the model's heads \(8\); use at most 8$"),
         (
             4,
             {"intermediate_size": 50},
-            r"do not divide the model's mlp \(50\); .*8 heads, 2 kv_heads, 50 mlp are 1, 2$",
+            r"do not divide the model's mlp \(50\); sizes that fit are 1, 2, 5$",
         ),
-        (4, {"num_attention_heads": 12, "num_key_value_heads": 6}, r"do not divide the model's kv_heads \(6\)"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size, changes, message):
@@ -201,12 +203,47 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(size, changes, mes
 
 
 def test_heads_are_shared_only_by_more_devices_than_there_are_heads():
-    assert [placed(size).kv_head_copies for size in (1, 2, 4, 8)] == [1, 1, 2, 4]
+    assert [placed(size).widening.kv_head_copies for size in (1, 2, 4, 8)] == [1, 1, 2, 4]
 
 
-def test_an_uneven_vocabulary_stays_whole():
-    assert placed(8).weights.mesh_axes("vocab") == ("tensor",)
-    assert placed(8, vocab_size=101).weights.mesh_axes("vocab") == ()
+@pytest.mark.parametrize(
+    ("size", "heads", "kv_heads", "widening"),
+    [
+        (4, 8, 8, Widening()),
+        (4, 12, 6, Widening(2)),  # three on each device, of the same two or of two neighbours
+        (4, 6, 2, Widening(2, 1)),  # three query heads of one key are two and two
+        (3, 8, 2, Widening(3, 2)),
+    ],
+)
+def test_heads_are_there_as_often_as_it_takes_and_padded(size, heads, kv_heads, widening):
+    changes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 12 * 8}
+    fitted = placed(size, **changes)
+    assert fitted.widening == widening
+    wide = widening.config(ModelConfig.from_hf(HF | changes))
+    assert wide.num_attention_heads % size == wide.num_key_value_heads % size == 0
+
+
+def test_what_is_padded_is_told():
+    fitted = placed(4, vocab_size=101, num_attention_heads=6)
+    told = fitted.describe(ModelConfig.from_hf(HF | {"vocab_size": 101, "num_attention_heads": 6}))
+    assert told.endswith("is there 2 times; query heads padded from 6 to 8; the vocabulary padded from 101 to 104")
+
+
+def test_heads_of_queries_and_of_keys_lie_alike():
+    strategy = Strategy("mine", weights={"heads": ("tensor",)})
+    with pytest.raises(ValueError, match=r"splits heads over \['tensor'\] and kv_heads over \[\]; attention needs"):
+        place(ModelConfig.from_hf(HF), AbstractMesh((1, 1, 1, 2), MESH_AXES), strategy)
+
+
+@pytest.mark.parametrize("spread", [Spread(6, 3, padding=1), Spread(2, 1, copies=3), Spread(5, 5, padding=3)], ids=str)
+def test_each_part_of_a_wider_dimension_is_that_of_the_whole(spread):
+    stored = np.arange(1, 1 + spread.stored, dtype=np.float32)[None]
+    whole = np.asarray(spread.widen(jnp.asarray(stored), 1))
+    for start, stop in combinations(range(whole.shape[1] + 1), 2):
+        first, last = spread.stored_range(start, stop)
+        part = spread.fill(stored[:, first:last], 1, start, stop)
+        assert part.tolist() == whole[:, start:stop].tolist()
+    assert sorted(set(whole[0].tolist()) - {0}) == stored[0].tolist()
 
 
 RULES = """
@@ -229,7 +266,7 @@ def test_a_strategy_of_ones_own_is_a_file(tmp_path):
     assert strategy.mesh_shape(8) == {"data": 2, "stage": 1, "expert": 1, "tensor": 4}
     fitted = place(ModelConfig.from_hf(HF), AbstractMesh((2, 1, 1, 4), MESH_AXES), strategy)
     assert [fitted.weights.num_parts(axis) for axis in ("mlp", "heads", "vocab")] == [8, 4, 1]
-    assert fitted.kv_head_copies == 2
+    assert fitted.widening.kv_head_copies == 2
 
 
 def two_halves(model: ModelConfig, num_devices: int) -> Strategy:

@@ -210,7 +210,7 @@ class Steps:
 
         placed = placed_model(backend, page_size=page_size, scan_layers=scan_layers)
         counted = {"ops": replace(ops, prepare=prepare), "dtype": jnp.float32, "scan_layers": scan_layers}
-        structure = ModelStructure.of(resolve_model(config.architecture), config, kv_head_copies=1, **counted)
+        structure = ModelStructure.of(resolve_model(config.architecture), config, **counted)
         self.layout = BatchLayout(Bucket(4, 4), page_size, num_slots=4)
         self.state = placed.zero_state(StateSize(num_pages=16, num_slots=4, max_pages=4))
         keys = jax.random.split(jax.random.key(0), len(structure.parameters))

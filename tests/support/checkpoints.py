@@ -14,6 +14,7 @@ from jax_engine.model_structure import ModelStructure
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import dense_ops
 from jax_engine.models.registry import resolve_model
+from jax_engine.widening import Widening
 
 HF: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -73,7 +74,7 @@ def load(folder: Path, **options: Any) -> tuple[ModelStructure, Leaves]:
 def load_copies(folder: Path, count: int, **options: Any) -> tuple[ModelStructure, Leaves]:
     """With each key and value head `count` times."""
     config, model_class = load_config(folder)
-    structure = ModelStructure.of(model_class, config, ops=dense_ops(), dtype=jnp.float32, kv_head_copies=count)
+    structure = ModelStructure.of(model_class, config, ops=dense_ops(), dtype=jnp.float32, widening=Widening(count))
     return structure, load_leaves(structure, folder, **options)
 
 

@@ -25,7 +25,7 @@ from jax_engine.lora_request import LoRARequest
 HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": HF,
-    "uneven": HF | {"vocab_size": 101, "tie_word_embeddings": True},
+    "uneven": HF | {"vocab_size": 101, "tie_word_embeddings": True, "num_attention_heads": 6},
     "windows": HF
     | {
         "architectures": ["Qwen2ForCausalLM"],
@@ -61,7 +61,7 @@ CASES = (
     Case("tensor_2d 8", by("tensor_2d", 8)),
     Case("tensor 2, unrolled", tensor(2, scan_layers=False)),
     Case("tensor 8", tensor(8)),
-    Case("tensor 4, uneven vocabulary, tied", tensor(4), "uneven"),
+    Case("tensor 4, uneven heads and vocabulary, tied", tensor(4), "uneven"),
     Case("tensor 2, windows", tensor(2), "windows"),
     # Nine pages on each of four devices, and a hundred of all four parts in host memory.
     Case(
