@@ -269,6 +269,11 @@ def test_a_strategy_of_ones_own_is_a_file(tmp_path):
     assert fitted.widening.kv_head_copies == 2
 
 
+def test_the_rules_that_are_shown_are_those_that_are_tested():
+    shown = (Path(__file__).parents[1] / "jax_engine" / "README.md").read_text()
+    assert (Path(__file__).parent / "support" / "hybrid.toml").read_text() in shown
+
+
 def two_halves(model: ModelConfig, num_devices: int) -> Strategy:
     """A strategy as a function gives it."""
     return Strategy("two halves", weights={"mlp": ("tensor",)}, mesh=("tensor",))

@@ -59,6 +59,7 @@ CASES = (
     Case("tensor_sequence 8", by("tensor_sequence", 8)),
     Case("fully_sharded 8", by("fully_sharded", 8)),
     Case("tensor_2d 8", by("tensor_2d", 8)),
+    Case("rules of one's own 8", tensor(8, sharding_rules=str(Path(__file__).parent / "hybrid.toml"))),
     Case("tensor 2, unrolled", tensor(2, scan_layers=False)),
     Case("tensor 8", tensor(8)),
     Case("tensor 4, uneven heads and vocabulary, tied", tensor(4), "uneven"),
