@@ -124,13 +124,13 @@ def show(rows: "list[Plan | Impossible]", options: Options, *, title: str) -> No
     from jax_engine.plan.report import comparison_text, plan_text
 
     alone = rows[0] if len(rows) == 1 and not options["compare"] else None
-    if isinstance(alone, Impossible):
+    if isinstance(alone, Impossible) and not alone.by_compiler:
         raise ValueError(alone.reason)
     table = comparison_text(rows)
     if options["json"]:
         found: list[dict[str, Any]] = [as_json(row) if isinstance(row, Plan) else row.__dict__ for row in rows]
         print(json.dumps(found[0] if alone else found, indent=2))
     else:
-        print(plan_text(alone) if alone else table)
+        print(plan_text(alone) if isinstance(alone, Plan) else table)
     if options["plot"] is not None:
         comparison_drawing(rows, title).write(options["plot"], title=title, table=table)

@@ -23,6 +23,7 @@ class Impossible:
     strategy: str
     mesh: str
     reason: str
+    by_compiler: bool = False  # which was asked, and refused it: for want of memory, most often
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def compare(question: Question, candidates: Sequence[Candidate]) -> Iterator[Pla
             config = replace(question.config, **candidate.changes)
             yield make_plan(replace(question, config=config, target=candidate.target))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            yield Impossible(candidate.target.name, candidate.strategy, candidate.mesh, reason)
+            reason, by_compiler = str(error).strip().partition("\n")[0], not isinstance(error, ValueError)
+            yield Impossible(candidate.target.name, candidate.strategy, candidate.mesh, reason, by_compiler)
 
 
 def candidates_of(
