@@ -1,4 +1,4 @@
-"""A converted checkpoint: the same leaves on any mesh, faster to read, and refused when it is not what was written."""
+"""A converted checkpoint: the same leaves on any mesh, and refused when it is not what was written."""
 
 import json
 import os
