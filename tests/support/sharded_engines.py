@@ -34,6 +34,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 10,
         "max_window_layers": 1,
     },
+    # Three periods and a half: four stages have one each, the last one's half of zeros.
+    "windows in turn": HF
+    | {
+        "architectures": ["Qwen2ForCausalLM"],
+        "num_hidden_layers": 7,
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
+    },
 }
 
 
@@ -55,6 +64,15 @@ def by(strategy: str, size: int, **settings: Any) -> dict[str, Any]:
     return tensor(size, sharding_strategy=strategy, **settings)
 
 
+def few_pages(page_bytes: int) -> dict[str, Any]:
+    """Nine pages on each of four devices, and a hundred of all four parts in host memory."""
+    return {
+        "kv_cache_memory_bytes": 9 * page_bytes,
+        "kv_offloading_size": 100 * 4 * page_bytes / 2**30,
+        "kv_offloading_load": "always",
+    }
+
+
 CASES = (
     Case("tensor_sequence 8", by("tensor_sequence", 8)),
     Case("fully_sharded 8", by("fully_sharded", 8)),
@@ -64,15 +82,12 @@ CASES = (
     Case("tensor 8", tensor(8)),
     Case("tensor 4, uneven heads and vocabulary, tied", tensor(4), "uneven"),
     Case("tensor 2, windows", tensor(2), "windows"),
-    # Nine pages on each of four devices, and a hundred of all four parts in host memory.
+    Case("4 stages of tensor 2, windows in turn", tensor(2, pipeline_parallel_size=4), "windows in turn"),
+    # Pages of two layers and one head, or of one layer and one head.
+    Case("tensor 4, pages in host memory", tensor(4, **few_pages(1024)), counters=("loaded_pages_total",)),
     Case(
-        "tensor 4, pages in host memory",
-        tensor(
-            4,
-            kv_cache_memory_bytes=9 * 1024,
-            kv_offloading_size=100 * 4 * 1024 / 2**30,
-            kv_offloading_load="always",
-        ),
+        "2 stages of tensor 2, pages in host memory",
+        tensor(2, pipeline_parallel_size=2, **few_pages(512)),
         counters=("loaded_pages_total",),
     ),
 )
