@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm, prod
+from math import gcd, lcm, prod
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,8 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
         Partition(mesh, tuple((logical, tuple(mesh_axes)) for logical, mesh_axes in table.items()))
         for table in (strategy.weights, strategy.all_activations)
     )
+    for partition in (weights, activations):
+        _check_experts(model, partition, strategy)
     heads, kv_heads = map(activations.mesh_axes, ("heads", "kv_heads"))
     if heads != kv_heads:
         raise ValueError(
@@ -142,7 +144,7 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
 
 
 def _check_size(logical: str, mesh_axes: Sequence[str], model: ModelConfig, mesh: Mesh, strategy: Strategy) -> None:
-    sizes = {"mlp": model.intermediate_size, "embed": model.hidden_size}
+    sizes = {"mlp": gcd(*model.feed_forward_sizes), "embed": model.hidden_size}
     parts, heads = prod(mesh.shape[axis] for axis in mesh_axes), model.num_attention_heads
     split = f"sharding strategy {strategy.name!r} splits {logical} over {' x '.join(mesh_axes)}, and {parts} devices"
     if logical in ("heads", "kv_heads") and parts > heads:
@@ -154,3 +156,23 @@ def _check_size(logical: str, mesh_axes: Sequence[str], model: ModelConfig, mesh
         raise ValueError(
             f"{split} do not divide the model's {logical} ({sizes[logical]}); sizes that fit are {', '.join(fitting)}"
         )
+
+
+def _check_experts(model: ModelConfig, partition: Partition, strategy: Strategy) -> None:
+    """ValueError where experts, or the width of each, are uneven, or what goes into them is split."""
+    if model.experts is None or partition.mesh is None:
+        return
+    if partition.mesh_axes("embed"):
+        raise ValueError(
+            f"sharding strategy {strategy.name!r} splits embed, and experts, as {model.architecture} has them, take "
+            "rows whole; use expert, tensor or tensor_sequence"
+        )
+    sizes = {"num_experts": model.experts.num_experts, "moe_intermediate_size": model.experts.moe_intermediate_size}
+    for (name, size), mesh_axes in zip(sizes.items(), partition.axes_of(("experts", "mlp")), strict=True):
+        parts = prod(partition.mesh.shape[axis] for axis in mesh_axes)
+        if size % parts:
+            allowed = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
+            raise ValueError(
+                f"sharding strategy {strategy.name!r} splits experts over {' x '.join(mesh_axes)}, and {parts} devices "
+                f"do not divide the model's {name} ({size}); what does is {allowed}"
+            )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_engine.config import EngineConfig
-from jax_engine.strategies import STRATEGIES, Axes, Strategy
+from jax_engine.strategies import STRATEGIES, Axes, Strategy, strategy_name
 
 if TYPE_CHECKING:
     from jax_engine.models.config import ModelConfig
@@ -41,7 +41,13 @@ def strategy_of(config: EngineConfig, model: "ModelConfig") -> Strategy:
 def _strategy_within_stages(config: EngineConfig, model: "ModelConfig") -> Strategy:
     rules = config.sharding_rules
     if rules is None:
-        return STRATEGIES[config.sharding_strategy]
+        name = strategy_name(config.sharding_strategy, expert_parallel=config.enable_expert_parallel)
+        if name == "expert" and model.experts is None:
+            raise ValueError(
+                f"enable_expert_parallel=True, or sharding_strategy='expert', is for mixtures of experts, and "
+                f"{model.architecture} has none; leave it out"
+            )
+        return STRATEGIES[name]
     if Path(rules).suffix == ".toml" or Path(rules).is_file():
         return read_strategy(Path(rules))
     tensor_size, pipeline_size = config.parallel_sizes

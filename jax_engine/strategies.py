@@ -9,6 +9,7 @@ those of a step's other arrays are:
 - `heads`, `kv_heads`: of attention, the latter also of the cache's pages
 - `output_heads`: of what attention gives, as the projection behind it takes it
 - `mlp`, `vocab`: what the feed-forward and the head make of each row
+- `experts`: of a mixture; each device puts all rows through its own
 - `cache_layers`: the layers of the cache's pages; with the weights' `layers`, of a pipeline's stages (`in_stages`)
 
 What a strategy does not say of those from `embed` on is as with the weights, other than those that it gathers.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 
 MESH_AXES = ("data", "stage", "expert", "tensor")
-WEIGHT_AXES = ("vocab", "embed", "heads", "kv_heads", "mlp", "layers")
+WEIGHT_AXES = ("vocab", "embed", "heads", "kv_heads", "experts", "mlp", "layers")
 ACTIVATION_AXES = (
     "tokens",
     "block_tokens",
@@ -27,6 +28,7 @@ ACTIVATION_AXES = (
     "heads",
     "kv_heads",
     "output_heads",
+    "experts",
     "mlp",
     "vocab",
     "cache_layers",
@@ -93,7 +95,8 @@ class Strategy:
     @property
     def all_activations(self) -> Axes:
         """`activations`, with those that are as the weights are."""
-        like = {"output_heads": "heads"} | {axis: axis for axis in ("vocab", "heads", "kv_heads", "mlp", "embed")}
+        like = {"output_heads": "heads"}
+        like |= {axis: axis for axis in ("experts", "vocab", "heads", "kv_heads", "mlp", "embed")}
         derived = {
             axis: self.weights[of]
             for axis, of in like.items()
@@ -184,6 +187,9 @@ def shape_text(shape: Mapping[str, int]) -> str:
 
 
 _BY_TENSOR: Axes = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor",))
+# Whole experts on each device along `expert`; all else as by `tensor`, over both. Of an expert's weights, `mlp` is left
+# to be split over `tensor` alone.
+_BY_EXPERT: Axes = {"experts": ("expert",)} | dict.fromkeys(_BY_TENSOR, ("expert", "tensor"))
 _BY_BOTH = ("tensor", "data")
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
@@ -207,6 +213,8 @@ STRATEGIES: Mapping[str, Strategy] = {
             activations={"heads": _BY_BOTH, "kv_heads": _BY_BOTH},
             mesh=("data", "tensor"),
         ),
+        # GShard's placement (arXiv 2006.16668), with the rows everywhere: the same two sums a layer as of tensor.
+        Strategy("expert", weights=_BY_EXPERT, mesh=("expert",)),
     )
 }
 
@@ -237,8 +245,11 @@ def check_sharding(
             f"scan_layers=False unrolls the layers, and pipeline_parallel_size={sizes[1]} stacks them to divide them "
             "between its stages; leave scan_layers out"
         )
-    if expert_parallel:
-        raise ValueError("enable_expert_parallel=True is not supported: no model here has experts; leave it out")
+    if expert_parallel and (rules is not None or strategy not in ("tensor", "expert")):
+        asked = f"sharding_strategy={strategy!r}" if rules is None else f"sharding_rules={rules!r}"
+        raise ValueError(
+            f"enable_expert_parallel=True and {asked} both say how the model is split; leave one of them out"
+        )
     for axis, size in (mesh_shape or {}).items():
         if axis not in MESH_AXES or isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(
@@ -246,5 +257,10 @@ def check_sharding(
                 f"{', '.join(MESH_AXES)}"
             )
     if rules is None:
-        known = STRATEGIES[strategy]
+        known = STRATEGIES[strategy_name(strategy, expert_parallel=expert_parallel)]
         (known.in_stages() if sizes[1] > 1 else known).mesh_shape(*sizes, asked=mesh_shape)
+
+
+def strategy_name(asked: str, *, expert_parallel: bool) -> str:
+    """The name of the strategy that settings ask for."""
+    return "expert" if expert_parallel else asked

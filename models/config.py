@@ -171,6 +171,15 @@ class ModelConfig:
             raise ValueError(f"num_experts is missing; it must be an integer, for {self.architecture} has experts")
         return self.experts if self.experts.are_in(layer) else None
 
+    @property
+    def feed_forward_sizes(self) -> tuple[int, ...]:
+        """The widths of the feed-forwards that all rows go through; none, where each layer has experts alone."""
+        if self.experts is None:
+            return (self.intermediate_size,)
+        plain = not all(self.experts.are_in(layer) for layer in range(self.num_hidden_layers))
+        sizes = self.intermediate_size if plain else None, self.experts.shared_expert_intermediate_size
+        return tuple(size for size in sizes if size is not None)
+
     def with_max_model_len(self, max_model_len: int) -> "ModelConfig":
         """The same model, to be served with sequences of up to `max_model_len` tokens."""
         return dataclasses.replace(self, max_model_len=max_model_len)

@@ -258,7 +258,8 @@ def scan_layers(
     weights_in_use: Partition = ONE_DEVICE,
 ) -> tuple[Float[Array, "T D"], Cache]:
     """One run of `run_layers`, as a loop over the stacked parameters of its period's layers."""
-    graphs, weights, in_place = zip(*(nnx.split(layer, _is_sliced, ...) for layer in period), strict=True)
+    is_sliced = _is_sliced if weights_in_use.mesh is None else True  # what is moved is copied anyway
+    graphs, weights, in_place = zip(*(nnx.split(layer, is_sliced, ...) for layer in period), strict=True)
 
     def body(
         carry: tuple[Float[Array, "T D"], Cache],

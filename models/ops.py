@@ -320,8 +320,7 @@ class MixtureOfExperts:
 
         *arrays, layer = weights
         layer = jnp.asarray(layer, jnp.int32)
-        mesh = self.partition.mesh
-        if mesh is None:
+        if self.partition.mesh is None:
             return run(layer, x, chosen, shares, *arrays)
         over_experts, over_mlp = self.partition.axes_of(("experts", "mlp"))
         inner, outer = P(None, over_experts, None, over_mlp), P(None, over_experts, over_mlp)
@@ -332,7 +331,8 @@ class MixtureOfExperts:
 
         split = jax.shard_map(
             part,
-            mesh=mesh,
+            mesh=self.partition.current_mesh,
+            axis_names=self.partition.free_axes,
             in_specs=(P(), P(), P(), P(), inner, inner, outer),
             out_specs=P(),
             check_vma=False,  # loops over as many rows as a device happens to have

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
-from sharded_engines import HF
+from jax.sharding import AbstractMesh, PartitionSpec
+from sharded_engines import HF, MIXTURE
 
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
@@ -44,6 +44,8 @@ PER_LAYER = {
     # One sum over the other axis for each product (queries, keys and values are one, and the two of the feed-forward)
     # and for each norm; and heads as the output projection takes them.
     "tensor_2d": {"all-reduce": 6, "all-gather": 1},
+    # After attention and after the experts, in whatever share of them a device has.
+    "expert": {"all-reduce": 2},
 }
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
@@ -84,7 +86,7 @@ def report() -> None:
     """The collectives of each strategy's steps over eight devices, as JSON on standard output."""
 
     def counted(strategy: str, mode: SamplingMode, *, layers: int, scan: bool, num_steps: int = 1) -> dict[str, int]:
-        hf = HF | {"num_hidden_layers": layers}
+        hf = (MIXTURE if strategy == "expert" else HF) | {"num_hidden_layers": layers}
         return collectives(compile_step(hf, jax.devices(), strategy, scan=scan, mode=mode, num_steps=num_steps))
 
     greedy = {
@@ -180,6 +182,51 @@ def test_more_devices_than_there_are_is_refused(tmp_path):
     size = len(jax.devices()) + 1
     with pytest.raises(ValueError, match=rf"a mesh of tensor={size} needs {size} devices .* and there are \d+ .*; use"):
         InProcessCore(EngineConfig(model=str(tmp_path), load_format="dummy", tensor_parallel_size=size))
+
+
+def placed_experts(expert: int, tensor: int, **changes: Any):
+    """A mixture over a mesh of so many devices along `expert` and `tensor`."""
+    mesh = AbstractMesh((1, 1, expert, tensor), MESH_AXES)
+    return place(ModelConfig.from_hf(MIXTURE | changes), mesh, STRATEGIES["expert"])
+
+
+def test_experts_are_whole_on_their_devices_and_the_rest_is_over_all():
+    config = EngineConfig(tensor_parallel_size=8, enable_expert_parallel=True)
+    assert strategy_of(config, ModelConfig.from_hf(MIXTURE)) is STRATEGIES["expert"]
+    assert STRATEGIES["expert"].mesh_shape(8)["expert"] == 8
+    weights = placed_experts(4, 2).weights
+    assert weights.spec(("layers", "experts", "embed", "mlp")) == PartitionSpec(None, "expert", None, "tensor")
+    assert [weights.num_parts(axis) for axis in ("heads", "vocab", "mlp")] == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("expert", "tensor", "changes", "message"),
+    [
+        (4, 1, {"num_experts": 6}, r"over expert, and 4 devices do not divide .* num_experts \(6\); .* 1, 2, 3, 6$"),
+        (
+            2,
+            4,
+            {"moe_intermediate_size": 10},
+            r"over tensor, and 4 .* moe_intermediate_size \(10\); .* 1, 2, 5, 10$",
+        ),
+        (8, 1, {"mlp_only_layers": [0], "intermediate_size": 44}, r"8 devices do not divide the model's mlp \(44\)"),
+    ],
+)
+def test_experts_that_do_not_divide_are_refused_with_what_does(expert, tensor, changes, message):
+    with pytest.raises(ValueError, match=message):
+        placed_experts(expert, tensor, **changes)
+
+
+@pytest.mark.parametrize("strategy", ["fully_sharded", "tensor_2d"])
+def test_a_strategy_that_splits_what_experts_take_whole_is_refused(strategy):
+    mesh = AbstractMesh((2, 1, 1, 4) if strategy == "tensor_2d" else (1, 1, 1, 8), MESH_AXES)
+    with pytest.raises(ValueError, match=rf"'{strategy}' splits embed, and experts, as Qwen3MoeForCausalLM has them"):
+        place(ModelConfig.from_hf(MIXTURE), mesh, STRATEGIES[strategy])
+
+
+def test_a_width_that_no_layer_has_divides_nothing():
+    """Where every layer has experts, `intermediate_size` is of none."""
+    assert placed_experts(8, 1, intermediate_size=44).weights.num_parts("experts") == 8
 
 
 def placed(size: int, **changes: Any):
@@ -307,7 +354,11 @@ def test_rules_that_mean_nothing_are_refused(tmp_path, rules, message):
     ("settings", "message"),
     [
         ({"sharding_strategy": "tonsor"}, "sharding_strategy='tonsor' must be one of tensor"),
-        ({"enable_expert_parallel": True}, "enable_expert_parallel=True is not supported"),
+        ({"enable_expert_parallel": True}, "is for mixtures of experts, and LlamaForCausalLM has none"),
+        (
+            {"enable_expert_parallel": True, "sharding_rules": "mine.toml"},
+            "enable_expert_parallel=True and sharding_rules='mine.toml' both say how the model is split",
+        ),
         ({"mesh_shape": {"tensor": 4}}, "mesh_shape=tensor=4 has 4 devices, and tensor_parallel_size=1 .* is 1"),
         (
             {"mesh_shape": {"data": 2}, "tensor_parallel_size": 2},

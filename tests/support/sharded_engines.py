@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 from adapters import write_adapter
 from plans import Oracle, Untimed
-from tiny_engine import TINY, core_request, run_requests
+from tiny_engine import TINY, TINY_MIXTURE, core_request, run_requests
 
 from jax_engine import planner
 from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.lora_request import LoRARequest
+from jax_engine.models.adapters import ADAPTED_MODULES
 
 # Two key and value heads: over four and eight devices, several hold the same one.
 HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
+MIXTURE = TINY_MIXTURE | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": HF,
     "uneven": HF | {"vocab_size": 101, "tie_word_embeddings": True, "num_attention_heads": 6},
@@ -43,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 10,
         "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
     },
+    "mixture": MIXTURE,
 }
 
 
@@ -81,6 +84,12 @@ CASES = (
     Case("tensor 2, unrolled", tensor(2, scan_layers=False)),
     Case("tensor 8", tensor(8)),
     Case("tensor 4, uneven heads and vocabulary, tied", tensor(4), "uneven"),
+    Case("expert 8", tensor(8, enable_expert_parallel=True), "mixture"),
+    Case(
+        "expert 2, tensor 2, stage 2",
+        by("expert", 4, pipeline_parallel_size=2, mesh_shape={"stage": 2, "expert": 2, "tensor": 2}),
+        "mixture",
+    ),
     Case("tensor 2, windows", tensor(2), "windows"),
     Case("4 stages of tensor 2, windows in turn", tensor(2, pipeline_parallel_size=4), "windows in turn"),
     # Pages of two layers and one head, or of one layer and one head.
@@ -145,7 +154,8 @@ def write_model(folder: Path, hf: dict[str, Any]) -> Path:
     """A model folder without weights, and an adapter."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf))
-    write_adapter(folder / "adapter", rank=4, seed=1, hf=hf)
+    targets = ADAPTED_MODULES[:4] if "num_experts" in hf else ADAPTED_MODULES  # of attention alone, beside experts
+    write_adapter(folder / "adapter", rank=4, seed=1, targets=targets, hf=hf)
     return folder
 
 
