@@ -4,6 +4,7 @@ It reads its settings from standard input, loads its part of the model, and then
 order. It ends with process 0, or when its parent is gone.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -58,6 +59,8 @@ def main() -> None:
         runner = Runner(config, group=member)
     except ValueError as error:
         _report_failure(member, type(error), error, None, user_error=True)
+    gc.collect()
+    gc.freeze()  # as in the engine core: all processes wait for the slowest one's step
     logger.info("following process 0")
     try:
         follow(runner, member)

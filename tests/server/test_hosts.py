@@ -75,7 +75,7 @@ def test_a_killed_follower_ends_the_server_with_its_name(pair: Group) -> None:
 @pytest.fixture
 def four(tmp_path: Path, launch_server: Any) -> Iterator[Group]:
     adapters = ("--enable-lora", "--max-loras", "1", "--lora-modules", "shout=demo:shout")
-    offloading = ("--kv-offloading-size", "0.01", "--kv-offloading-load", "always", "--kv-cache-memory-bytes", "200K")
+    offloading = ("--kv-offloading-size", "0.01", "--kv-offloading-load", "always", "--kv-cache-memory-bytes", "400K")
     with running_group(launch_server, tmp_path, 4, *adapters, *offloading) as group:
         yield group
 
