@@ -8,11 +8,34 @@ chunks lie at fixed positions, and those past its end contribute exact zeros. It
 without decodes, and with `SMALL_TILES`, all ranges are of one kind.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
+
+
+class Stripe(NamedTuple):
+    """Which pages of every sequence are here: page `rank`, and every `count`-th one after it."""
+
+    rank: int | Int[Array, ""] = 0
+    count: int = 1
+
+
+class Partial(NamedTuple):
+    """Attention over some of a sequence's tokens, in float32, to be merged with that over the others.
+
+    Of softmax weights `exp(score - maximum)`: the sum of the values times them, and their own sum. The whole is the sum
+    of `values` over all parts, each times `exp(maximum - the largest maximum)`, divided by the like sum of `total`.
+    Padding rows are zero; a row that sees nothing here has a maximum of -1e30.
+    """
+
+    values: Float[Array, "T N H"]
+    maximum: Float[Array, "T N"]
+    total: Float[Array, "T N"]
 
 
 class Tiles(NamedTuple):
@@ -56,29 +79,79 @@ def ragged_paged_attention(
     if kv_scales is not None:
         keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
-    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer)
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks)
-    out = _attend_all(groups, query_starts, num_decodes, tiles)
+    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, Stripe())
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, Stripe())
+    out = _attend_all(groups, query_starts, num_decodes, tiles, partial(_whole, dtype=queries.dtype))
     if kv_scales is not None:
         out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
     return out, pages
 
 
+def striped_paged_attention(
+    queries: Float[Array, "T N H"],
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    pages: Num[Array, "L P 2 K S H"],
+    block_tables: Int[Array, "B M"],
+    query_starts: Int[Array, "B+1"],
+    kv_lengths: Int[Array, " B"],
+    num_decodes: Int[Array, ""],
+    token_sequences: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    stripe: Stripe,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    tiles: Tiles = LARGE_TILES,
+) -> tuple[Partial, Num[Array, "L P 2 K S H"]]:
+    """`ragged_paged_attention` where only a stripe of every sequence's pages is here: it writes and sees those alone.
+
+    `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * count` of a sequence.
+    """
+    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe)
+    out = _attend_all(groups, query_starts, num_decodes, tiles, _side_by_side_parts)
+    return Partial(out[..., :-2], out[..., -2], out[..., -1]), pages
+
+
+# What becomes of a running softmax: its maximum, its sum, and the values summed.
+_Finish = Callable[[Float[Array, "*tile"], Float[Array, "*tile"], Float[Array, "*tile H"]], Float[Array, "*tile W"]]
+
+
+def _whole(maximum: Array, total: Array, values: Array, *, dtype: jnp.dtype) -> Array:
+    return (values / jnp.maximum(total, 1e-30)[..., None]).astype(dtype)
+
+
+def _side_by_side_parts(maximum: Array, total: Array, values: Array) -> Array:
+    return jnp.concatenate([values, maximum[..., None], total[..., None]], axis=-1)
+
+
 def _attend_all(
-    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], tiles: Tiles
-) -> Float[Array, "T N H"]:
+    groups: "_Groups",
+    query_starts: Int[Array, " boundaries"],
+    num_decodes: Int[Array, ""],
+    tiles: Tiles,
+    finish: _Finish,
+) -> Float[Array, "T N W"]:
     """Decode rows first, a group of sequences at a time, then longer ranges, a group of tiles at a time."""
     queries, block_tables = groups.queries, groups.block_tables
     num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
-    out = jnp.zeros_like(queries)
 
     rows = min(DECODE_ROWS, num_sequences, num_tokens)
     num_groups = (num_decodes + rows - 1) // rows
 
-    def decode(group: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    def attend(rows: Array, sequences: Array, real: Array) -> Array:
+        return groups.attend(rows, sequences, real, finish)
+
+    shape = jax.eval_shape(attend, *(jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), jnp.zeros((1, 1), bool)))
+    out = jnp.zeros((num_tokens, *shape.shape[2:]), shape.dtype)
+
+    def decode(group: Int[Array, ""], out: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
         first = jnp.minimum(group * rows, min(num_sequences, num_tokens) - rows)
         index = first + jnp.arange(rows)
-        tile = groups.attend(index[:, None], index, (index < num_decodes)[:, None])
+        tile = attend(index[:, None], index, (index < num_decodes)[:, None])
         # Rows that the clamped last group shares with the one before are computed twice, to the same values; a longer
         # range's are kept.
         kept = lax.dynamic_slice_in_dim(out, first, rows)
@@ -93,12 +166,12 @@ def _attend_all(
     rows = min(tiles.rows, num_tokens)
     tile_sequences, tile_starts, num_tiles = _cut_ranges(query_starts, num_decodes, rows, num_tokens)
 
-    def longer(group: Int[Array, ""], out: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    def longer(group: Int[Array, ""], out: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
         tile = group * tiles.at_once + jnp.arange(tiles.at_once)
         sequences, starts = tile_sequences[tile], tile_starts[tile]
         index = starts[:, None] + jnp.arange(rows)
         mine = (index < query_starts[sequences + 1][:, None]) & (tile < num_tiles)[:, None]
-        fresh = groups.attend(jnp.minimum(index, num_tokens - 1), sequences, mine)
+        fresh = attend(jnp.minimum(index, num_tokens - 1), sequences, mine)
         return out.at[jnp.where(mine, index, num_tokens)].set(fresh, mode="drop")
 
     return lax.fori_loop(0, (num_tiles + tiles.at_once - 1) // tiles.at_once, longer, out)
@@ -112,12 +185,16 @@ def _write(
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
     layer: int | Int[Array, ""],
+    stripe: Stripe,
 ) -> Num[Array, "L P 2 K S H"]:
-    """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows."""
+    """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows and
+    those of other stripes.
+    """
     num_sequences = block_tables.shape[0]
     num_pages, page_size = pages.shape[1], pages.shape[4]
-    owner = jnp.minimum(token_sequences, num_sequences - 1)
-    page = jnp.where(token_sequences < num_sequences, block_tables[owner, positions // page_size], num_pages)
+    owner, index = jnp.minimum(token_sequences, num_sequences - 1), positions // page_size
+    is_here = (token_sequences < num_sequences) & (index % stripe.count == stripe.rank)
+    page = jnp.where(is_here, block_tables[owner, index // stripe.count], num_pages)
     new = jnp.stack([keys, values], axis=1)
     if jnp.issubdtype(pages.dtype, jnp.integer):
         new = jnp.round(new)
@@ -156,7 +233,9 @@ class _Groups:
         window: int | None,
         soft_cap: float | None,
         sinks: Float[Array, " N"] | None,
+        stripe: Stripe,
     ) -> None:
+        self.stripe = stripe
         self.queries, self.pages, self.positions = queries, pages, positions
         self.layer, self.scale, self.window, self.soft_cap, self.sinks = layer, scale, window, soft_cap, sinks
         self.chunk_pages = max(1, CHUNK_TOKENS // pages.shape[4])
@@ -164,20 +243,22 @@ class _Groups:
         self.block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % self.chunk_pages)))
 
     def attend(
-        self, rows: Int[Array, "R Q"], sequences: Int[Array, " R"], real: Bool[Array, "R Q"]
-    ) -> Float[Array, "R Q N H"]:
+        self, rows: Int[Array, "R Q"], sequences: Int[Array, " R"], real: Bool[Array, "R Q"], finish: _Finish
+    ) -> Float[Array, "R Q N W"]:
         """Attention of `R` tiles of `Q` rows each, a tile within one sequence; rows that are not `real` are garbage."""
         num_kv_heads, page_size, head_dim = self.pages.shape[3:]
         num_tiles, num_rows = rows.shape
         queries = self.queries[rows].reshape(num_tiles, num_rows, num_kv_heads, -1, head_dim).transpose(0, 2, 1, 3, 4)
         queries = queries * jnp.asarray(self.scale, queries.dtype)
         positions = self.positions[rows]
-        chunk = self.chunk_pages * page_size
+        rank, count = self.stripe
         lasts = jnp.max(jnp.where(real, positions, -1), axis=1)
         last, firsts = jnp.max(lasts), jnp.zeros_like(lasts)
         if self.window is not None:
             firsts = jnp.min(jnp.where(real, jnp.maximum(positions - self.window + 1, 0), last), axis=1)
-        first = jnp.min(firsts) // chunk
+        # Chunks of the stripe's pages.
+        first = (jnp.min(firsts) // page_size - rank + count - 1) // count // self.chunk_pages
+        end = (last // page_size - rank) // count // self.chunk_pages + 1
         tables = self.block_tables[sequences]
 
         def seen(places: Int[Array, " CS"]) -> Bool[Array, "R CS"]:
@@ -194,7 +275,8 @@ class _Groups:
             scores = _scores(queries, keys)
             if self.soft_cap is not None:
                 scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
-            places = index * chunk + jnp.arange(chunk)
+            pages = rank + count * (index * self.chunk_pages + jnp.arange(self.chunk_pages))
+            places = (pages[:, None] * page_size + jnp.arange(page_size)).reshape(-1)
             distance = positions[:, :, None] - places[None, None, :]
             visible = distance >= 0
             if self.window is not None:
@@ -211,9 +293,8 @@ class _Groups:
 
         shape = queries.shape[:-1]
         start = (*self._seen_first(shape), jnp.zeros(queries.shape, jnp.float32))
-        _, total, out = lax.fori_loop(first, last // chunk + 1, step, start)
-        out = out / jnp.maximum(total, 1e-30)[..., None]
-        return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, head_dim).astype(self.queries.dtype)
+        out = finish(*lax.fori_loop(first, end, step, start))
+        return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, out.shape[-1])
 
     def _seen_first(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """Maximum and sum of the running softmax before the first token: nothing, or each head's sink."""
