@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 
 class Stripe(NamedTuple):
-    """Which pages of every sequence are here: page `rank`, and every `count`-th one after it."""
+    """Which pages of every sequence are here: page `rank`, and every `num`-th one after it."""
 
     rank: int | Int[Array, ""] = 0
-    count: int = 1
+    num: int = 1
 
 
 class Partial(NamedTuple):
@@ -104,15 +104,14 @@ def striped_paged_attention(
     stripe: Stripe,
     window: int | None = None,
     soft_cap: float | None = None,
-    tiles: Tiles = LARGE_TILES,
 ) -> tuple[Partial, Num[Array, "L P 2 K S H"]]:
     """`ragged_paged_attention` where only a stripe of every sequence's pages is here: it writes and sees those alone.
 
-    `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * count` of a sequence.
+    `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * num` of a sequence.
     """
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
     groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe)
-    out = _attend_all(groups, query_starts, num_decodes, tiles, _side_by_side_parts)
+    out = _attend_all(groups, query_starts, num_decodes, LARGE_TILES, _side_by_side_parts)
     return Partial(out[..., :-2], out[..., -2], out[..., -1]), pages
 
 
@@ -193,8 +192,8 @@ def _write(
     num_sequences = block_tables.shape[0]
     num_pages, page_size = pages.shape[1], pages.shape[4]
     owner, index = jnp.minimum(token_sequences, num_sequences - 1), positions // page_size
-    is_here = (token_sequences < num_sequences) & (index % stripe.count == stripe.rank)
-    page = jnp.where(is_here, block_tables[owner, index // stripe.count], num_pages)
+    is_here = (token_sequences < num_sequences) & (index % stripe.num == stripe.rank)
+    page = jnp.where(is_here, block_tables[owner, index // stripe.num], num_pages)
     new = jnp.stack([keys, values], axis=1)
     if jnp.issubdtype(pages.dtype, jnp.integer):
         new = jnp.round(new)

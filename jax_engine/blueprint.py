@@ -92,11 +92,12 @@ class Blueprint:
             raise ValueError(f"{self.device.device_kind} does not report its memory; set kv_cache_memory_bytes")
         # Temporaries do not depend on the number of pages, so the step is compiled with those of one sequence.
         context = longest_context(config, self.model)
-        provisional = MemoryPlan(geometry.most_pages(context, config.token_budget), context, "provisional")
+        least = geometry.most_pages(context, config.token_budget) * geometry.partitions.count
+        provisional = MemoryPlan(least, context, "provisional")
         largest = CompiledSteps(
             self.programs, lambda program: self.lower(program, provisional)
         ).compile_largest_of_each()
-        cache_bytes = provisional.num_pages * geometry.planned_bytes
+        cache_bytes = geometry.cache_bytes(provisional.num_pages)
         utilization = config.gpu_memory_utilization
         available = min(memory_for_pages(program, limit, utilization, cache_bytes) for program in largest)
         available -= self.adapter_store().staging_bytes  # on its way to a slot

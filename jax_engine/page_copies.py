@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
+from math import prod
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jax_engine.host_pool import PageCopies
 from jax_engine.models.kv_pages import KVPages
@@ -116,21 +118,47 @@ def lower_page_programs(cache: KVPages) -> dict[str, jax.stages.Lowered]:
     index = np.int32(0)
     is_placed = leaves[0].sharding is not None  # else on the first device, and its shapes say nothing
     whole = jax.tree.map(lambda leaf: leaf.sharding, cache) if is_placed else None
-    read = jax.jit(read_page, out_shardings=shardings if is_placed else None)
-    write = jax.jit(write_page, donate_argnums=0, out_shardings=whole)
+    parts = _num_partitions(leaves[0].sharding)
+    read = jax.jit(partial(read_page, num_partitions=parts), out_shardings=shardings if is_placed else None)
+    write = jax.jit(partial(write_page, num_partitions=parts), donate_argnums=0, out_shardings=whole)
     return {READ_PAGE: read.lower(cache, index), WRITE_PAGE: write.lower(cache, index, page)}
 
 
-def read_page(cache: KVPages, page: Int[Array, ""]) -> Page:
-    """One page of all layers: each leaf `[L, P, ...]` of the cache without its axis of pages."""
-    return tuple(lax.dynamic_index_in_dim(leaf, page, 1, keepdims=False) for leaf in jax.tree.leaves(cache))
+def read_page(cache: KVPages, page: Int[Array, ""], *, num_partitions: int = 1) -> Page:
+    """One page of all layers: each leaf `[L, P, ...]` of the cache without its axis of pages.
+
+    Of a cache in partitions, each on a device of its own, every device reads one of its pages, and one page travels.
+    """
+
+    def read(leaf: jax.Array) -> jax.Array:
+        parts, number, is_there = _partitioned(leaf, page, num_partitions)
+        found = lax.dynamic_index_in_dim(parts, number, 2, keepdims=False)
+        return found[:, 0] if num_partitions == 1 else jnp.sum(jnp.where(is_there, found, 0), axis=1, dtype=leaf.dtype)
+
+    return tuple(map(read, jax.tree.leaves(cache)))
 
 
-def write_page(cache: KVPages, page: Int[Array, ""], content: Page) -> KVPages:
+def write_page(cache: KVPages, page: Int[Array, ""], content: Page, *, num_partitions: int = 1) -> KVPages:
     """`cache` with one page of all layers replaced by what `read_page` gave."""
+
+    def write(leaf: jax.Array, new: jax.Array) -> jax.Array:
+        parts, number, is_there = _partitioned(leaf, page, num_partitions)
+        row = new[:, None]
+        if num_partitions > 1:
+            row = jnp.where(is_there, row, lax.dynamic_index_in_dim(parts, number, 2, keepdims=False))
+        return lax.dynamic_update_index_in_dim(parts, row, number, 2).reshape(leaf.shape)
+
     leaves, structure = jax.tree.flatten(cache)
-    written = [lax.dynamic_update_index_in_dim(leaf, new, page, 1) for leaf, new in zip(leaves, content, strict=True)]
-    return jax.tree.unflatten(structure, written)
+    return jax.tree.unflatten(structure, list(map(write, leaves, content)))
+
+
+def _partitioned(
+    leaf: jax.Array, page: Int[Array, ""], count: int
+) -> tuple[jax.Array, Int[Array, ""], Bool[Array, "parts ..."]]:
+    """`leaf` as `[L, partitions, pages of one, ...]`, a page's number in its partition, and which that is."""
+    parts = leaf.reshape(leaf.shape[0], count, -1, *leaf.shape[2:])
+    size = parts.shape[2]
+    return parts, page % size, jnp.arange(count).reshape(-1, *[1] * (leaf.ndim - 2)) == page // size
 
 
 def check_host_memory(device: jax.Device) -> None:
@@ -141,6 +169,14 @@ def check_host_memory(device: jax.Device) -> None:
             f"kv_offloading_size needs memory of the kind {HOST_MEMORY!r}, and {device.device_kind} has "
             f"{', '.join(kinds)}; leave it (and swap_space) out"
         )
+
+
+def _num_partitions(sharding: Sharding | None) -> int:
+    """How many devices, or groups of them, the pages of a cache that lies so are divided between."""
+    if not isinstance(sharding, NamedSharding):
+        return 1
+    axes = (*sharding.spec, None, None)[1] or ()
+    return prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _page_sharding(sharding: AnySharding, ndim: int) -> AnySharding | NamedSharding:

@@ -8,6 +8,8 @@ it takes its first pages.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+PAGE_RULES = ("striped", "owned")
+
 
 @dataclass(frozen=True, slots=True)
 class PagePartitions:

@@ -13,6 +13,7 @@ import numpy as np
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import CacheLayout, PageShape, split_page_shape
+from jax_engine.page_partitions import UNCUT, PagePartitions
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.sharding import Placement
@@ -41,6 +42,7 @@ class CacheGeometry:
     dtype: np.dtype
     num_parts: int = 1  # that a page is split into, each on a device of its own
     num_stages: int = 1  # each of which has layers as `layout` says
+    partitions: PagePartitions = UNCUT  # of the pages, each on devices of its own
     draft_bytes: int = 0  # memory, on each device, of the page of the same number in the draft model's cache
 
     @classmethod
@@ -58,8 +60,9 @@ class CacheGeometry:
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.widening.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
-        parts = placement.activations.num_parts
-        return cls(layout, shape, np.dtype(dtype), parts("kv_heads", "cache_layers"), parts("cache_layers"))
+        parts, partitions = placement.activations.num_parts, placement.page_partitions
+        sizes = parts("kv_heads", "cache_layers"), parts("cache_layers")
+        return cls(layout, shape, np.dtype(dtype), *sizes, partitions)
 
     @property
     def page_size(self) -> int:
@@ -72,28 +75,43 @@ class CacheGeometry:
 
     @property
     def page_bytes(self) -> int:
-        """Memory of a page on each device."""
+        """Memory of a page on each device that has it."""
         return int(np.prod(self.shape(1))) * self.dtype.itemsize // self.num_parts
 
     @property
     def planned_bytes(self) -> int:
-        """Memory that a page takes on each device in all caches."""
+        """Memory that a page takes on each device that has it, in all caches."""
         return self.page_bytes + self.draft_bytes
+
+    def cache_bytes(self, num_pages: int) -> int:
+        """Memory that a cache of so many pages, and the draft model's, take on each device."""
+        return num_pages // self.partitions.count * self.planned_bytes
 
     def pages_for(self, num_tokens: int) -> int:
         """Entries of one cache group's block table."""
         return -(-num_tokens // self.page_size)
 
     def most_pages(self, num_tokens: int, token_budget: int) -> int:
-        """Pages of all cache groups that a sequence of so many tokens ever holds at once.
+        """Pages of all cache groups that a sequence of so many tokens ever holds at once in one partition.
 
         A step of n of its tokens needs what the first of them sees and the n themselves: within a window of w, w - 1 +
         n tokens, which begin anywhere in a page.
         """
         whole, step = self.pages_for(num_tokens), min(num_tokens, token_budget)
+        stripes = self.partitions.count if self.partitions.striped else 1
         return sum(
-            min(whole, self.pages_for(window + step - 2) + 1) if window else whole for window in self.layout.windows
+            -(-(min(whole, self.pages_for(window + step - 2) + 1) if window else whole) // stripes)
+            for window in self.layout.windows
         )
+
+    def useful_pages(self, num_tokens: int, num_sequences: int) -> int:
+        """Pages of one partition that so many sequences of so many tokens fill, evenly spread."""
+        rows, partitions = self.pages_for(num_tokens), self.partitions
+        if partitions.striped:
+            rows = -(-rows // partitions.count)
+        else:
+            num_sequences = -(-num_sequences // partitions.count)
+        return rows * self.layout.num_groups * num_sequences
 
 
 @dataclass(frozen=True)
@@ -274,19 +292,19 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
         budget, reason = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     elif available is None:
         # Devices that a CPU pretends to be share its memory.
-        budget = DEFAULT_CPU_CACHE_BYTES // geometry.num_parts
+        budget = DEFAULT_CPU_CACHE_BYTES // (geometry.num_parts * geometry.partitions.count)
         reason = "the default on a CPU; kv_cache_memory_bytes sets it"
     else:
         budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
     fits = max(0, budget) // geometry.planned_bytes
     # Pages that have left a window stay useful as prefixes, so the bound is what sequences fill, not what they hold.
-    useful = geometry.pages_for(context) * geometry.layout.num_groups * config.max_num_seqs
+    useful, count = geometry.useful_pages(context, config.max_num_seqs), geometry.partitions.count
     least = geometry.most_pages(context, config.token_budget)
     if fits < least:
         holds = longest_sequence(geometry, fits, config.token_budget)
         if config.max_model_len is None and holds >= least_context(config, context):
             logger.warning("max_model_len lowered from %d to %d: the cache has room for no more", context, holds)
-            return MemoryPlan(fits, holds, reason)
+            return MemoryPlan(fits * count, holds, reason)
         needed = least * geometry.planned_bytes
         raise ValueError(
             f"max_model_len={context} needs {needed / 2**20:.1f} MiB of KV cache for one sequence, and there are "
@@ -295,7 +313,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
         )
     if useful < fits:
         reason = f"{config.max_num_seqs} sequences of {context} tokens"
-    return MemoryPlan(min(fits, useful), context, reason)
+    return MemoryPlan(min(fits, useful) * count, context, reason)
 
 
 def least_context(config: EngineConfig, context: int) -> int:
@@ -304,9 +322,9 @@ def least_context(config: EngineConfig, context: int) -> int:
 
 
 def longest_sequence(geometry: CacheGeometry, num_pages: int, token_budget: int) -> int:
-    """Tokens, in whole pages, of the longest sequence that `num_pages` suffice for."""
+    """Tokens, in whole pages, of the longest sequence that `num_pages` of a partition suffice for."""
     size = geometry.page_size
-    lengths = range(0, (num_pages + 1) * size, size)
+    lengths = range(0, (num_pages * geometry.partitions.count + 1) * size, size)
     return lengths[bisect_right(lengths, num_pages, key=lambda length: geometry.most_pages(length, token_budget)) - 1]
 
 
@@ -316,7 +334,7 @@ def host_pages(config: EngineConfig, geometry: CacheGeometry) -> int:
     Raises:
         ValueError: not one.
     """
-    page_bytes = geometry.page_bytes * geometry.num_parts
+    page_bytes = geometry.page_bytes * geometry.num_parts * geometry.partitions.count  # each keeps a copy
     if 0 < config.host_cache_bytes < page_bytes:
         name = "kv_offloading_size" if config.kv_offloading_size else "swap_space"
         raise ValueError(

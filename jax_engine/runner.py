@@ -157,6 +157,7 @@ class Runner:
             enable_chunked_prefill=config.enable_chunked_prefill,
             long_prefill_token_threshold=config.long_prefill_token_threshold,
             hash_algorithm=config.prefix_caching_hash_algo,
+            partitions=self._geometry.partitions,
             num_host_pages=host_pages(config, self._geometry),
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,

@@ -1,7 +1,7 @@
 """Where arrays lie on a mesh of devices: a strategy says which logical axes are split, the mesh into how many parts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, lcm, prod
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.partition import ONE_DEVICE, Partition
+from jax_engine.page_partitions import UNCUT, PagePartitions
 from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy, shape_text
 from jax_engine.widening import AS_STORED, Widening
 
@@ -26,6 +27,12 @@ class Placement:
     weights_in_use: Partition = ONE_DEVICE  # where a layer's parameters are brought first; nowhere, without a mesh
     widening: Widening = AS_STORED  # what a model has beside its own, so that devices divide it
     vocab_size: int | None = None  # the model's own: logits behind it are padding, on a mesh
+
+    @property
+    def page_partitions(self) -> PagePartitions:
+        """The parts that a pool of pages is cut into, each on devices of its own."""
+        count = self.activations.num_parts("pages")
+        return PagePartitions(count, striped=not self.activations.owned_pages) if count > 1 else UNCUT
 
     def of(self, logical_axes: Sequence[str | None] = ()) -> NamedSharding | None:
         """The sharding of a parameter with these axes; without axes, a copy on every device."""
@@ -76,6 +83,8 @@ class Placement:
             text += f"; query heads padded from {model.num_attention_heads} to {wide.num_attention_heads}"
         if self.widening.vocab_padding:
             text += f"; the vocabulary padded from {model.vocab_size} to {wide.vocab_size}"
+        if self.page_partitions.count > 1:
+            text += f"; pages {'owned' if self.activations.owned_pages else 'striped'}"
         return text
 
 
@@ -126,6 +135,7 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
     )
     for partition in (weights, activations):
         _check_experts(model, partition, strategy)
+    activations = replace(activations, owned_pages=strategy.page_rule == "owned")
     heads, kv_heads = map(activations.mesh_axes, ("heads", "kv_heads"))
     if heads != kv_heads:
         raise ValueError(

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_engine.config import EngineConfig
+from jax_engine.page_partitions import PAGE_RULES
 from jax_engine.strategies import STRATEGIES, Axes, Strategy, strategy_name
 
 if TYPE_CHECKING:
     from jax_engine.models.config import ModelConfig
 
-_KEYS = ("name", "mesh", "gathers", "weights", "activations")
+_KEYS = ("name", "mesh", "gathers", "page_rule", "weights", "activations")
 
 
 def strategy_of(config: EngineConfig, model: "ModelConfig") -> Strategy:
@@ -66,6 +67,7 @@ def read_strategy(path: Path) -> Strategy:
             activations=_table(contents, "activations"),
             mesh=_names("mesh", contents.get("mesh", ["tensor"])),
             gathers=_names("gathers", contents.get("gathers", [])),
+            page_rule=_of_type(contents, "page_rule", str, PAGE_RULES[0]),
         )
     except (OSError, ValueError) as error:  # tomllib's own errors are ValueErrors
         raise ValueError(f"sharding_rules={str(path)!r}: {error}") from error

@@ -16,7 +16,7 @@ def log_cache(memory: MemoryPlan, geometry: CacheGeometry) -> None:
         "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
         memory.num_pages,
         geometry.page_size,
-        memory.num_pages * geometry.planned_bytes / 2**20,
+        geometry.cache_bytes(memory.num_pages) / 2**20,
         memory.reason,
     )
     if any(geometry.layout.windows):

@@ -6,6 +6,7 @@ those of a step's other arrays are:
 - `tokens`: rows of the residual stream between a layer's blocks, and in its norms
 - `block_tokens`: rows within a block, where they meet its weights
 - `embed`: what the residual stream has of each row
+- `pages`: of the cache; by `page_rule`, each sequence's are spread over their devices or all on one of them
 - `heads`, `kv_heads`: of attention, the latter also of the cache's pages
 - `output_heads`: of what attention gives, as the projection behind it takes it
 - `mlp`, `vocab`: what the feed-forward and the head make of each row
@@ -19,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isqrt, prod
 
+from jax_engine.page_partitions import PAGE_RULES
+
 MESH_AXES = ("data", "stage", "expert", "tensor")
 WEIGHT_AXES = ("vocab", "embed", "heads", "kv_heads", "experts", "mlp", "layers")
 ACTIVATION_AXES = (
@@ -31,6 +34,7 @@ ACTIVATION_AXES = (
     "experts",
     "mlp",
     "vocab",
+    "pages",
     "cache_layers",
 )
 
@@ -54,6 +58,7 @@ class Strategy:
     mesh: tuple[str, ...] = ("tensor",)
     # Logical axes of weights that are made whole just before a layer is run.
     gathers: tuple[str, ...] = ()
+    page_rule: str = PAGE_RULES[0]  # of PAGE_RULES, where `activations` has `pages`
 
     def __post_init__(self) -> None:
         for what, table, known in (
@@ -73,6 +78,10 @@ class Strategy:
                     f"sharding strategy {self.name!r}: gathers names {logical!r}, which weights do not split, but "
                     f"{', '.join(self.weights) or 'nothing'}"
                 )
+        if self.page_rule not in PAGE_RULES:
+            raise ValueError(
+                f"sharding strategy {self.name!r}: page_rule={self.page_rule!r} must be one of {', '.join(PAGE_RULES)}"
+            )
         self._check_mesh_axes("mesh", self.mesh)
         over = self.weights.get("layers", ()), self.activations.get("cache_layers", ())
         if over not in (((), ()), (("stage",), ("stage",))):
@@ -147,8 +156,13 @@ class Strategy:
         stages share.
 
         Raises:
-            ValueError: the strategy uses `stage` for something else.
+            ValueError: the strategy uses `stage` for something else, or divides pages.
         """
+        if "pages" in self.activations:
+            raise ValueError(
+                f"sharding strategy {self.name!r} divides pages, and a stage's part of a step needs all of its layers' "
+                "pages; leave pipeline_parallel_size out, or use sharding_strategy='tensor'"
+            )
         if "stage" in self.used_axes and self.weights.get("layers") != ("stage",):
             raise ValueError(
                 f"sharding strategy {self.name!r} splits something else than layers over 'stage', which "
@@ -191,6 +205,7 @@ _BY_TENSOR: Axes = dict.fromkeys(("vocab", "heads", "kv_heads", "mlp"), ("tensor
 # to be split over `tensor` alone.
 _BY_EXPERT: Axes = {"experts": ("expert",)} | dict.fromkeys(_BY_TENSOR, ("expert", "tensor"))
 _BY_BOTH = ("tensor", "data")
+_BY_ALL: Axes = dict.fromkeys(("vocab", "mlp"), ("data", "tensor"))
 STRATEGIES: Mapping[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -215,6 +230,24 @@ STRATEGIES: Mapping[str, Strategy] = {
         ),
         # GShard's placement (arXiv 2006.16668), with the rows everywhere: the same two sums a layer as of tensor.
         Strategy("expert", weights=_BY_EXPERT, mesh=("expert",)),
+        # A sequence's pages on all devices of `data`: all attend over what they have of it, and their softmaxes are
+        # merged, as in ring attention (arXiv 2310.01889) but with a maximum and a sum over devices for the ring.
+        # Between, each device has its part of the rows.
+        Strategy(
+            "context",
+            weights=_BY_TENSOR,
+            activations=dict.fromkeys(("tokens", "block_tokens", "pages"), ("data",)),
+            mesh=("data",),
+        ),
+        # Each sequence's pages on one device of `data`, which attends for it: with few key and value heads, devices
+        # would hold the same ones (DeepSeek-V3's serving, arXiv 2412.19437). The feed-forward is over all devices.
+        Strategy(
+            "data_attention",
+            weights={**_BY_TENSOR, **_BY_ALL},
+            activations={"pages": ("data",)},
+            mesh=("data",),
+            page_rule="owned",
+        ),
     )
 }
 

@@ -7,51 +7,15 @@ one alone attends for it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback.paged_attention import Partial
-from jax_engine.models.kv_pages import SequenceTable
+from jax_engine.models.kv_pages import DeviceTables, SequenceTable
 
 Axes = Sequence[str] | str  # of a mesh
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DeviceTables:
-    """What one device's kernel works through: the tables of the kernels' calling convention, with its own page numbers;
-    and which of the step's token rows its rows are.
-    """
-
-    block_tables: Int[Array, "*groups B M"]
-    query_starts: Int[Array, "B+1"]
-    kv_lengths: Int[Array, " B"]
-    num_decodes: Int[Array, ""]
-    token_sequences: Int[Array, " T"]
-    positions: Int[Array, " T"]
-    rows: Int[Array, " T"]  # T for padding
-    work: Int[Array, "*groups W"] | None = None  # see `SequenceTable.work`
-
-    @property
-    def convention(self) -> tuple[Array, ...]:
-        """The tables in the order of the kernels' calling convention."""
-        return (
-            self.block_tables,
-            self.query_starts,
-            self.kv_lengths,
-            self.num_decodes,
-            self.token_sequences,
-            self.positions,
-        )
-
-    def of_group(self, group: int | Int[Array, ""]) -> "DeviceTables":
-        """What the layers of one cache group work with."""
-        work = None if self.work is None else self.work[group]
-        return replace(self, block_tables=self.block_tables[group], work=work)
 
 
 def striped_tables(sequences: SequenceTable, rank: Int[Array, ""], *, num_devices: int, num_pages: int) -> DeviceTables:

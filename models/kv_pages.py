@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
 
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
+ATTENTION_SCOPE = "attention"  # what attention is traced under, in profiles and in programs' texts
 PAGE_AXES = ("cache_layers", "pages", None, "kv_heads")  # by which a cache is split over devices
 
 
@@ -118,6 +119,35 @@ def split_page_shape(num_kv_heads: int, page_size: int, head_dim: int) -> PageSh
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class DeviceTables:
+    """What one device's attention kernel works through where pages are divided between devices (`device_tables.py`):
+    the tables of the kernels' calling convention, with its own page numbers; and which of the step's token rows its
+    rows are. Between programs of single devices, those of all devices are stacked.
+    """
+
+    block_tables: Int[Array, "*tables B M"]
+    query_starts: Int[Array, "*devices B+1"]
+    kv_lengths: Int[Array, "*devices B"]
+    num_decodes: Int[Array, "*devices"]
+    token_sequences: Int[Array, "*devices T"]
+    positions: Int[Array, "*devices T"]
+    rows: Int[Array, "*devices T"]  # T for padding
+
+    @property
+    def convention(self) -> tuple[Array, ...]:
+        """The tables in the order of the kernels' calling convention."""
+        return (
+            self.block_tables,
+            self.query_starts,
+            self.kv_lengths,
+            self.num_decodes,
+            self.token_sequences,
+            self.positions,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SequenceTable:
     """Which sequence, position and page each of a step's tokens belongs to.
 
@@ -137,6 +167,7 @@ class SequenceTable:
     # What the attention kernel works through, where it wants that once a step (see `Ops.prepare`).
     work: Int[Array, "*groups W"] | None = None
     adapters: AdapterRows | None = None  # in an engine that has any
+    on_devices: DeviceTables | None = None  # of each device, stacked, where pages are divided between them
 
     @classmethod
     def build(
@@ -187,4 +218,7 @@ class SequenceTable:
     def of_group(self, group: int | Int[Array, ""]) -> "SequenceTable":
         """What the layers of one cache group work with."""
         work = None if self.work is None else self.work[group]
-        return replace(self, block_tables=self.block_tables[group], work=work)
+        own = self.on_devices
+        if own is not None:
+            own = replace(own, block_tables=own.block_tables[:, group])
+        return replace(self, block_tables=self.block_tables[group], work=work, on_devices=own)

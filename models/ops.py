@@ -2,7 +2,7 @@
 
 A model receives an immutable `Ops` and never asks what platform it runs on, nor over how many devices. An engine picks
 one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file, but for
-that over the stages of a pipeline (`pipeline.py`).
+those over the stages of a pipeline (`pipeline.py`) and over devices that divide pages (`divided_attention.py`).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,17 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
-from jax_engine.models.kv_pages import PAGE_AXES, CacheLayout, KVPages, PageShape, SequenceTable, split_page_shape
+from jax_engine.models.dense_attention import dense_attention
+from jax_engine.models.divided_attention import DividedAttention, Kernel
+from jax_engine.models.kv_pages import (
+    ATTENTION_SCOPE,
+    PAGE_AXES,
+    CacheLayout,
+    KVPages,
+    PageShape,
+    SequenceTable,
+    split_page_shape,
+)
 from jax_engine.models.layers import Cache, DecoderLayer, LayerRun, Sequences, run_layers
 from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.models.pipeline import Pipeline, microbatch_rows
@@ -25,10 +35,6 @@ from jax_engine.models.rope import Rotation
 from jax_engine.pallas_kernels import reference
 
 ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
-ATTENTION_SCOPE = "attention"  # what attention is traced under, in profiles and in programs' texts
-
-# An attention kernel, by the calling convention of `pallas_kernels.reference`.
-Kernel = Callable[..., tuple[Array, Array]]
 
 
 class AttentionOp(Protocol):
@@ -174,13 +180,19 @@ def select_ops(
         kernel: Kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
         if backend == "xla" and deterministic:
             kernel = partial(kernel, tiles=xla.SMALL_TILES)
-        return Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition), reason
-    return _tpu_ops(backend, partition, experts, deterministic=deterministic), reason
+        ops = Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition)
+    else:
+        ops = _tpu_ops(backend, partition, experts, deterministic=deterministic)
+    if partition.num_parts("pages") == 1:
+        return ops, reason
+    assert isinstance(ops.attention, _PagedAttention)
+    attention = DividedAttention.of(ops.attention.kernel, partition, backend, deterministic=deterministic)
+    return replace(ops, attention=attention, prepare=attention.prepare), reason
 
 
 def dense_ops() -> Ops:
     """Operations without a cache, for training and for plain logits of whole documents; differentiable."""
-    return Ops(_dense_attention, "dense", MixtureOfExperts(ragged_experts, "ragged_dot", "differentiable"))
+    return Ops(dense_attention, "dense", MixtureOfExperts(ragged_experts, "ragged_dot", "differentiable"))
 
 
 def _select_experts(platform: str, partition: Partition, *, deterministic: bool) -> "MixtureOfExperts":
@@ -338,32 +350,3 @@ class MixtureOfExperts:
             check_vma=False,  # loops over as many rows as a device happens to have
         )
         return split(layer, x, chosen, shares, *arrays)
-
-
-def _dense_attention(
-    queries: Float[Array, "T N H"],
-    keys: Float[Array, "T K H"],
-    values: Float[Array, "T K H"],
-    cache: KVPages | None,
-    sequences: SequenceTable | Int[Array, " T"],
-    *,
-    layer: int | Int[Array, ""],
-    scale: float,
-    window: int | None,
-) -> tuple[Float[Array, "T N H"], KVPages | None]:
-    """Causal attention among the rows that share a segment id; `cache` and `layer` are not used and the cache is
-    passed through.
-    """
-    assert not isinstance(sequences, SequenceTable)
-    num_tokens, num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[1]
-    grouped = queries.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    scores = jnp.einsum("tkgh,skh->kgts", grouped, keys, preferred_element_type=jnp.float32) * scale
-    rows = jnp.arange(num_tokens)
-    distance = rows[:, None] - rows[None, :]
-    visible = (distance >= 0) & (sequences[:, None] == sequences[None, :])
-    if window is not None:
-        visible &= distance < window
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("kgts,skh->tkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return out.reshape(num_tokens, num_heads, head_dim).astype(queries.dtype), cache

@@ -19,6 +19,7 @@ class Partition:
 
     mesh: Mesh | None = None
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    owned_pages: bool = False  # where `pages` are split: each sequence's are on one device, or else striped over all
 
     def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
         """The mesh axes that an axis is split over; none, if it is whole."""

@@ -132,7 +132,8 @@ class _Answer:
     def sequences_of(self, context: int) -> int:
         """Sequences of so many tokens that the pages hold at once."""
         geometry = self.blueprint.placed.geometry
-        return self.num_pages // geometry.most_pages(context, self.blueprint.config.token_budget)
+        of_owner = self.num_pages // geometry.most_pages(context, self.blueprint.config.token_budget)
+        return of_owner * len(geometry.partitions.owners)
 
     def _verdict(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Why it does not fit, and what to change."""

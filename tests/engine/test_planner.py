@@ -1,5 +1,7 @@
 """Sizes that are derived before anything large is allocated."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,6 +14,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.qwen3 import Qwen3ForCausalLM
+from jax_engine.page_partitions import PagePartitions
 from jax_engine.planner import (
     CacheGeometry,
     draft_model_programs,
@@ -169,6 +172,21 @@ def test_a_window_bounds_what_a_sequence_takes():
     little = EngineConfig(max_model_len=256, max_num_batched_tokens=16, max_num_seqs=8)
     with pytest.raises(ValueError, match=rf"needs .* room for 96 tokens; .* at least {38 * half.page_bytes}$"):
         plan_memory(little, MODEL, half, half.page_bytes * 18)
+
+
+def test_a_sequence_may_fill_all_stripes_and_one_owner():
+    """On four devices with room for eight pages each: 32 pages of 8 tokens, or 8."""
+    striped, owned = (replace(GEOMETRY, partitions=PagePartitions(4, kind)) for kind in (True, False))
+    assert [geometry.most_pages(256, 16) for geometry in (striped, owned)] == [8, 32]
+    room = 8 * GEOMETRY.page_bytes
+    assert plan_memory(EngineConfig(max_model_len=256), MODEL, striped, room).num_pages == 32
+    with pytest.raises(ValueError, match="room for 64 tokens; lower max_model_len to 64 or less"):
+        plan_memory(EngineConfig(max_model_len=256), MODEL, owned, room)
+    assert plan_memory(EngineConfig(max_model_len=64), MODEL, owned, room).num_pages == 32
+    assert striped.cache_bytes(32) == room
+    few = EngineConfig(max_model_len=64, max_num_seqs=6)  # no more pages than they fill
+    plans = [plan_memory(few, MODEL, geometry, 100 * room).num_pages for geometry in (GEOMETRY, striped, owned)]
+    assert plans == [6 * 8, 6 * 8, 4 * 2 * 8]
 
 
 def test_memory_for_pages_is_what_weights_and_temporaries_leave():

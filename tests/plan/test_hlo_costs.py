@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jax_engine.models.ops import ATTENTION_SCOPE
+from jax_engine.models.kv_pages import ATTENTION_SCOPE
 from jax_engine.plan.hlo_costs import Collective, Costs, group_size, program_costs
 from jax_engine.plan.hlo_text import Array, bits, parse_module
 
