@@ -42,7 +42,8 @@ def compile_program(blueprint: Blueprint, program: Program, cache: FigureCache) 
     taken from the cache, if it is there.
     """
     needs = DeviceMemory.of(blueprint)
-    memory = MemoryPlan(needs.least_pages, blueprint.model.max_model_len, "provisional")
+    num_pages = needs.least_pages * blueprint.placed.geometry.partitions.count
+    memory = MemoryPlan(num_pages, blueprint.model.max_model_len, "provisional")
     start = time.perf_counter()
     lowered = blueprint.lower(program, memory)
     mesh = blueprint.placed.placement.mesh
