@@ -23,14 +23,14 @@ class DeviceMemory:
     page: int  # one, of all caches
     page_tokens: int
     least_context: int  # tokens that a sequence must have room for
-    least_pages: int  # that it takes
+    least_pages: int  # that it takes, of a partition
 
     @classmethod
     def of(cls, blueprint: Blueprint) -> "DeviceMemory":
         """Of an engine under its settings."""
         placed, config = blueprint.placed, blueprint.config
         geometry, context = placed.geometry, blueprint.model.max_model_len
-        size = StateSize(1, config.max_num_seqs, geometry.pages_for(context))
+        size = StateSize(geometry.partitions.count, config.max_num_seqs, geometry.pages_for(context))
         state = bytes_of(jax.tree.leaves(placed.state_shapes(size))) - geometry.planned_bytes
         state += bytes_of(jax.tree.leaves(placed.full_state_shapes(config.max_num_seqs)))
         least = least_context(config, context)
@@ -118,7 +118,8 @@ def shorter(blueprint: Blueprint, needs: DeviceMemory, usable: int) -> list[str]
     given, left = blueprint.config.kv_cache_memory_bytes, usable - needs.fixed
     if given is not None:
         return [f"lower kv_cache_memory_bytes to {left} or less"] if left > 0 else []
-    tokens = max(0, left) // needs.page * needs.page_tokens
+    partitions = blueprint.placed.geometry.partitions
+    tokens = max(0, left) // needs.page * needs.page_tokens * partitions.count // len(partitions.owners)
     return [f"lower max_model_len to {tokens} or less"] if tokens > 0 else []
 
 
