@@ -25,6 +25,9 @@ class DividedAttention:
 
     kernel: Kernel
     partition: Partition
+    axes: tuple[str, ...]  # of the mesh, that pages are divided over
+    # Parts that they are divided into; asked of `partition` outside of the `shard_map`s, within which an axis is one.
+    count: int
 
     @classmethod
     def of(cls, kernel: Kernel, partition: Partition, backend: str, *, deterministic: bool) -> "DividedAttention":
@@ -45,17 +48,7 @@ class DividedAttention:
                 "deterministic=True is for caches that every device has all pages of, and the sharding strategy "
                 "divides them between devices; use sharding_strategy='tensor'"
             )
-        return cls(kernel, partition)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Mesh axes that pages are divided over."""
-        return self.partition.mesh_axes("pages")
-
-    @property
-    def count(self) -> int:
-        """Parts that pages are divided into."""
-        return self.partition.num_parts("pages")
+        return cls(kernel, partition, partition.mesh_axes("pages"), partition.num_parts("pages"))
 
     def prepare(
         self,
