@@ -46,6 +46,10 @@ PER_LAYER = {
     "tensor_2d": {"all-reduce": 6, "all-gather": 1},
     # After attention and after the experts, in whatever share of them a device has.
     "expert": {"all-reduce": 2},
+    # A softmax's maximum and sums; queries, keys and values of all rows.
+    "context": {"all-reduce": 2, "all-gather": 3},
+    # Of attention, whose rows are each on one device, and after the feed-forward.
+    "data_attention": {"all-reduce": 2},
 }
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 

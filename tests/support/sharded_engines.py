@@ -80,6 +80,14 @@ CASES = (
     Case("tensor_sequence 8", by("tensor_sequence", 8)),
     Case("fully_sharded 8", by("fully_sharded", 8)),
     Case("tensor_2d 8", by("tensor_2d", 8)),
+    Case("context 8", by("context", 8)),
+    Case("context 2 of tensor 2, windows", by("context", 4, mesh_shape={"data": 2, "tensor": 2}), "windows"),
+    Case("data_attention 8", by("data_attention", 8)),
+    Case(
+        "data_attention 2 of tensor 2, windows",
+        by("data_attention", 4, mesh_shape={"data": 2, "tensor": 2}),
+        "windows",
+    ),
     Case("rules of one's own 8", tensor(8, sharding_rules=str(Path(__file__).parent / "hybrid.toml"))),
     Case("tensor 2, unrolled", tensor(2, scan_layers=False)),
     Case("tensor 8", tensor(8)),
@@ -94,6 +102,17 @@ CASES = (
     Case("4 stages of tensor 2, windows in turn", tensor(2, pipeline_parallel_size=4), "windows in turn"),
     # Pages of two layers and one head, or of one layer and one head.
     Case("tensor 4, pages in host memory", tensor(4, **few_pages(1024)), counters=("loaded_pages_total",)),
+    # Of two layers and two heads: three pages for each of four stripes, nine for each of two owners.
+    Case(
+        "context 4, pages in host memory",
+        by("context", 4, **few_pages(2048) | {"kv_cache_memory_bytes": 3 * 2048}),
+        counters=("loaded_pages_total",),
+    ),
+    Case(
+        "data_attention 2, pages in host memory",
+        by("data_attention", 2, **few_pages(2048)),
+        counters=("loaded_pages_total",),
+    ),
     Case(
         "2 stages of tensor 2, pages in host memory",
         tensor(2, pipeline_parallel_size=2, **few_pages(512)),
