@@ -343,7 +343,7 @@ def test_a_strategy_of_ones_own_is_a_function():
         ("mesh = []", r"mesh must name at least one of data"),
         ("mesh = 3", r"mesh=3 must be the name of an axis, or a list"),
         ("[weights]\nmlp = ['tensor', 'tensor']", "names a mesh axis twice"),
-        ("heads = 'tensor'", r"'heads' is no key of a strategy; those are name, mesh, gathers, weights"),
+        ("heads = 'tensor'", r"'heads' is no key of a strategy; those are name, mesh, gathers, page_rule, weights"),
         ("weights = 4", r"weights=4 must be of type dict"),
         ("[weights", r"mine.toml"),
     ],
