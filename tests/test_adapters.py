@@ -1,12 +1,9 @@
-"""Adapters beside the weights give what they give merged into them: alone, mixed in a batch, on one device or several.
+"""Adapters beside the weights give what they give merged into them: alone and mixed in a batch. Over several
+devices: `test_sharded_answers.py`.
 
 The reference is `transformers` on a checkpoint whose weights the test has added the adapter's product to.
 """
 
-import json
-import os
-import subprocess
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -172,27 +169,6 @@ def test_the_memory_of_the_slots_is_in_the_program_that_memory_is_planned_by(fam
     inputs_and_outputs = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert placed.structure.adapter_bytes == 3 * 4 * 4 * inputs_and_outputs
     assert sizes[1] - sizes[0] == placed.structure.adapter_bytes + 4 * 4  # and a slot for each sequence
-
-
-CHILD = """
-import json, sys
-from pathlib import Path
-import test_adapters as tests
-family = tests.Family(Path(sys.argv[1]))
-sizes = [(2, {}), (4, {"scan_layers": True})]
-print(json.dumps([tests.tokens_of(family.base, family.requests(), tensor_parallel_size=n, **c) for n, c in sizes]))
-"""
-
-
-def test_devices_that_share_the_layers_share_the_factors(tmp_path, expected):
-    """Two devices, and four, on which each key and value head, and what adapters add to it, is there twice."""
-    paths = [Path(__file__).parent / folder for folder in (".", "engine", "support")]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    settings = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | settings)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [expected, expected]
 
 
 def test_an_adapter_of_another_model_is_refused(family, tmp_path):

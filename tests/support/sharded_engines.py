@@ -6,6 +6,7 @@ compares. A strategy is covered by a row of `CASES`: every case runs all kinds o
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -57,6 +58,7 @@ class Case:
     settings: dict[str, Any]
     model: str = "plain"
     counters: tuple[str, ...] = field(default=("prefix_cache_hits_total", "spec_draft_tokens_total"))  # above 0
+    is_slow: bool = False  # left to `-m slow`: what others show together
 
 
 def tensor(size: int, **settings: Any) -> dict[str, Any]:
@@ -81,8 +83,10 @@ CASES = (
     Case("fully_sharded 8", by("fully_sharded", 8)),
     Case("tensor_2d 8", by("tensor_2d", 8)),
     Case("context 8", by("context", 8)),
-    Case("context 2 of tensor 2, windows", by("context", 4, mesh_shape={"data": 2, "tensor": 2}), "windows"),
-    Case("data_attention 8", by("data_attention", 8)),
+    Case(
+        "context 2 of tensor 2, windows", by("context", 4, mesh_shape={"data": 2, "tensor": 2}), "windows", is_slow=True
+    ),
+    Case("data_attention 8", by("data_attention", 8), is_slow=True),
     Case(
         "data_attention 2 of tensor 2, windows",
         by("data_attention", 4, mesh_shape={"data": 2, "tensor": 2}),
@@ -97,8 +101,9 @@ CASES = (
         "expert 2, tensor 2, stage 2",
         by("expert", 4, pipeline_parallel_size=2, mesh_shape={"stage": 2, "expert": 2, "tensor": 2}),
         "mixture",
+        is_slow=True,
     ),
-    Case("tensor 2, windows", tensor(2), "windows"),
+    Case("tensor 2, windows", tensor(2), "windows", is_slow=True),
     Case("4 stages of tensor 2, windows in turn", tensor(2, pipeline_parallel_size=4), "windows in turn"),
     # Pages of two layers and one head, or of one layer and one head.
     Case("tensor 4, pages in host memory", tensor(4, **few_pages(1024)), counters=("loaded_pages_total",)),
@@ -107,16 +112,19 @@ CASES = (
         "context 4, pages in host memory",
         by("context", 4, **few_pages(2048) | {"kv_cache_memory_bytes": 3 * 2048}),
         counters=("loaded_pages_total",),
+        is_slow=True,
     ),
     Case(
         "data_attention 2, pages in host memory",
         by("data_attention", 2, **few_pages(2048)),
         counters=("loaded_pages_total",),
+        is_slow=True,
     ),
     Case(
         "2 stages of tensor 2, pages in host memory",
         tensor(2, pipeline_parallel_size=2, **few_pages(512)),
         counters=("loaded_pages_total",),
+        is_slow=True,
     ),
 )
 
@@ -178,12 +186,13 @@ def write_model(folder: Path, hf: dict[str, Any]) -> Path:
     return folder
 
 
-def report(folder: Path) -> dict[str, Any]:
-    """The answers of every model on one device, and of every case."""
+def report(folder: Path, names: Collection[str]) -> dict[str, Any]:
+    """The answers of the cases of these names, and those of their models on one device."""
     # Steps of one size beside that of a single token: compiling is most of the time.
     planner.MAX_PROGRAMS, planner.MAX_FULL_PROGRAMS = 4, 2
-    folders = {name: write_model(folder / name, hf) for name, hf in MODELS.items()}
+    chosen = [case for case in CASES if case.name in names]
+    folders = {name: write_model(folder / name, MODELS[name]) for name in {case.model for case in chosen}}
     found = {name: answers(path, {}, scan_layers=True) for name, path in folders.items()}
-    for case in CASES:
+    for case in chosen:
         found[case.name] = answers(folders[case.model], found[case.model], case.counters, **case.settings)
     return found
