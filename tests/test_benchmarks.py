@@ -319,6 +319,7 @@ def test_startup_times_a_cold_and_a_warm_start(tiny_model: str, tmp_path: Path) 
     assert "jax-engine --help" in printed
 
 
+@pytest.mark.slow
 def test_offline_benchmarks_report_in_vllms_fields(tiny_model: str, tmp_path: Path) -> None:
     report, lengths = tmp_path / "report.json", ("--input-len", "6", "--output-len", "4", "--model", tiny_model)
     options = (*lengths, "--output-json", str(report), *SMALL_ENGINE)

@@ -130,7 +130,7 @@ def test_an_empty_step_writes_nothing(ragged_case):
     np.testing.assert_array_equal(pages, before)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     ranges=st.lists(st.tuples(st.sampled_from([1, 1, 2, 7, 16, 20]), st.integers(0, 300)), min_size=1, max_size=5),
     seed=st.integers(0, 9),
