@@ -39,9 +39,7 @@ from jax_engine.orders import (
     WriteSlot,
 )
 from jax_engine.page_copies import check_host_memory
-from jax_engine.planner import (
-    host_pages,
-)
+from jax_engine.planner import host_pages
 from jax_engine.pooling_results import with_pooled
 from jax_engine.row_blocks import whole_blocks
 from jax_engine.sampler import SamplingMode

@@ -2,7 +2,7 @@
 `jax_engine:`.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -135,10 +135,7 @@ class EngineMetrics:
                 stats.compile_eta_seconds,
             ),
         }
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=LABELS)
-            gauge.add_metric(self._labels, value)
-            yield gauge
+        yield from self._families(GaugeMetricFamily, gauges)
         about_cache = {
             "block_size": stats.page_size,
             "num_gpu_blocks": stats.num_pages,
@@ -202,10 +199,18 @@ class EngineMetrics:
                 stats.compiles_in_request_path_total,
             ),
         }
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
+        yield from self._families(CounterMetricFamily, counters)
+
+    def _families(
+        self,
+        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        figures: Mapping[str, tuple[str, float]],
+    ) -> Iterator[Metric]:
+        """One figure of this engine each, by name, with what it says."""
+        for name, (text, value) in figures.items():
+            family = kind(name, text, labels=LABELS)
+            family.add_metric(self._labels, value)
+            yield family
 
     def _prompt_sources(self) -> Iterator[Metric]:
         stats = self.stats
@@ -229,14 +234,17 @@ class EngineMetrics:
         if not accepted:  # no speculative decoding
             return
         counters = {
-            "drafts": ("Times that a sequence had drafted tokens in a step.", stats.spec_drafts_total),
-            "draft_tokens": ("Drafted tokens.", stats.spec_draft_tokens_total),
-            "accepted_tokens": ("Drafted tokens that were kept.", stats.spec_accepted_tokens_total),
+            "vllm:spec_decode_num_drafts": (
+                "Times that a sequence had drafted tokens in a step.",
+                stats.spec_drafts_total,
+            ),
+            "vllm:spec_decode_num_draft_tokens": ("Drafted tokens.", stats.spec_draft_tokens_total),
+            "vllm:spec_decode_num_accepted_tokens": (
+                "Drafted tokens that were kept.",
+                stats.spec_accepted_tokens_total,
+            ),
         }
-        for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(f"vllm:spec_decode_num_{name}", text, labels=LABELS)
-            counter.add_metric(self._labels, value)
-            yield counter
+        yield from self._families(CounterMetricFamily, counters)
         by_position = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafted tokens that were kept, by their place among those of a step.",
