@@ -68,8 +68,10 @@ def test_a_conversation_streams_and_survives_a_reload(visit):
     tab = visit()
     tab.page.evaluate(WATCH_GROWTH)
     tab.setting("Temperature", "0")
+    tab.limit_speed(bytes_per_second=16_000)  # so that even a busy machine's browser sees the answer grow
     tab.ask("Tell me a short story.")
     story = tab.wait_for_answer()
+    tab.limit_speed(-1)
     lengths = tab.page.evaluate("window.lengths")
     assert len(set(lengths)) > 3 and lengths == sorted(lengths), lengths
     assert 0 < lengths[len(lengths) // 2] < len(story)

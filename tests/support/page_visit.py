@@ -126,6 +126,16 @@ class Visit:
             assert time.monotonic() < deadline, script
             self.page.wait_for_timeout(20)
 
+    def limit_speed(self, bytes_per_second: int) -> None:
+        """Have what the page downloads come no faster than this from here on, however late the browser reads it.
+
+        -1 stands for no limit.
+        """
+        session = self.context.new_cdp_session(self.page)
+        session.send("Network.enable")
+        limits = {"offline": False, "latency": 0, "downloadThroughput": bytes_per_second, "uploadThroughput": -1}
+        session.send("Network.emulateNetworkConditions", limits)
+
     def setting(self, label: str, value: str) -> None:
         if not self.page.locator("#settings").is_visible():
             self.page.get_by_role("button", name="Settings", exact=True).click()
