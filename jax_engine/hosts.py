@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_engine.config import EngineConfig
+from jax_engine.gpu_settings import prepare_gpus
 from jax_engine.group import Facts
 from jax_engine.group_leader import Leader, OnLost
 from jax_engine.group_member import Member
@@ -84,6 +85,7 @@ def check_mesh(mesh: Mesh | None, nnodes: int) -> None:
 
 def _connect(config: EngineConfig, address: str) -> None:
     """Connect all devices."""
+    prepare_gpus(config)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the process
     host = f"[{address}]" if ":" in address else address
     coordinator = f"{host}:{config.master_port + 1}"

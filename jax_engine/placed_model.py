@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jax_engine.draft_program import draft_function
 from jax_engine.full_sampling import FullInputs, FullState
+from jax_engine.gpu_settings import CompilerOptions, compiler_options
 from jax_engine.logits_processors import LogitsProcessor, argument_names
 from jax_engine.model_structure import ModelStructure, Parameter
 from jax_engine.models.adapters import AdapterShape
@@ -59,7 +60,7 @@ class PlacedModel:
     num_logprobs: int  # of the likeliest tokens, that a step finds if it is asked for any
     row_block: int | None = None  # rows of a step that run together; None: all
     processors: tuple[LogitsProcessor, ...] = ()
-    compiler_options: tuple[tuple[str, bool], ...] = ()
+    compiler_options: CompilerOptions = ()
     draft: "PlacedModel | None" = None  # a smaller model, which drafts for this one
     num_drafts: int = 0  # tokens that are drafted for a sequence in one step, at most, by whatever method
 
@@ -117,12 +118,12 @@ class PlacedModel:
             placement=placement,
         )
         sizes = config.vocab_size, config.hidden_size, min(max_logprobs, config.vocab_size)
-        parts = structure, geometry, placement, *sizes
-        if not deterministic:
-            return cls(*parts, processors=processors, num_drafts=num_drafts)
-        # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
-        options = (("xla_gpu_deterministic_ops", True),) if platform == "gpu" else ()
-        return cls(*parts, row_block(platform), processors, options)
+        options: CompilerOptions = ()
+        if platform == "gpu":
+            devices = jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()
+            options = compiler_options(devices, deterministic=deterministic)
+        block = row_block(platform) if deterministic else None
+        return cls(structure, geometry, placement, *sizes, block, processors, options, num_drafts=num_drafts)
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -197,7 +198,8 @@ class PlacedModel:
         function = draft_function(self.draft.structure, layout, self.draft.placement, num_drafts=self.num_drafts)
         shardings = (_shardings(state), whole) if self.placement.mesh is not None else None
         buffer = _shape((layout.size,), jnp.int32, whole)
-        jitted = jax.jit(function, donate_argnums=1, out_shardings=shardings)
+        options = dict(self.compiler_options)
+        jitted = jax.jit(function, donate_argnums=1, out_shardings=shardings, compiler_options=options)
         return jitted.lower(self.draft.leaf_shapes(), state, buffer)
 
     def leaf_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -21,6 +21,7 @@ from jax_engine.devices import Devices
 from jax_engine.draft_model import PendingDrafts
 from jax_engine.full_sampling import FullResults
 from jax_engine.full_slots import FullSlots
+from jax_engine.gpu_settings import prepare_gpus
 from jax_engine.group_leader import Leader
 from jax_engine.group_member import Member
 from jax_engine.hosts import check_mesh
@@ -103,6 +104,7 @@ class Runner:
             ValueError: the model or the settings cannot be served; the message says what would be.
         """
         use_compilation_cache(config.compilation_cache_dir)
+        prepare_gpus(config)
         device = jax.local_devices()[0]
         self._group = group
         self.blueprint = blueprint = Blueprint.of(config, jax.devices())

@@ -47,7 +47,9 @@ def run_compile(options: Options) -> int:
     set_up_logging("info")
     start = time.monotonic()
     from jax_engine.compile_ahead import compile_ahead, find_devices
+    from jax_engine.gpu_settings import prepare_gpus
 
+    prepare_gpus(config)
     manifest = compile_ahead(config, folder, *find_devices(options["device"]))
     entries = manifest.executables.values()
     print(

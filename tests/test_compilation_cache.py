@@ -1,6 +1,7 @@
 """The persistent compilation cache: found again, never half written, and apart for machines that differ."""
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ print(sum(hits))
 """
 
 
-def hits(folder: Path) -> int:
+def hits(folder: Path, **variables: str) -> int:
     """Compile a small program in a process of its own; how many executables it found in the cache."""
     command = [sys.executable, "-c", SCRIPT, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
     assert result.returncode == 0, result.stderr
     if result.stderr:
         logging.getLogger().warning(result.stderr)
@@ -52,3 +53,11 @@ def test_a_folder_that_cannot_be_used_costs_the_cache_alone(tmp_path: Path, capl
     not_a_folder.write_text("")
     assert hits(not_a_folder) == 0
     assert f"compilation_cache_dir={str(not_a_folder)!r} is not used" in caplog.text
+
+
+def test_what_autotuning_finds_is_kept_beside_the_executables(tmp_path: Path) -> None:
+    """JAX's own doing, on GPUs: its folder for that follows the cache's."""
+    hits(tmp_path / "cache", XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+    (used,) = tmp_path.glob("*.debug_options")
+    folder = tmp_path / "cache" / machine_name() / "xla_gpu_per_fusion_autotune_cache_dir"
+    assert f'xla_gpu_per_fusion_autotune_cache_dir: "{folder}"' in used.read_text()

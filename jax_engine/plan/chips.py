@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 GIB = 2**30
-# What JAX takes of a GPU's memory unless told otherwise (XLA_PYTHON_CLIENT_MEM_FRACTION).
-JAX_GPU_SHARE = 0.75
+# Of a GPU's memory, what the engine lets JAX's pool take (`gpu_settings`). Outside it are CUDA's context, libraries'
+# workspaces, programs and command buffers: 7 GB of an H200's.
+GPU_POOL_SHARE = 0.95
 # An assumption, not a data sheet's: what a message takes to a neighbour besides its bytes. "How to Scale Your Model"
 # (jax-ml.github.io/scaling-book, part 3) has about 1 us for a TPU's links.
 HOP_SECONDS = 1e-6
@@ -94,7 +95,7 @@ def _tpu(name: str, gib: float, bandwidth: float, flops: Mapping[str, float], li
 
 
 def _gpu(name: str, gigabytes: float, bandwidth: float, flops: Mapping[str, float], link: float) -> Chip:
-    return Chip(name, "gpu", gigabytes * 1e9 * JAX_GPU_SHARE, bandwidth, flops, link, 1, sizes=_HOST)
+    return Chip(name, "gpu", gigabytes * 1e9 * GPU_POOL_SHARE, bandwidth, flops, link, 1, sizes=_HOST)
 
 
 CHIPS: Mapping[str, Chip] = {

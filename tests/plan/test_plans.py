@@ -76,7 +76,7 @@ def test_a_gpu_is_planned_by_arithmetic_and_says_so(on_a_gpu: Plan, plan: Plan):
     assert "no program for a GPU was compiled" in on_a_gpu.notes[0]
     assert on_a_gpu.dtype == "bfloat16"
     assert on_a_gpu.memory.weights == plan.memory.weights / 2
-    assert on_a_gpu.usable_bytes == int(int(141e9 * 0.75) * 0.9)
+    assert on_a_gpu.usable_bytes == int(int(141e9 * 0.95) * 0.9)
     step, bounds = on_a_gpu.steps["decode"], on_a_gpu.bounds
     assert step.time is not None and bounds is not None
     assert step.moved_bytes < 2 * on_a_gpu.memory.weights + 4 * 40 * 2 * 2 * 2 * 8 * 2 * 2
