@@ -28,8 +28,10 @@ from jax_engine.cache_records import (
 )
 from jax_engine.host_pool import HostPool, LoadRule, PageCopies
 from jax_engine.page_partitions import UNCUT, PagePartitions
+from jax_engine.page_waste import num_tokens_in_pages
 from jax_engine.prefix_finder import PrefixFinder
 from jax_engine.request import Request
+from jax_engine.step_plan import Chunk
 from jax_engine.tail_pages import keep_tail
 
 
@@ -65,32 +67,16 @@ class KVCacheManager:
         self._planned = PlannedCopies()
         self._filling: list[Request] = []  # those for which the latest plan fills a page
         self._advanced: list[Request] = []  # with windows: those that the latest plan has tokens of
-        groups = CacheGroups.of(windows)
+        self.groups = groups = CacheGroups.of(windows)
         self.num_groups = len(windows)
-        self._suffixes, self._full_groups, self._window_groups = groups.suffixes, groups.full, groups.by_window
+        self._suffixes, self._window_groups = groups.suffixes, groups.by_window
+        # A window passes a page once the tokens computed are as many as this beyond full pages.
+        self._passing = {(window - 1) % page_size for window in groups.by_window}
         self._finder = PrefixFinder(self.pool, groups, self.partitions, page_size)
 
     def num_tokens_in_pages(self, running: Iterable[Request]) -> int:
-        """Tokens whose keys and values the pages in use hold for a step to come, those of shared pages once.
-
-        A token counts in each group that holds it; one that has left the window, but not its page, does not. All pages
-        are full but a sequence's last ones.
-        """
-        filled: dict[int, int] = {}  # of the last pages
-        outside: dict[int, list[int]] = {}  # first page in a window: tokens of it outside, for each that begins there
-        for request in running:
-            if not request.pages:
-                continue
-            in_last = request.num_computed - (len(request.pages) // self.num_groups - 1) * self.page_size
-            for page in request.pages[-self.num_groups :]:
-                if page != NO_PAGE:
-                    filled[page] = max(in_last, filled.get(page, 0))
-            for window, tokens in request.num_outside.items():
-                index, rest = divmod(tokens, self.page_size)
-                for group in self._window_groups[window] if rest else ():
-                    outside.setdefault(request.pages[index * self.num_groups + group], []).append(rest)
-        num_outside = sum(min(rests) for page, rests in outside.items() if len(rests) == self.pool.num_users(page))
-        return (self.pool.num_in_use - len(filled)) * self.page_size + sum(filled.values()) - num_outside
+        """Tokens whose keys and values the pages in use hold for a step to come (`page_waste`)."""
+        return num_tokens_in_pages(running, self.pool, self.groups, self.page_size)
 
     def sample_waste(self, running: Iterable[Request]) -> None:
         """Add the waste of the pages in use to the counters, for its mean over time."""
@@ -245,13 +231,40 @@ class KVCacheManager:
             self._filling.append(request)
         if self._window_groups:
             self._advanced.append(request)
+        request.num_own = len(request.pages) // self.num_groups * self.page_size
         return first_new
+
+    def next_token(self, request: Request) -> Chunk | None:
+        """The range of a running request's next drawn token, if that goes into a page that the request has grown into:
+        nearly every step of every sequence, for which `room` and `grow` would find nothing to do. None otherwise.
+
+        Such a page stays its own to write: who starts with a share of it grows in the same plan, into a copy.
+        """
+        start = request.num_computed
+        known = len(request.tokens) + request.num_pending
+        if (
+            start >= request.num_own
+            or known != start + 1
+            or known >= request.length_limit
+            or start < request.num_once_computed
+            or start < request.num_prompt
+            or request.constraint is not None
+        ):
+            return None
+        request.num_computed = request.num_once_computed = end = start + 1
+        request.num_pending += 1
+        if end % self.page_size == 0 and self.enable_prefix_caching:
+            self._filling.append(request)
+        if end % self.page_size in self._passing:
+            self._advanced.append(request)
+        return Chunk(request, request.slot, start, 1, 1, len(request.pages), [])
 
     def roll_back(self, request: Request, num_tokens: int) -> None:
         """Take what a running request has computed behind its first `num_tokens` tokens, in no step in flight, back."""
         request.num_computed = request.num_once_computed = num_tokens
         self.pool.free(request.pages[self._pages_for(num_tokens) :])
         del request.pages[self._pages_for(num_tokens) :]
+        request.num_own = 0
 
     def settle(self) -> None:
         """Before a plan is made: let the pages that the plan before it fills be found, and give up those that it was
@@ -277,36 +290,29 @@ class KVCacheManager:
             self._register(request)
             keep_tail(self.pool, request, self.page_size, self._suffixes)
         self.pool.free(held(request.pages))
-        request.pages = []
+        request.pages, request.num_own = [], 0
         request.num_outside = {}
 
     def own_pages(self, request: Request) -> list[int]:
         """How many pages of each partition are free once a running request has given way: those that no other uses."""
         own = [0] * self.partitions.count
-        for group in self._full_groups:
-            table = self._table(request, group)
+        for group in self.groups.full:
+            table = self.table(request, group)
             first = len(table) - self.pool.num_unshared(table)
             for number, count in enumerate(self.partitions.split(request.owner, first, len(table))):
                 own[number] += count
         for window, groups in self._window_groups.items():
             for group in groups:  # others may share any part of what a window sees
-                for page in self._table(request, group, window):
+                for page in self.table(request, group, window):
                     own[self.pool.partition_of(page)] += self.pool.num_users(page) == 1
         return own
 
-    def cost_of_preemption(self, request: Request) -> int:
-        """Tokens to compute again when a request that gives way returns. Pages shared with others will still be there;
-        its own are counted as lost, since they are what it gives way for.
-        """
-        shared = [
-            len(table) - self.pool.num_unshared(table)
-            for table in (self._table(request, group) for group in self._full_groups[:1])
-        ]
-        for window, groups in self._window_groups.items():
-            first = request.num_outside[window] // self.page_size
-            users = [self.pool.num_users(page) for page in self._table(request, groups[0], window)]
-            shared.append(max((first + index for index, count in enumerate(users, 1) if count > 1), default=0))
-        return request.num_computed - min(shared) * self.page_size
+    def table(self, request: Request, group: int, window: int = 0) -> list[int]:
+        """The pages that a running request holds in a group."""
+        if self.num_groups == 1 and not window:
+            return request.pages
+        first = request.num_outside[window] // self.page_size if window else 0
+        return request.pages[first * self.num_groups + group :: self.num_groups]
 
     def _give_up(self, request: Request) -> None:
         """Free the pages that no later token of a running request sees, once they can be found. Tokens that the host
@@ -383,13 +389,6 @@ class KVCacheManager:
         """The hash that the page at a place is found by."""
         index, group = divmod(place, self.num_groups)
         return request.page_hash(index, self.page_size) + self._suffixes[group]
-
-    def _table(self, request: Request, group: int, window: int = 0) -> list[int]:
-        """The pages that a running request holds in a group."""
-        if self.num_groups == 1 and not window:
-            return request.pages
-        first = request.num_outside[window] // self.page_size if window else 0
-        return request.pages[first * self.num_groups + group :: self.num_groups]
 
     def _pages_for(self, num_tokens: int) -> int:
         """Pages of all groups."""

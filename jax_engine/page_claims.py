@@ -49,9 +49,22 @@ class PageClaims:
         def loss(request: Request) -> tuple[int, bool, int]:
             own = self.cache.own_pages(request)
             frees_none = not (any(own) if partition is None else own[partition])
-            return -request.asked.priority, frees_none, self.cache.cost_of_preemption(request)
+            return -request.asked.priority, frees_none, self.cost(request)
 
         return min(reversed(candidates), key=loss)
+
+    def cost(self, request: Request) -> int:
+        """Tokens to compute again when a request that gives way returns. Pages shared with others will still be there;
+        its own are counted as lost, since they are what it gives way for.
+        """
+        groups, pool, page_size = self.cache.groups, self.cache.pool, self.cache.page_size
+        tables = [self.cache.table(request, group) for group in groups.full[:1]]
+        shared = [len(table) - pool.num_unshared(table) for table in tables]
+        for window, windowed in groups.by_window.items():
+            first = request.num_outside[window] // page_size
+            users = [pool.num_users(page) for page in self.cache.table(request, windowed[0], window)]
+            shared.append(max((first + index for index, count in enumerate(users, 1) if count > 1), default=0))
+        return request.num_computed - min(shared) * page_size
 
     def _fits(self, start: Start, running: Sequence[Request], without: Sequence[Request] = ()) -> bool:
         cached = start.cached

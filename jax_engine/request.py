@@ -55,7 +55,7 @@ class Request:
     # Block tables of all cache groups, interleaved: the first pages of all groups, then the second ones (see
     # `KVCacheManager`).
     pages: list[int] = field(default_factory=list)
-    # By window: tokens at the front that have left it. The pages that they fill are not held.
+    # By window: tokens at the front that had left it when its pages were last given up. Those they fill are not held.
     num_outside: dict[int, int] = field(default_factory=dict)
     owner: int = 0  # the partition that its pages are in, where sequences have one (see `PagePartitions`)
     slot: int = -1  # row of the device state while running
@@ -63,6 +63,7 @@ class Request:
     num_computed: int = 0  # tokens whose keys and values are in the cache once the launched steps have run
     num_once_computed: int = 0  # the most that `num_computed` has been: what lies below is computed again
     num_pending: int = 0
+    num_own: int = 0  # tokens up to which its pages are its own to write, from `num_computed` on
     first_scheduled_time: float | None = None
     num_preemptions: int = 0
     num_registered: int = 0  # full pages of tokens, from the first, whose content the pool was told, or knew already
@@ -146,6 +147,23 @@ class Request:
             else first_hash(self.asked.cache_salt, self.asked.lora, self.digest)
         )
         return chained_hash(before, self.tokens[count * page_size : num_tokens], self.digest)
+
+    def take(self, tokens: Sequence[int], num_draws: int) -> str | None:
+        """Take the tokens that a step drew, one by one; the finish reason if the last one ends the request.
+
+        The device has stopped at that one, too, short of the `num_draws` that were asked of it.
+        """
+        if num_draws == 1 and len(tokens) == 1:
+            reason = self.append(tokens[0])
+        else:
+            reasons = [self.append(token) for token in tokens]
+            ends = next((index for index, reason in enumerate(reasons, 1) if reason is not None), num_draws)
+            assert len(tokens) == ends <= num_draws, f"host and device disagree on where {self.asked.request_id} ends"
+            reason = reasons[-1]
+        if reason is not None:
+            # Its last token was not run, whatever the step had room for: its keys and values may not be there.
+            self.num_computed = min(self.num_computed, len(self.tokens) - 1)
+        return reason
 
     def append(self, token: int) -> str | None:
         """Take one new token from the device; the finish reason if it is the last."""

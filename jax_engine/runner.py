@@ -189,11 +189,11 @@ class Runner:
             drafts = PendingDrafts(filled, self.do(Draft(self.compiled.number_of(program), buffer)))
             if any(chunk.drafts and chunk.request.constraint is not None for chunk in chunks):
                 chunks, drafts = drafts.resolve(chunks), None  # masks depend on them
+        plan = StepPlan(chunks)
         slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, len(chunks))
-        num_tokens = plan.num_tokens
         mode = self._parameters.mode(slots)
         program, _ = self.compiled.find(
-            num_tokens, len(chunks), mode, num_steps=plan.num_steps, draft_rows=plan.num_draft_rows
+            plan.num_tokens, len(chunks), mode, num_steps=plan.num_steps, draft_rows=plan.num_draft_rows
         )
         layout = self.blueprint.layouts[program.bucket]
         updates = page_updates_of(chunks, layout)
@@ -216,7 +216,7 @@ class Runner:
         counters.steps += 1
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
-        return PendingTokens(StepPlan(chunks), tokens, program, full, drafts)
+        return PendingTokens(plan, tokens, program, full, drafts)
 
     def collect(self, pending: PendingTokens) -> list[list[int]]:
         """Wait for a step; the tokens of each of its chunks."""

@@ -133,10 +133,13 @@ class Scheduler:
         budget = self.limits.token_budget if drafts.tokens else self._step_budget(num_decodes)
         num_free = budget - num_decodes - sum(map(len, drafts.tokens.values()))
         step = _Step(num_free, self._num_steps(max_steps), drafts)
+        is_plain = step.num_steps == 1 and not drafts.tokens
         for request in tuple(self.running):
-            if request.slot >= 0 and self.waiting:  # without a slot, it has given way
+            if self.waiting and request.slot >= 0:  # without a slot, it has given way
                 self._admit(step, before=request)
-            if request.slot >= 0:
+            if is_plain and (chunk := self.cache.next_token(request)) is not None:
+                step.chunks.append(chunk)
+            elif request.slot >= 0:
                 self._continue(step, request)
         self._admit(step)
         if not step.chunks:
@@ -161,7 +164,8 @@ class Scheduler:
                 self.num_generation_tokens += len(tokens)
                 reason = request.finish_reason
             else:
-                reason = self._append(request, tokens, chunk.num_draws)
+                self.num_generation_tokens += len(tokens) * (not request.asked.pools)
+                reason = request.take(tokens, chunk.num_draws)
             if self.drafts is not None and reason is None:
                 self.drafts.learn(request)
             outputs.append(
@@ -210,17 +214,6 @@ class Scheduler:
         index = bisect_right(sizes, total)
         below, above = (0, *sizes)[index], sizes[index]
         return below if below > num_decodes and total - below < above - total else limit
-
-    def _append(self, request: Request, tokens: Sequence[int], num_draws: int) -> str | None:
-        """Give a request the tokens that a step drew for it, one by one; the finish reason if the last one ends it."""
-        self.num_generation_tokens += len(tokens) * (not request.asked.pools)
-        reasons = [request.append(token) for token in tokens]
-        ends = next((index for index, reason in enumerate(reasons, 1) if reason is not None), num_draws)
-        assert len(tokens) == ends <= num_draws, f"host and device disagree on where {request.asked.request_id} ends"
-        if reasons[-1] is not None:
-            # Its last token was not run, whatever the step had room for: its keys and values may not be there.
-            request.num_computed = min(request.num_computed, len(request.tokens) - 1)
-        return reasons[-1]
 
     def _num_steps(self, bound: int) -> int:
         """How many tokens a request may draw in the next plan: up to `bound` while nobody waits, all running requests

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
@@ -41,31 +42,31 @@ class ChunkFindings(msgspec.Struct, frozen=True, gc=False):
 NO_FINDINGS = ChunkFindings()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
-    """What one step computes."""
+    """What one step computes. Each of its figures is found once: a step looks at them several times."""
 
     chunks: Sequence[Chunk]
     copies: PageCopies = NO_COPIES  # of whole pages, before the chunks
     adapter_loads: Sequence[tuple[int, LoRARequest]] = ()  # slots and the adapters that take them, before the chunks
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
-    @property
+    @cached_property
     def num_steps(self) -> int:
         """How often the device runs the model: once, or as often as the longest of its decodes draws."""
         return max(1, *(chunk.num_draws - len(chunk.drafts) for chunk in self.chunks))
 
-    @property
+    @cached_property
     def num_draft_rows(self) -> int:
         """Rows that tokens are drawn from, where a range has several; 0: none has."""
         if not any(chunk.drafts for chunk in self.chunks):
             return 0
         return sum(chunk.num_draws for chunk in self.chunks)
 
-    @property
+    @cached_property
     def waits_for_host(self) -> bool:
         """Whether a request's next step can only be planned when this one's token for it is on the host."""
         return any(chunk.drafts or (chunk.request.constraint is not None and chunk.num_draws) for chunk in self.chunks)

@@ -113,6 +113,12 @@ def check_pages(scheduler: Scheduler, max_steps: int) -> None:
             most = -(-(window + max(scheduler.limits.token_budget, 2 * max_steps) - 2) // page_size) + 1
             assert not window or len(held(table)) <= most
             assert [page >= 0 for page in table] == [index >= outside // page_size for index in range(len(table))]
-            tokens = range(outside, request.num_computed)
-            places |= {(table[token // page_size], token % page_size) for token in tokens}
+            known = min(request.num_computed, len(request.tokens))
+            seen = max(0, known - window + 1) if window else 0
+            tokens = range(outside // page_size * page_size, request.num_computed)
+            places |= {
+                (table[token // page_size], token % page_size)
+                for token in tokens
+                if token >= seen or token // page_size < seen // page_size  # passed, and held for steps in flight
+            }
     assert scheduler.cache.num_tokens_in_pages(scheduler.running) == len(places)

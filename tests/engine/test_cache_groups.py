@@ -5,6 +5,7 @@ from tiny_engine import core_request
 
 from jax_engine.cache_records import NO_PAGE, CachedPrefix
 from jax_engine.kv_cache_manager import KVCacheManager
+from jax_engine.page_claims import PageClaims
 from jax_engine.request import Request
 
 
@@ -65,6 +66,7 @@ def test_pages_that_a_window_has_passed_are_free_before_the_next_plan():
 def test_what_a_preemption_frees_and_costs():
     """Pages that others share stay, but are of no use to a window that has passed them."""
     cache = KVCacheManager(64, 4, (0, 6), enable_prefix_caching=True)
+    claims = PageClaims(cache, reserve=0)
     first, second = (Request(core_request("a", list(range(length))), order=0) for length in (28, 9))
     cache.start(first, CachedPrefix())
     cache.grow(first, 8)
@@ -73,13 +75,13 @@ def test_what_a_preemption_frees_and_costs():
     cache.grow(second, 1)
     assert (second.num_cached_tokens, second.num_computed) == (0, 9)
     assert [cache.own_pages(request) for request in (first, second)] == [[0], [2]]
-    assert [cache.cost_of_preemption(request) for request in (first, second)] == [0, 1]
+    assert [claims.cost(request) for request in (first, second)] == [0, 1]
     cache.grow(first, 20)
     cache.settle()
     assert first.num_outside == {6: 23}, "pages 5 and 6 are held, and shared with nobody"
-    assert (cache.own_pages(first), cache.cost_of_preemption(first)) == ([5 + 2], 28)
+    assert (cache.own_pages(first), claims.cost(first)) == ([5 + 2], 28)
     cache.release(second)
-    assert (cache.own_pages(first), cache.cost_of_preemption(first)) == ([7 + 2], 28)
+    assert (cache.own_pages(first), claims.cost(first)) == ([7 + 2], 28)
 
 
 @pytest.mark.parametrize(("ahead", "shares"), [(1, True), (3, True), (4, False)])

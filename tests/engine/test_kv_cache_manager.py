@@ -11,7 +11,7 @@ from jax_engine.kv_cache_manager import KVCacheManager
 from jax_engine.page_partitions import PagePartitions
 from jax_engine.request import Request
 
-PAGE = 2
+PAGE = 3
 NUM_PAGES = 8
 NUM_HOST_PAGES = 3
 TOKENS = st.integers(0, 1)  # few, so that sequences meet
@@ -100,7 +100,9 @@ class TierMachine(RuleBasedStateMachine):
 
     def step(self, request: Request, length: int) -> None:
         start = request.num_computed
-        self.cache.grow(request, length)
+        if length > 1 or self.cache.next_token(request) is None:
+            self.cache.grow(request, length)
+        request.num_pending = 0  # the tokens are known
         copies = self.cache.take_copies()
         for page, host_page in copies.saves:
             self.host[host_page] = list(self.device[page])
@@ -147,6 +149,12 @@ class TierMachine(RuleBasedStateMachine):
         last = {request.pages[-1]: -request.num_computed % PAGE for request in self.live}
         held = self.cache.num_tokens_in_pages(self.live)
         assert held == len(users) * PAGE - sum(last.values())
+
+    @invariant()
+    def what_a_request_has_grown_into_is_its_own(self) -> None:
+        for request in self.live:
+            for position in range(request.num_computed, request.num_own):
+                assert self.cache.pool.is_writable(request.pages[position // PAGE])
 
     @invariant()
     def pages_lie_where_the_rule_says(self) -> None:

@@ -10,6 +10,7 @@ from plans import asked, finish, limits, ranges, tokens_of
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
+from jax_engine.page_claims import PageClaims
 from jax_engine.request import Request
 from jax_engine.scheduler import Scheduler
 from jax_engine.waiting_queue import AGING_TOKENS_PER_SECOND, POLICIES, WaitingQueue
@@ -162,7 +163,8 @@ def test_pages_that_others_share_cost_nothing_to_leave():
     scheduler.add(core_request("sharing", [*prompt, 5], 30))
     scheduler.add(asked("alone", 6, 30))
     step(scheduler)
-    cost = {name: scheduler.cache.cost_of_preemption(request) for name, request in scheduler.requests.items()}
+    claims = PageClaims(scheduler.cache, reserve=0)
+    cost = {name: claims.cost(request) for name, request in scheduler.requests.items()}
     assert cost == {"first": 17 - 16, "sharing": 17 - 16, "alone": 6}
     own = {name: sum(scheduler.cache.own_pages(request)) for name, request in scheduler.requests.items()}
     assert own == {"first": 1, "sharing": 1, "alone": 2}
