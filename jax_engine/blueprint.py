@@ -157,5 +157,6 @@ def _step_sizes(placed: PlacedModel, programs: Sequence[Program]) -> tuple[int, 
 
 def _traced_for(device: jax.Device) -> use_abstract_mesh:
     """Trace within it, so that Pallas lowers for this device and not for the platform that JAX runs on."""
-    described = AbstractDevice(device_kind=device.device_kind, platform=device.platform, num_cores=device.num_cores)
+    num_cores = device.num_cores if device.platform == "tpu" else None  # which GPUs do not have
+    described = AbstractDevice(device_kind=device.device_kind, platform=device.platform, num_cores=num_cores)
     return use_abstract_mesh(AbstractMesh((), (), abstract_device=described))

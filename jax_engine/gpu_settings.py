@@ -5,7 +5,6 @@ looks for devices. What concerns programs goes with each of them as compile opti
 version does not know would end the process, while such an option is an error that can be caught.
 """
 
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jax_engine.config import EngineConfig, compiler_flags, process_environment, set_default_environment
 from jax_engine.plan.chips import GPU_POOL_SHARE
+from jax_engine.plan.gpu_targets import compiler_is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,6 @@ CompilerOptions = tuple[tuple[str, bool | str], ...]
 
 SHARED_BELOW = 0.9  # of `gpu_memory_utilization`: its default, under which another program is expected on the GPU
 POOL_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX allows one of them
-CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 COMMANDS = "xla_gpu_enable_command_buffer"
 # What XLA puts into command buffers (CUDA graphs) by itself, and loops and branches.
@@ -35,7 +34,7 @@ HIDING = "xla_gpu_enable_latency_hiding_scheduler"
 
 def prepare_gpus(config: EngineConfig) -> None:
     """Set up JAX's memory of GPUs, where the packages for them are installed; call it before JAX looks for devices."""
-    if any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
+    if compiler_is_installed():
         set_default_environment(memory_variables(config.gpu_memory_utilization, process_environment()))
 
 

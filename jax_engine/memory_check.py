@@ -10,7 +10,10 @@ import jax
 
 from jax_engine.blueprint import Blueprint
 from jax_engine.placed_model import StateSize
-from jax_engine.planner import least_context
+from jax_engine.planner import least_context, longest_sequence
+from jax_engine.unsplit_weights import unsplit_giants
+
+_MOST_GIANTS = 3  # that an error names
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,21 @@ def bytes_of(shapes: Iterable[Any]) -> int:
     )
 
 
+def expert_bytes(blueprint: Blueprint) -> int:
+    """Of the weights, those of experts, on each device."""
+    placed = blueprint.placed
+    shapes = zip(placed.structure.parameters, placed.leaf_shapes(), strict=True)
+    return bytes_of(shape for parameter, shape in shapes if "experts" in parameter.logical_axes)
+
+
+def split_weights(blueprint: Blueprint) -> int:
+    """Of the weights, bytes on each device that more devices would divide: those that are split, or all on one."""
+    shapes = blueprint.placed.leaf_shapes()
+    if prod(blueprint.config.parallel_sizes) == 1:
+        return bytes_of(shapes)
+    return bytes_of(shape for shape in shapes if not shape.sharding.is_fully_replicated)
+
+
 def _temporaries(blueprint: Blueprint) -> int:
     """Of the largest step: the residual stream before and after a block, what the feed-forward makes of every row, and
     the logits.
@@ -107,10 +125,13 @@ def shortage(blueprint: Blueprint, needs: DeviceMemory, usable: int, *, where: s
     """Why an engine does not fit in `usable` bytes of each device; `where` says what they are of."""
     sizes = (needs.weights, needs.state + needs.temporaries, cache, needs.fixed + cache, usable)
     weights, step, pages, total, there = (gib(size) for size in sizes)
-    return (
+    reason = (
         f"needs {total} of each device and there are {there} ({where}): {weights} of weights, {step} for steps, "
         f"{pages} of KV cache for one sequence of {needs.least_context} tokens"
     )
+    giants = unsplit_giants(blueprint.placed, needs.fixed + cache - usable)
+    others = [f"and {len(giants) - _MOST_GIANTS} smaller ones"] if len(giants) > _MOST_GIANTS else []
+    return "; ".join([reason, *(giant.describe() for giant in giants[:_MOST_GIANTS]), *others])
 
 
 def shorter(blueprint: Blueprint, needs: DeviceMemory, usable: int) -> list[str]:
@@ -118,15 +139,15 @@ def shorter(blueprint: Blueprint, needs: DeviceMemory, usable: int) -> list[str]
     given, left = blueprint.config.kv_cache_memory_bytes, usable - needs.fixed
     if given is not None:
         return [f"lower kv_cache_memory_bytes to {left} or less"] if left > 0 else []
-    partitions = blueprint.placed.geometry.partitions
-    tokens = max(0, left) // needs.page * needs.page_tokens * partitions.count // len(partitions.owners)
+    pages = max(0, left) // needs.page
+    tokens = longest_sequence(blueprint.placed.geometry, pages, blueprint.config.token_budget)
     return [f"lower max_model_len to {tokens} or less"] if tokens > 0 else []
 
 
 def remedies(blueprint: Blueprint, needs: DeviceMemory, usable: int) -> list[str]:
     """What to change so that an engine fits; over more devices, each has less of weights and pages."""
-    size, spread = blueprint.config.tensor_parallel_size, needs.weights + needs.least_pages * needs.page
-    kept = needs.state + needs.temporaries
+    size, spread = blueprint.config.tensor_parallel_size, split_weights(blueprint) + needs.least_pages * needs.page
+    kept = needs.least - spread
     enough = next((factor for factor in (2, 4, 8, 16, 32, 64) if kept + spread / factor <= usable), None)
     more = "use devices with more memory"
     if enough is not None:

@@ -282,7 +282,8 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     """Divide memory into pages.
 
     `available` is what the device has left for pages once weights and the largest step's temporaries are taken (None
-    on a CPU, where it is host memory and a setting). No more pages are made than all sequences can fill.
+    on a CPU, where it is host memory and a setting). No more pages are made than are of use (`most_pages_of_use`), nor,
+    of a CPU's memory by default, than all sequences can fill.
 
     Raises:
         ValueError: the pages cannot hold one sequence of `max_model_len`; with the numbers and what would fit.
@@ -297,8 +298,9 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
     else:
         budget, reason = available, f"what gpu_memory_utilization={config.gpu_memory_utilization} leaves"
     fits = max(0, budget) // geometry.planned_bytes
-    # Pages that have left a window stay useful as prefixes, so the bound is what sequences fill, not what they hold.
-    useful, count = geometry.useful_pages(context, config.max_num_seqs), geometry.partitions.count
+    useful, count = most_pages_of_use(config, context, geometry), geometry.partitions.count
+    if config.kv_cache_memory_bytes is None and available is None:
+        useful = geometry.useful_pages(context, config.max_num_seqs)
     least = geometry.most_pages(context, config.token_budget)
     if fits < least:
         holds = longest_sequence(geometry, fits, config.token_budget)
@@ -311,9 +313,15 @@ def plan_memory(config: EngineConfig, model: ModelConfig, geometry: CacheGeometr
             f"{max(0, budget) / 2**20:.1f} MiB ({reason}), room for {holds} tokens; "
             f"lower max_model_len to {max(holds, 1)} or less, or set kv_cache_memory_bytes to at least {needed}"
         )
-    if useful < fits:
-        reason = f"{config.max_num_seqs} sequences of {context} tokens"
-    return MemoryPlan(min(fits, useful) * count, context, reason)
+    if useful is None or fits <= useful:
+        return MemoryPlan(fits * count, context, reason)
+    return MemoryPlan(useful * count, context, f"{config.max_num_seqs} sequences of {context} tokens")
+
+
+def most_pages_of_use(config: EngineConfig, context: int, geometry: CacheGeometry) -> int | None:
+    """Pages of one partition beyond which more would lie idle; None where later requests find them as prefixes."""
+    # Pages that have left a window count, too: of what sequences fill, not of what they hold.
+    return None if config.enable_prefix_caching else geometry.useful_pages(context, config.max_num_seqs)
 
 
 def least_context(config: EngineConfig, context: int) -> int:

@@ -34,6 +34,7 @@ from jax_engine.models.pipeline import Pipeline, microbatch_rows
 from jax_engine.models.rope import Rotation
 from jax_engine.pallas_kernels import reference
 
+EXPERTS_SCOPE = "experts"  # what products of experts are traced under, in profiles and in programs' texts
 ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
 
 
@@ -331,9 +332,14 @@ class MixtureOfExperts:
             return self.kernel(*arrays, layer=layer, activation=activation).astype(x.dtype)
 
         *arrays, layer = weights
-        layer = jnp.asarray(layer, jnp.int32)
+        split = self._split(run)
+        with jax.named_scope(EXPERTS_SCOPE):
+            return split(jnp.asarray(layer, jnp.int32), x, chosen, shares, *arrays)
+
+    def _split(self, run: Callable[..., Array]) -> Callable[..., Array]:
+        """`run` on the devices of the mesh, each with the experts that it holds."""
         if self.partition.mesh is None:
-            return run(layer, x, chosen, shares, *arrays)
+            return run
         over_experts, over_mlp = self.partition.axes_of(("experts", "mlp"))
         inner, outer = P(None, over_experts, None, over_mlp), P(None, over_experts, over_mlp)
 
@@ -341,7 +347,7 @@ class MixtureOfExperts:
             first = jax.lax.axis_index(over_experts) * gate.shape[1] if over_experts else 0
             return jax.lax.psum(run(layer, x, chosen - first, shares, gate, *others), (*over_experts, *over_mlp))
 
-        split = jax.shard_map(
+        return jax.shard_map(
             part,
             mesh=self.partition.current_mesh,
             axis_names=self.partition.free_axes,
@@ -349,4 +355,3 @@ class MixtureOfExperts:
             out_specs=P(),
             check_vma=False,  # loops over as many rows as a device happens to have
         )
-        return split(layer, x, chosen, shares, *arrays)

@@ -32,6 +32,11 @@ class Partition:
         taken = {axis for entry in self.axes_of(logical_axes) for axis in entry}
         return prod(int(self.mesh.shape[axis]) for axis in taken)
 
+    def parts_of(self, logical_axes: Sequence[str | None]) -> list[int]:
+        """Into how many parts each dimension of an array with these axes is cut."""
+        shape = {} if self.mesh is None else self.mesh.shape
+        return [prod(int(shape[axis]) for axis in entry) for entry in self.axes_of(logical_axes)]
+
     def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
         """The partition of an array with these axes; without axes, a copy on every device."""
         return PartitionSpec(*(entry or None for entry in self.axes_of(logical_axes)))

@@ -2,13 +2,16 @@
 
 Sources: Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x: "system architecture")
 and NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and B200 (DGX B200), dense figures without sparsity.
-What a TPU program may use of its memory is what the compiler says in its error when one needs more.
+What a TPU program may use of its memory is what the compiler says in its error when one needs more; of a GPU's, it is
+the engine's share of what the device reports.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+
+from jax_engine.plan.gpu_targets import GPUS, compiler_is_installed
 
 GIB = 2**30
 # Of a GPU's memory, what the engine lets JAX's pool take (`gpu_settings`). Outside it are CUDA's context, libraries'
@@ -64,6 +67,8 @@ class Target:
     name: str
     chip: Chip
     num_chips: int
+    # Programs are compiled for as many of this machine's CPU, which are cut into the same parts: there is no compiler.
+    has_stand_in: bool = False
 
     @property
     def num_devices(self) -> int:
@@ -94,8 +99,9 @@ def _tpu(name: str, gib: float, bandwidth: float, flops: Mapping[str, float], li
     )  # fmt: skip
 
 
-def _gpu(name: str, gigabytes: float, bandwidth: float, flops: Mapping[str, float], link: float) -> Chip:
-    return Chip(name, "gpu", gigabytes * 1e9 * GPU_POOL_SHARE, bandwidth, flops, link, 1, sizes=_HOST)
+def _gpu(name: str, flops: Mapping[str, float], link: float) -> Chip:
+    gpu = GPUS[name]
+    return Chip(name, "gpu", gpu.memory_bytes * GPU_POOL_SHARE, gpu.bytes_per_second, flops, link, 1, sizes=_HOST)
 
 
 CHIPS: Mapping[str, Chip] = {
@@ -110,10 +116,10 @@ CHIPS: Mapping[str, Chip] = {
             "tpu7x", 2 * 94.75, 7380e9, {"bf16": 2307e12, "f8": 4614e12}, 600e9,
             dimensions=3, devices=2, cores_in_name=2,
         ),
-        _gpu("a100", 80, 2039e9, {"bf16": 312e12, "s8": 624e12}, 300e9),
-        _gpu("h100", 80, 3350e9, {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}, 450e9),
-        _gpu("h200", 141, 4800e9, {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}, 450e9),
-        _gpu("b200", 180, 8000e9, {"bf16": 2250e12, "s8": 4500e12, "f8": 4500e12}, 900e9),
+        _gpu("a100", {"bf16": 312e12, "s8": 624e12}, 300e9),
+        _gpu("h100", {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}, 450e9),
+        _gpu("h200", {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}, 450e9),
+        _gpu("b200", {"bf16": 2250e12, "s8": 4500e12, "f8": 4500e12}, 900e9),
     )
 }  # fmt: skip
 
@@ -141,7 +147,7 @@ def parse_target(name: str, *, host_bytes: int = 0) -> Target:
     if number not in allowed:
         sizes = ", ".join(f"{chip.name}-{count}" for count in allowed)
         raise ValueError(f"device={name!r} is no size of a {chip.name} slice; sizes are {sizes}")
-    return Target(name, chip, allowed[number])
+    return Target(name, chip, allowed[number], chip.platform == "gpu" and not compiler_is_installed())
 
 
 def cpu(memory_bytes: float) -> Chip:

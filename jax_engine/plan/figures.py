@@ -9,6 +9,7 @@ from jax_engine.plan.chips import Target
 from jax_engine.plan.hlo_costs import Costs
 from jax_engine.plan.roofline import Load, StepTime
 
+ANALYTIC = "analytic"  # a basis: arithmetic, and perhaps counts of a program for other devices
 DEFAULT_INPUT, DEFAULT_OUTPUT = 1024, 128  # tokens, as those of `bench serve`
 
 
@@ -77,6 +78,7 @@ class Plan:
     strategy: str
     mesh: str
     dtype: str
+    basis: str  # what figures are taken from: a compiler for such devices, or ANALYTIC
     replicas: int  # engines that the devices have room for
     memory: DeviceMemory
     usable_bytes: int
@@ -109,8 +111,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     memory = plan.memory
     return {
         "model": plan.model, "device": plan.device, "strategy": plan.strategy, "mesh": plan.mesh, "dtype": plan.dtype,
-        "replicas": plan.replicas, "fits": plan.fits, "binds": plan.binds, "problems": list(plan.problems),
-        "remedies": list(plan.remedies), "notes": list(plan.notes),
+        "basis": plan.basis, "replicas": plan.replicas, "fits": plan.fits, "binds": plan.binds,
+        "problems": list(plan.problems), "remedies": list(plan.remedies), "notes": list(plan.notes),
         "max_model_len": plan.max_model_len, "max_num_seqs": plan.max_num_seqs,
         "memory": {
             "usable": plan.usable_bytes, "weights": memory.weights, "state": memory.state,

@@ -5,8 +5,9 @@ are the operations of matrix products (a multiplication and an addition each), b
 memory, and what collectives send. Elementwise work is left out: it hides behind the memory that it reads. Of
 alternatives (`lax.cond`) the dearest counts; a loop whose length depends on data counts as one trip, and is reported.
 
-Attention is left out too (whatever is traced within `ATTENTION_SCOPE`, and kernels, which are opaque here): how much
-it does depends on lengths that no program's text knows. `roofline.py` adds it by arithmetic.
+Attention and a mixture's experts are left out, too (whatever is traced within their scopes, kernels or not), but for
+what they exchange: how much they do depends on lengths, and on which experts rows choose, that no program's text knows.
+`roofline.py` adds them by arithmetic.
 """
 
 import re
@@ -17,6 +18,7 @@ from math import prod
 from typing import TypeVar
 
 from jax_engine.models.kv_pages import ATTENTION_SCOPE
+from jax_engine.models.ops import EXPERTS_SCOPE
 from jax_engine.plan.hlo_loops import trip_count
 from jax_engine.plan.hlo_text import Computation, Instruction, Module, parse_module
 
@@ -67,7 +69,7 @@ class Costs:
     """Of one run, on one device."""
 
     flops: Mapping[str, float] = field(default_factory=dict)  # by HLO's name of the operands' type
-    num_bytes: float = 0.0  # to and from main memory, kernels and attention aside
+    num_bytes: float = 0.0  # to and from main memory, kernels, attention and experts aside
     collectives: Mapping[Collective, float] = field(default_factory=dict)  # how often each runs
     kernels: Mapping[str, float] = field(default_factory=dict)  # custom calls by target, how often each runs
     unknown_loops: tuple[str, ...] = ()  # where loops of unknown length were traced; counted as one trip
@@ -125,7 +127,7 @@ class _Counter:
 
     def _instruction(self, one: Instruction, computation: Computation) -> Costs:
         costs = self._all_of(one, computation)
-        return Costs(collectives=costs.collectives) if _is_attention(one) else costs
+        return Costs(collectives=costs.collectives) if _is_left_out(one) else costs
 
     def _all_of(self, one: Instruction, computation: Computation) -> Costs:
         if one.opcode == "while":
@@ -141,6 +143,9 @@ class _Counter:
         if one.opcode in ("call", "async-start"):
             return _total(map(self.of, one.called("calls") or one.called("to_apply") or one.called()))
         costs = self._inside(one, computation)
+        if one.opcode == "custom-call" and costs.flops:
+            read = sum(computation.instructions[name].num_bytes for name in one.operands)
+            return costs + Costs(num_bytes=read + one.arrays[0].num_bytes)
         if one.opcode in _FREE or one.opcode.endswith("-done"):
             return costs
         return costs + Costs(num_bytes=self._bytes(one, computation))
@@ -151,8 +156,7 @@ class _Counter:
             inner = [self._module.computations[name] for name in one.called("calls")]
             return _total(self._inside(part, fused) for fused in inner for part in fused)
         if one.opcode == "custom-call":
-            target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
-            return Costs(kernels={target[1]: 1.0}) if target else Costs()
+            return _call_costs(one, computation)
         if one.opcode.removesuffix("-start") in COLLECTIVES:
             return Costs(collectives=self._collective(one, computation))
         if one.opcode in ("dot", "ragged-dot", "convolution"):
@@ -263,10 +267,21 @@ def group_size(attributes: str, num_devices: int) -> int:
     return num_devices
 
 
+def _call_costs(one: Instruction, computation: Computation) -> Costs:
+    """Of a custom call: the operations of a product by a GPU's library, whose workspace comes behind its result."""
+    target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+    if target is None:
+        return Costs()
+    if not target[1].startswith("__cublas"):
+        return Costs(kernels={target[1]: 1.0})
+    operands = [computation.instructions[name] for name in one.operands]
+    return Costs(flops={operands[0].arrays[0].dtype: _dot_flops(one, operands)})
+
+
 def _dot_flops(one: Instruction, operands: list[Instruction]) -> float:
     left = operands[0].arrays[0].sizes
-    listed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-    contracted = [int(place) for place in listed[1].split(",") if place] if listed else []
+    listed = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', one.attributes)
+    contracted = [int(place) for place in re.findall(r"\d+", listed[1])] if listed else []
     return 2.0 * prod(one.arrays[0].sizes) * prod(left[place] for place in contracted)
 
 
@@ -299,8 +314,8 @@ def _valid_taps(size: int, taps: int, outputs: int, options: Mapping[str, str]) 
     return sum(0 <= place <= (size - 1) * input_step and place % input_step == 0 for place in places)
 
 
-def _is_attention(one: Instruction) -> bool:
-    return ATTENTION_SCOPE in one.scope.split("/")
+def _is_left_out(one: Instruction) -> bool:
+    return not {ATTENTION_SCOPE, EXPERTS_SCOPE}.isdisjoint(one.scope.split("/"))
 
 
 def _total(parts: Iterable[Costs]) -> Costs:

@@ -7,18 +7,19 @@ import jax
 
 from jax_engine.blueprint import Blueprint
 from jax_engine.config import EngineConfig
-from jax_engine.memory_check import DeviceMemory, bytes_of, gib, shortage, shorter
+from jax_engine.memory_check import DeviceMemory, bytes_of, expert_bytes, gib, shortage, shorter, split_weights
 from jax_engine.page_copies import staging_pages
 from jax_engine.plan.chips import Target, next_sizes
 from jax_engine.plan.compiling import compile_program, programs_of_plan
 from jax_engine.plan.figure_cache import FigureCache
-from jax_engine.plan.figures import Bounds, CompiledProgram, Plan, PlannedStep, Question
+from jax_engine.plan.figures import ANALYTIC, Bounds, CompiledProgram, Plan, PlannedStep, Question
 from jax_engine.plan.hlo_costs import Costs
-from jax_engine.plan.roofline import Load, attention_costs, step_time
-from jax_engine.plan.targets import devices_of, is_stand_in
-from jax_engine.planner import longest_sequence
+from jax_engine.plan.roofline import Load, attention_work, expert_work, step_time
+from jax_engine.plan.targets import devices_of
+from jax_engine.planner import longest_sequence, most_pages_of_use
 
 CONTEXTS = tuple(2**power for power in range(10, 21))
+_COMPILERS = {"cpu": "XLA:CPU", "gpu": "XLA:GPU", "tpu": "XLA:TPU"}
 _HLO_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -43,7 +44,7 @@ def make_plan(question: Question) -> Plan:
 def _for_target(question: Question) -> tuple[EngineConfig, Target]:
     """The settings as an engine on those devices would have them."""
     config, target = question.config, question.target
-    if is_stand_in(target):  # as on a GPU, not as on the CPU that compiles in its place
+    if target.has_stand_in:  # as on a GPU, not as on the CPU that compiles in its place
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
         scan = True if config.scan_layers is None else config.scan_layers
         config = replace(config, dtype=dtype, block_size=config.block_size or 64, scan_layers=scan)
@@ -54,7 +55,7 @@ def _as_compiled(blueprint: Blueprint, target: Target) -> Blueprint:
     """What is compiled: of a GPU's engine, the same in float32, since XLA's compiler for CPUs widens sums of 16 bits,
     and cannot widen all of them.
     """
-    if not is_stand_in(target):
+    if not target.has_stand_in:
         return blueprint
     return Blueprint.of(replace(blueprint.config, dtype="float32"), devices_of(target))
 
@@ -83,6 +84,7 @@ class _Answer:
             strategy=placement.strategy if placement.mesh else config.sharding_strategy,
             mesh=",".join(f"{axis}={size}" for axis, size in mesh.items()) or "one device",
             dtype=str(self.blueprint.placed.geometry.dtype),
+            basis=_COMPILERS[target.chip.platform] if self.compiled and not target.has_stand_in else ANALYTIC,
             replicas=self._replicas,
             memory=self.needs,
             usable_bytes=self.usable,
@@ -112,13 +114,17 @@ class _Answer:
         left = self.usable - self.needs.fixed
         # The FULL mode, which is not compiled, keeps more than the others do.
         full = bytes_of(jax.tree.leaves(self.blueprint.placed.full_state_shapes(config.max_num_seqs)))
-        if not is_stand_in(self.question.target):
+        if not self.question.target.has_stand_in:
             left = min([left, *(self.usable - one.taken_bytes - full for one in self.compiled)])
         return left - staging_pages(host=config.host_cache_bytes > 0) * geometry.page_bytes
 
     @property
     def num_pages(self) -> int:
-        return max(0, self.cache_bytes // self.needs.page)
+        """Of a partition."""
+        fits = max(0, self.cache_bytes // self.needs.page)
+        placed = self.blueprint.placed
+        useful = most_pages_of_use(self.blueprint.config, self.blueprint.model.max_model_len, placed.geometry)
+        return fits if useful is None else min(fits, useful)
 
     @property
     def context(self) -> int:
@@ -144,27 +150,33 @@ class _Answer:
         if not self.compiled or holds == 0:
             cache = config.kv_cache_memory_bytes or self.needs.least_pages * self.needs.page
             reason = shortage(self.blueprint, self.needs, self.usable, where=where, cache=cache)
-            of_one = self.blueprint.placed.geometry.most_pages(context, config.token_budget)
-            pages = asked * of_one * self.needs.page
-            more = f"; {asked} sequences of {context} tokens need {gib(pages)} of KV cache" if asked > 1 else ""
+            pages = gib(self._pages_for(asked, context) * self.needs.page)
+            more = f"; {asked} sequences of {context} tokens need {pages} of KV cache" if asked > 1 else ""
             return (reason + more,), (*shorter(self.blueprint, self.needs, self.usable), *self._larger(asked))
         if holds >= asked:
             return (), ()
-        geometry = self.blueprint.placed.geometry
-        pages = geometry.most_pages(context, config.token_budget)
-        fitting = range(geometry.page_size, context, geometry.page_size)
+        size = self.blueprint.placed.geometry.page_size
+        fitting = range(size, context, size)
         longest = next((length for length in reversed(fitting) if self.sequences_of(length) >= asked), 0)
         problem = (
-            f"{asked} sequences of {context} tokens need {gib(asked * pages * self.needs.page)} of KV cache on each "
-            f"device, and {gib(self.cache_bytes)} are left beside weights and steps: room for {holds}"
+            f"{asked} sequences of {context} tokens need {gib(self._pages_for(asked, context) * self.needs.page)} of "
+            f"KV cache on each device, and {gib(self.cache_bytes)} are left beside weights and steps: room for {holds}"
         )
         found = [f"lower max_num_seqs to {holds}"] + ([f"lower max_model_len to {longest}"] if longest else [])
         return (problem,), (*found, *self._larger(asked))
 
+    def _pages_for(self, num_sequences: int, context: int) -> int:
+        """Pages of a partition that so many sequences of so many tokens take."""
+        geometry = self.blueprint.placed.geometry
+        of_owner = -(-num_sequences // len(geometry.partitions.owners))
+        return of_owner * geometry.most_pages(context, self.blueprint.config.token_budget)
+
     def _larger(self, asked: int) -> tuple[str, ...]:
-        """The smallest slice of the same chip that is large enough, if weights and cache are spread evenly."""
-        spread = self.needs.weights + asked * self.needs.least_pages * self.needs.page
-        kept = self.needs.fixed - self.needs.weights
+        """The smallest slice of the same chip that is large enough, if cache and weights, but for those that are whole
+        on every device of this one, are spread evenly.
+        """
+        spread = split_weights(self.blueprint) + self._pages_for(asked, self.needs.least_context) * self.needs.page
+        kept = self.needs.fixed - split_weights(self.blueprint)
         for target in next_sizes(self.question.target):
             if kept + spread * self.question.target.num_chips / target.num_chips <= self.usable:
                 return (f"use more devices: about {target.name}",)
@@ -184,32 +196,34 @@ class _Answer:
     def _step(self, compiled: CompiledProgram, load: Load) -> PlannedStep:
         blueprint, costs = self.blueprint, compiled.costs
         chip, dtype = self.question.target.chip, str(blueprint.placed.geometry.dtype)
-        if is_stand_in(self.question.target):
+        if self.question.target.has_stand_in:
             costs = self._as_on_a_gpu(costs, compiled.rows)
-        attention = attention_costs(blueprint.placed, blueprint.model, load)
+        of_model = blueprint.placed, blueprint.model, load
+        added = attention_work(*of_model) + expert_work(*of_model)
         counts: dict[str, float] = {}
         for one, count in costs.collectives.items():
             counts[one.opcode] = counts.get(one.opcode, 0) + count
         return PlannedStep(
             compiled.program,
             load,
-            costs.total_flops + attention.flops,
-            costs.num_bytes + attention.num_bytes,
+            costs.total_flops + added.flops,
+            costs.num_bytes + added.num_bytes,
             costs.sent_bytes,
             counts,
-            step_time(costs, attention, chip, _HLO_TYPES[dtype]) if chip.bytes_per_second else None,
+            step_time(costs, added, chip, _HLO_TYPES[dtype]) if chip.bytes_per_second else None,
         )
 
     def _as_on_a_gpu(self, costs: Costs, rows: int) -> Costs:
         """Counts of a program that was compiled for a CPU in float32: products and exchanges in the model's type, and
-        for bytes what must move, each weight once and each row's activations in and out of a layer's blocks.
+        for bytes what must move, each weight but experts' once and each row's activations in and out of a layer's
+        blocks.
         """
         placed, model = self.blueprint.placed, self.blueprint.model
         itemsize = placed.geometry.dtype.itemsize
         embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size * itemsize
         embedding //= placed.placement.weights.num_parts("vocab", "embed")
         activations = 4 * rows * model.hidden_size * itemsize * model.num_hidden_layers
-        num_bytes = self.needs.weights - embedding + activations
+        num_bytes = self.needs.weights - embedding - expert_bytes(self.blueprint) + activations
         flops = {_HLO_TYPES[str(placed.geometry.dtype)]: costs.total_flops}
         sent = {replace(one, num_bytes=one.num_bytes * itemsize / 4): count for one, count in costs.collectives.items()}
         return replace(costs, flops=flops, num_bytes=num_bytes, collectives=sent)
@@ -232,10 +246,16 @@ class _Answer:
         found = []
         if self.context < (own := self.blueprint.model.max_model_len):
             found.append(f"max_model_len is lowered from the model's own {own} to {self.context}, which fits")
-        if is_stand_in(self.question.target):
+        if self.question.target.has_stand_in:
             found.append(
-                "no program for a GPU was compiled: operations and exchanges are counted in the program of as many CPU "
-                "devices, which is cut into the same parts; memory and bytes moved are by arithmetic alone"
+                "analytic: no program for a GPU was compiled, for XLA:GPU is not installed (pip install "
+                "'jax-engine[cuda]' brings it, and needs no GPU); operations and exchanges are counted in the program "
+                "of as many CPU devices, which is cut into the same parts; memory and bytes moved are by arithmetic"
+            )
+        elif self.compiled and self.question.target.chip.platform == "gpu":
+            found.append(
+                "compiled by XLA:GPU without a GPU to time its kernels on: it takes its default ones, which may move "
+                "more bytes than the best would"
             )
         if self.question.target.chip.platform == "cpu":
             found.append("a CPU has no figures to divide by: there are no times")

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from jax_engine.memory_check import gib
 from jax_engine.plan.compare import Impossible
-from jax_engine.plan.figures import Plan, PlannedStep
+from jax_engine.plan.figures import ANALYTIC, Plan, PlannedStep
 
 
 def plan_text(plan: Plan) -> str:
     """All of one plan, for people."""
     replicas = f", {plan.replicas} replicas" if plan.replicas > 1 else ""
-    head = f"{plan.model} on {plan.device} ({plan.devices}{replicas}): {plan.strategy}, {plan.mesh}, {plan.dtype}"
+    head = f"{plan.model} on {plan.device} ({plan.devices}{replicas}): {plan.strategy}, {plan.mesh}, {plan.dtype}; "
+    head += f"figures {'by arithmetic' if plan.basis == ANALYTIC else f'of {plan.basis}'}"
     parts = [[head], _verdict(plan), _memory(plan)]
     if plan.compiled:
         parts += [_capacity(plan), _steps(plan)]
@@ -94,13 +95,13 @@ def _programs(plan: Plan) -> list[str]:
 
 HEADINGS = (
     "device", "strategy", "mesh", "fits", "weights", "sequences", "TTFT ms", "TPOT ms", "compute", "memory",
-    "exchange", "tokens/s", "binds",
+    "exchange", "tokens/s", "binds", "by",
 )  # fmt: skip
 
 
 def comparison_text(rows: Sequence[Plan | Impossible]) -> str:
     """A table, and under it why some rows have no figures. `sequences` are those of the longest context that fit;
-    compute, memory and exchange are parts of TPOT, in ms.
+    compute, memory and exchange are parts of TPOT, in ms; `by` says whose figures they are.
     """
     cells = [HEADINGS, *(_cells(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(HEADINGS))]
@@ -126,7 +127,7 @@ def _cells(row: Plan | Impossible) -> tuple[str, ...]:
     found += ["-"] * 4 if not time else [f"{1e3 * part:.2f}" for part in (time.total, time.compute, time.memory)]
     found += [] if not time else [f"{1e3 * time.communication:.2f}"]
     found.append("-" if bounds is None else f"{bounds.output_tokens_per_second:,.0f}")
-    return (*found, row.binds)
+    return (*found, row.binds, row.basis)
 
 
 def ms(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """How long a step takes at least: its operations, bytes and exchanges over what the chip can do of each.
 
-Attention is added by arithmetic to what is counted from the program's text. Products and main memory work at the same
-time, so the slower of them counts; exchanges wait for the one and hold up the other, so theirs is added.
+Attention and experts are added by arithmetic to what is counted from the program's text. Products and main memory work
+at the same time, so the slower of them counts; exchanges wait for the one and hold up the other, so theirs is added.
 """
 
 from dataclasses import dataclass
@@ -50,27 +50,54 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class AttentionCosts:
-    """Of all layers on one device."""
+class Work:
+    """Of all layers on one device, as arithmetic has it."""
 
     flops: float
     num_bytes: float
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.num_bytes + other.num_bytes)
 
-def attention_costs(placed: PlacedModel, model: ModelConfig, load: Load) -> AttentionCosts:
+
+def attention_work(placed: PlacedModel, model: ModelConfig, load: Load) -> Work:
     """Two products with every position that a token sees, and every page read once a step.
 
     Cached tokens that several queries of a step see are read once, as if a kernel kept them; devices that share heads
-    or pages share the work equally, and the layers of a stage are its own.
+    or stripes of pages share the work equally, of devices that own sequences the busiest counts, and the layers of a
+    stage are its own.
     """
     geometry, partition = placed.geometry, placed.placement.activations
-    sharers = partition.num_parts("heads", "pages")
-    layout = geometry.layout
-    token_bytes = geometry.page_bytes / geometry.page_size / partition.num_parts("pages")
+    layout, owners = geometry.layout, len(geometry.partitions.owners)
+    page_sharers = load.num_sequences / -(-load.num_sequences // owners) if owners > 1 else partition.num_parts("pages")
+    sharers = partition.num_parts("heads", "pages") / partition.num_parts("pages") * page_sharers
+    token_bytes = geometry.page_bytes / geometry.page_size / page_sharers
     pairs = sum(load.num_sequences * _seen(load, layout.windows[group]) for group in layout.groups)
     flops = 4.0 * pairs * model.num_attention_heads * model.head_dim / sharers
     held = sum(min(load.context, window + load.new_tokens if window else load.context) for window in layout.windows)
-    return AttentionCosts(flops, token_bytes * load.num_sequences * (held + load.new_tokens * layout.num_groups))
+    return Work(flops, token_bytes * load.num_sequences * (held + load.new_tokens * layout.num_groups))
+
+
+def expert_work(placed: PlacedModel, model: ModelConfig, load: Load) -> Work:
+    """Three products of each row with the experts that it chooses, whose weights are read once a step.
+
+    If all choices are as likely, and rows choose apart, an expert of E, of which T rows choose k each, is chosen by any
+    with a chance of 1 - (1 - k / E)^T. All rows come to every device, which puts those that chose its experts through
+    its part of them; a row goes in and comes out once for each choice. Nothing of a model without experts.
+    """
+    experts = model.experts
+    if experts is None:
+        return Work(0.0, 0.0)
+    partition, itemsize = placed.placement.activations, placed.geometry.dtype.itemsize
+    parts, width_parts = partition.parts_of(("experts", "mlp"))
+    layers = sum(map(experts.are_in, range(model.num_hidden_layers))) / placed.geometry.num_stages
+    width = experts.moe_intermediate_size / width_parts
+    choices = load.num_tokens * experts.num_experts_per_tok / parts
+    chance = 1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** load.num_tokens
+    chosen = experts.num_experts / parts * chance
+    one = 3.0 * model.hidden_size * width  # weights of an expert
+    moved = chosen * one + 2 * choices * model.hidden_size
+    return Work(layers * 2 * choices * one, layers * moved * itemsize)
 
 
 def _seen(load: Load, window: int) -> float:
@@ -83,12 +110,12 @@ def _seen(load: Load, window: int) -> float:
     return whole - over * (over + 1) / 2
 
 
-def step_time(costs: Costs, attention: AttentionCosts, chip: Chip, dtype: str) -> StepTime:
-    """Of a step with these costs on one device of a chip; attention's products are of `dtype`."""
+def step_time(costs: Costs, added: Work, chip: Chip, dtype: str) -> StepTime:
+    """Of a step with these costs on one device of a chip; the products of what is added are of `dtype`."""
     compute = sum(flops / chip.peak(kind) for kind, flops in costs.flops.items())
     return StepTime(
-        compute + attention.flops / chip.peak(dtype),
-        (costs.num_bytes + attention.num_bytes) / chip.device_bytes_per_second,
+        compute + added.flops / chip.peak(dtype),
+        (costs.num_bytes + added.num_bytes) / chip.device_bytes_per_second,
         communication_seconds(costs, chip),
     )
 

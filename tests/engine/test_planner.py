@@ -135,10 +135,15 @@ def test_a_page_is_what_the_layout_says():
     assert [GEOMETRY.pages_for(tokens) for tokens in (1, 8, 9)] == [1, 1, 2]
 
 
-def test_pages_follow_the_budget_and_stop_at_what_sequences_can_fill():
-    config = EngineConfig(max_num_seqs=4)
-    assert plan_memory(config, MODEL, GEOMETRY, MIB // 8).num_pages == 64  # 2 KiB each
-    assert plan_memory(config, MODEL, GEOMETRY, 1000 * MIB).num_pages == 4 * 256 // 8
+def test_pages_fill_the_budget_and_without_prefix_caching_stop_at_what_sequences_can_fill():
+    """2 KiB each; what running sequences do not fill keeps prefixes. By default, a CPU's memory is for others, too."""
+    caching, plain = (EngineConfig(max_num_seqs=4, enable_prefix_caching=kept) for kept in (True, False))
+    assert plan_memory(caching, MODEL, GEOMETRY, MIB // 8).num_pages == 64
+    assert plan_memory(caching, MODEL, GEOMETRY, 1000 * MIB).num_pages == 1000 * 512
+    assert plan_memory(plain, MODEL, GEOMETRY, 1000 * MIB).num_pages == 4 * 256 // 8
+    assert plan_memory(caching, MODEL, GEOMETRY, None).num_pages == 4 * 256 // 8
+    asked = EngineConfig(max_num_seqs=4, kv_cache_memory_bytes=MIB)
+    assert plan_memory(asked, MODEL, GEOMETRY, None).num_pages == 512
 
 
 def test_the_context_shrinks_to_the_cache_only_when_nobody_asked_for_it():
@@ -184,7 +189,7 @@ def test_a_sequence_may_fill_all_stripes_and_one_owner():
         plan_memory(EngineConfig(max_model_len=256), MODEL, owned, room)
     assert plan_memory(EngineConfig(max_model_len=64), MODEL, owned, room).num_pages == 32
     assert striped.cache_bytes(32) == room
-    few = EngineConfig(max_model_len=64, max_num_seqs=6)  # no more pages than they fill
+    few = EngineConfig(max_model_len=64, max_num_seqs=6, enable_prefix_caching=False)  # no more pages than they fill
     plans = [plan_memory(few, MODEL, geometry, 100 * room).num_pages for geometry in (GEOMETRY, striped, owned)]
     assert plans == [6 * 8, 6 * 8, 4 * 2 * 8]
 

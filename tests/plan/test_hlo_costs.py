@@ -4,10 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from tiny_engine import TINY_MIXTURE, placed_model
 
+from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import ATTENTION_SCOPE
+from jax_engine.models.ops import EXPERTS_SCOPE
+from jax_engine.placed_model import StateSize
 from jax_engine.plan.hlo_costs import Collective, Costs, group_size, program_costs
 from jax_engine.plan.hlo_text import Array, bits, parse_module
+from jax_engine.sampler import SamplingMode
+from jax_engine.step_batch import BatchLayout, Bucket
 
 
 def compiled_text(function, *shapes: tuple[int, ...], dtype: str = "float32") -> str:
@@ -98,13 +104,24 @@ def test_an_update_in_place_moves_the_update():
     assert program_costs(text).num_bytes < 1000 * 64
 
 
-def test_attention_is_left_to_arithmetic():
+@pytest.mark.parametrize("scope", [ATTENTION_SCOPE, EXPERTS_SCOPE])
+def test_attention_and_experts_are_left_to_arithmetic(scope: str):
     def layer(x, w):
-        with jax.named_scope(ATTENTION_SCOPE):
+        with jax.named_scope(scope):
             scores = lax.fori_loop(0, 4, lambda _, y: jnp.tanh(y @ w), x)
         return scores @ w
 
     assert costs_of(layer, (32, 64), (64, 64)).total_flops == PRODUCT
+
+
+def test_a_mixtures_program_has_of_its_products_all_but_experts():
+    """The router's, of two layers, beside those of a model without experts."""
+    placed, model = placed_model(hf=TINY_MIXTURE), ModelConfig.from_hf(TINY_MIXTURE)
+    layout, size = BatchLayout(Bucket(4, 4), 8, 4), StateSize(8, 4, 4)
+    text = placed.lower(layout, SamplingMode.GREEDY, size).compile().as_text()
+    assert text is not None
+    attention = 32 * 8 * (4 + 2 + 2) + 4 * 8 * 32
+    assert program_costs(text).total_flops == 2 * 4 * (2 * (attention + 32 * 8) + 32 * model.vocab_size)
 
 
 def a_program(*lines: str, head: str = "HloModule jit_f, num_partitions=8") -> str:

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_engine import TINY
+from jax.sharding import AbstractMesh
+from tiny_engine import TINY, placed_model
 
 from jax_engine.blueprint import Blueprint
 from jax_engine.config import EngineConfig
 from jax_engine.memory_check import DeviceMemory, check_memory
+from jax_engine.models.config import ModelConfig
 from jax_engine.plan.chips import Target, cpu, parse_target
 from jax_engine.plan.compare import Candidate, Impossible, candidates_of, compare
 from jax_engine.plan.drawing import check_plot
@@ -19,6 +21,8 @@ from jax_engine.plan.planning import make_plan
 from jax_engine.plan.plot import comparison_drawing
 from jax_engine.plan.report import comparison_text, plan_text
 from jax_engine.plan.targets import devices_of
+from jax_engine.sharding import place
+from jax_engine.strategies import MESH_AXES, Strategy
 
 GIB = 2**30
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, "scan_layers": True}
@@ -45,7 +49,8 @@ def plan(question: Question) -> Plan:
 
 @pytest.fixture(scope="module")
 def on_a_gpu(question: Question) -> Plan:
-    return make_plan(replace(question, target=parse_target("h200-1")))
+    """Without XLA for GPUs, as where it is not installed."""
+    return make_plan(replace(question, target=replace(parse_target("h200-1"), has_stand_in=True)))
 
 
 def test_memory_by_arithmetic_is_what_the_compiler_says(plan: Plan):
@@ -74,9 +79,11 @@ def test_a_step_counts_every_weight_once_for_each_row(plan: Plan):
 
 def test_a_gpu_is_planned_by_arithmetic_and_says_so(on_a_gpu: Plan, plan: Plan):
     assert "no program for a GPU was compiled" in on_a_gpu.notes[0]
-    assert on_a_gpu.dtype == "bfloat16"
+    assert (on_a_gpu.basis, on_a_gpu.dtype) == ("analytic", "bfloat16")
+    assert "h200-1 (1 h200 chip): tensor, one device, bfloat16; figures by arithmetic" in plan_text(on_a_gpu)
+    assert "figures of XLA:CPU" in plan_text(plan)
     assert on_a_gpu.memory.weights == plan.memory.weights / 2
-    assert on_a_gpu.usable_bytes == int(int(141e9 * 0.95) * 0.9)
+    assert on_a_gpu.usable_bytes == int(int(151_397_597_184 * 0.95) * 0.9)
     step, bounds = on_a_gpu.steps["decode"], on_a_gpu.bounds
     assert step.time is not None and bounds is not None
     assert step.moved_bytes < 2 * on_a_gpu.memory.weights + 4 * 40 * 2 * 2 * 2 * 8 * 2 * 2
@@ -125,6 +132,33 @@ def test_the_engine_refuses_what_cannot_fit_before_it_reads_weights(question: Qu
         check_memory(on_an_accelerator, needs.weights // 2)
 
 
+def test_a_weight_that_is_left_whole_and_is_too_large_is_named_with_what_would_split_it(question: Question):
+    """A strategy of one's own splits all but the embedding and the head, which are larger than the rest."""
+    hf = TINY | {"vocab_size": 2**20}
+    model, mesh = ModelConfig.from_hf(hf), AbstractMesh((1, 1, 1, 2), MESH_AXES)
+    rules = Strategy("mine", weights=dict.fromkeys(("heads", "kv_heads", "mlp"), ("tensor",)))
+    placed = replace(placed_model(hf=hf), placement=place(model, mesh, rules))
+    blueprint = Blueprint.of(question.config, devices_of(question.target))
+    blueprint = replace(blueprint, model=model, placed=placed, device=_Accelerator())
+    needs = DeviceMemory.of(blueprint)
+    spared = 2**20 * 32 * 4 // 2
+    with pytest.raises(ValueError) as refused:
+        check_memory(blueprint, int((needs.least - spared) / 0.9) + 2)
+    said = str(refused.value)
+    assert (
+        "lm_head.weight (embed=32, vocab=1048576) takes 0.12 GiB of each device, whole over the 2 devices along "
+        in said
+    )
+    assert "split over 'tensor' by embed or vocab (`weights` of the sharding rules), it would take 0.06 GiB" in said
+    assert "model.embed_tokens.weight" not in said, "one of them is enough"
+    with pytest.raises(ValueError) as refused:
+        check_memory(blueprint, int((needs.least - 2 * spared) / 0.9) + 2)
+    assert "model.embed_tokens.weight (vocab=1048576, embed=32)" in str(refused.value)
+    with pytest.raises(ValueError) as refused:
+        check_memory(blueprint, spared)
+    assert "whole over" not in str(refused.value), "no split would make it fit"
+
+
 class _Accelerator:
     """Of a device, its platform."""
 
@@ -132,11 +166,11 @@ class _Accelerator:
 
 
 def test_an_impossible_strategy_is_a_row_with_its_reason(question: Question, on_a_gpu: Plan):
-    bad = Candidate(parse_target("h200-1"), "sideways", "", {"sharding_strategy": "sideways"})
+    bad = Candidate(question.target, "sideways", "", {"sharding_strategy": "sideways"})
     (row,) = compare(question, [bad])
     assert isinstance(row, Impossible) and "must be one of tensor" in row.reason
     rows = [on_a_gpu, row]
-    assert f"sideways on h200-1: {row.reason}" in comparison_text(rows)
+    assert f"sideways on cpu-1: {row.reason}" in comparison_text(rows)
     svg = comparison_drawing(rows, "tiny & small").svg()
     assert "tiny &amp; small" in svg and "sideways" in svg and row.reason[:40] in svg.replace("&#x27;", "'")
     assert f"{1e3 * on_a_gpu.steps['decode'].time.memory:.3g} ms" in svg
