@@ -26,7 +26,7 @@ from jax_engine.thinking import Thinking
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-STACK_BYTES = 64 * 2**20  # what compiles on the stack of `grammar_checker` does so on this one
+STACK_BYTES = 64 * 2**20  # what compiles on the stack of `grammar_process` does so on this one
 NUM_KEPT_MATCHERS = 64
 SLOW_SECONDS = 1e-3
 MADE: Future[None] = Future()

@@ -1,56 +1,35 @@
-"""Finds out whether a grammar can be followed, in a process of its own: `python -m jax_engine.grammar_checker`.
+"""Finds out whether grammars can be followed, each in a process of its own beside others (`grammar_process.py`)."""
 
-A grammar is a program of the user's. There are some that exhaust the compiler's stack, which ends the process, and some
-that take it minutes. So each is compiled and tried here first, under a time limit and on a smaller stack than the
-engine core has for it.
-"""
-
-import json
-import os
-import select
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from concurrent.futures import Future
 
 import msgspec
-import numpy as np
 
-from jax_engine.bitmasks import ids_of
-from jax_engine.grammars import error_of, grammar_text, make_mask, new_matcher, special_token_ids
+from jax_engine.grammar_process import Checked, GrammarProcess
 from jax_engine.messages import Vocabulary
 from jax_engine.structured_outputs import StructuredOutputsParams
-from jax_engine.tag_formats import schemas_of
 
-START_SECONDS = 60.0  # loading a large vocabulary, on a busy machine
 CHECK_SECONDS = 10.0  # for one grammar
-MASK_SECONDS = 0.1  # of processor time, for one token of one request
-STACK_BYTES = 8 * 2**20  # the engine core has `constraints.STACK_BYTES`
-NUM_TRIED_TOKENS = 32
+PATIENCE_SECONDS = 0.1  # for which a grammar waits for others before one more process is started for it
+MAX_PROCESSES = 4  # each has the vocabulary: some 100 MB where that is large
 NUM_KEPT_GRAMMARS = 256
-
-
-class Checked(msgspec.Struct):
-    """The answer about one form: its grammar, or what is wrong with it."""
-
-    grammar: str = ""
-    error: str = ""
 
 
 class GrammarChecker:
     """Turns forms into grammars that are known to work. Mutable; threads may share it.
 
-    The process starts with the first form, and again when one has ended it.
+    Several forms are checked at once, and a form that several threads ask about only once. The first process starts
+    with the first form, others when all are busy for long, and again when a form has ended one.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._kept: OrderedDict[bytes, str] = OrderedDict()  # the grammars of forms that were asked for lately
+        self._changing = threading.Condition()  # guards what follows
+        self._idle: list[GrammarProcess] = []
+        self._num_busy = 0  # or starting
+        self._checking: dict[bytes, Future[Checked]] = {}
+        self._kept: OrderedDict[bytes, Checked] = OrderedDict()  # of forms that were asked for lately
 
     def grammar(self, params: StructuredOutputsParams) -> str:
         """The grammar of a form. Takes milliseconds, or as many seconds as are allowed: call it in a thread.
@@ -58,16 +37,7 @@ class GrammarChecker:
         Raises:
             ValueError: it cannot be followed, or not fast enough; the message says why.
         """
-        form = msgspec.json.encode(params)
-        with self._lock:
-            if form in self._kept:
-                self._kept.move_to_end(form)
-                return self._kept[form]
-            checked = self._ask(form)
-            if not checked.error:
-                self._kept[form] = checked.grammar
-                if len(self._kept) > NUM_KEPT_GRAMMARS:
-                    self._kept.popitem(last=False)
+        checked = self._checked(msgspec.json.encode(params))
         if checked.error:
             name, value = params.form
             shown = repr(value)
@@ -75,111 +45,49 @@ class GrammarChecker:
             raise ValueError(f"structured_outputs.{name}={shown} cannot be followed: {checked.error}; correct it")
         return checked.grammar
 
+    def _checked(self, form: bytes) -> Checked:
+        """The answer about a form: that which is kept, or which another thread waits for, or a new one."""
+        with self._changing:
+            if form in self._kept:
+                self._kept.move_to_end(form)
+                return self._kept[form]
+            others = self._checking.get(form)
+            own: Future[Checked] = Future()
+            if others is None:
+                self._checking[form] = own
+        if others is not None:
+            return others.result()
+        try:
+            own.set_result(self._ask(form))
+        except BaseException as error:
+            own.set_exception(error)
+            raise
+        finally:
+            with self._changing:
+                del self._checking[form]
+                if own.exception() is None and not own.result().error:
+                    self._kept[form] = own.result()
+                    if len(self._kept) > NUM_KEPT_GRAMMARS:
+                        self._kept.popitem(last=False)
+        return own.result()
+
     def _ask(self, form: bytes) -> Checked:
-        """The other process's answer."""
-        process = self._process or self._start()
-        answer = self._exchange(process, form, CHECK_SECONDS)
-        if answer:
-            return msgspec.json.decode(answer, type=Checked)
-        _end(process)
-        self._process = None
-        if answer is None:
-            return Checked(error=f"it takes more than {CHECK_SECONDS:g} seconds to compile")
-        return Checked(error="it is nested too deeply to compile")
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        command = (sys.executable, "-P", "-m", "jax_engine.grammar_checker")
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        weakref.finalize(self, _end, process)
-        if not self._exchange(process, msgspec.json.encode(self._vocabulary), START_SECONDS):
-            _end(process)
-            raise ValueError("structured_outputs: llguidance cannot read the model's tokenizer; leave them out")
-        self._process = process
-        return process
-
-    def _exchange(self, process: "subprocess.Popen[bytes]", line: bytes, seconds: float) -> bytes | None:
-        """Send a line and return the one that comes back: None after that many seconds, empty when it has ended."""
-        assert process.stdin is not None and process.stdout is not None
+        """A process's answer."""
+        process = self._take()
         try:
-            process.stdin.write(line + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            return b""
-        deadline, answer = time.monotonic() + seconds, b""
-        while not answer.endswith(b"\n"):
-            if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return None
-            read = os.read(process.stdout.fileno(), 2**16)
-            if not read:
-                return b""
-            answer += read
-        return answer
+            process = process or GrammarProcess(self._vocabulary)
+            return process.ask(form, CHECK_SECONDS)
+        finally:
+            with self._changing:
+                self._num_busy -= 1
+                if process is not None and process.is_alive:
+                    self._idle.append(process)
+                self._changing.notify()
 
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process, by force, and let go of what it held."""
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None and not pipe.closed:
-            pipe.close()
-
-
-def check(form: bytes, vocabulary: Vocabulary, special_ids: Mapping[str, int]) -> Checked:
-    """Compile one form, given as JSON, and follow it for a few tokens."""
-    try:
-        params = StructuredOutputsParams(**msgspec.json.decode(form))
-        grammar = grammar_text(params, special_ids)
-        matcher = new_matcher(grammar, vocabulary)
-    except (ValueError, RecursionError) as error:
-        return Checked(error=_bad_schema(params, vocabulary) or str(error) or type(error).__name__)
-    for count in range(NUM_TRIED_TOKENS):
-        start = time.thread_time()
-        mask = make_mask(matcher, vocabulary.size)
-        seconds = time.thread_time() - start
-        if reason := error_of(matcher):
-            return Checked(error=reason if count else f"no output meets it, or it is too complex ({reason})")
-        if seconds > MASK_SECONDS:
-            return Checked(error=f"it takes {seconds:.2f} seconds to find the tokens that may come next; simplify it")
-        allowed = np.setdiff1d(ids_of(mask), vocabulary.eos_token_ids)
-        if not len(allowed):
-            break
-        matcher.consume_token(int(allowed[7919 * count % len(allowed)]))  # some choice, but always the same
-    return Checked(grammar=grammar)
-
-
-def _bad_schema(params: StructuredOutputsParams, vocabulary: Vocabulary) -> str:
-    """Which schema of a structural tag cannot be followed, and why; empty where that is not what is wrong."""
-    name, value = params.form
-    if name != "structural_tag":
-        return ""
-    try:
-        schemas = schemas_of(json.loads(value) if isinstance(value, str) else value)
-    except (KeyError, TypeError, ValueError):
-        return ""
-    for index, schema in enumerate(schemas):
-        try:
-            new_matcher(grammar_text(StructuredOutputsParams(json=schema), {}), vocabulary)
-        except ValueError as error:
-            return f"schema {index}: {error}"
-    return ""
-
-
-def _serve() -> None:
-    """Answer line by line until there are no more."""
-    vocabulary = msgspec.json.decode(sys.stdin.buffer.readline(), type=Vocabulary)
-    special_ids = special_token_ids(vocabulary)
-    ready = new_matcher('start: ""', vocabulary)
-    assert not ready.is_error()
-    sys.stdout.buffer.write(b"{}\n")
-    sys.stdout.buffer.flush()
-    for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(msgspec.json.encode(check(line, vocabulary, special_ids)) + b"\n")
-        sys.stdout.buffer.flush()
-
-
-if __name__ == "__main__":
-    threading.stack_size(STACK_BYTES)
-    server = threading.Thread(target=_serve)
-    server.start()
-    server.join()
+    def _take(self) -> GrammarProcess | None:
+        """A process with nothing to do; None for one that is to be started. Waits while there are too many."""
+        with self._changing:
+            self._changing.wait_for(lambda: self._idle or not self._num_busy, PATIENCE_SECONDS)
+            self._changing.wait_for(lambda: self._idle or self._num_busy < MAX_PROCESSES)
+            self._num_busy += 1
+            return self._idle.pop() if self._idle else None

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -220,12 +222,29 @@ def test_a_grammar_that_takes_long_is_given_up_and_the_next_one_is_checked(vocab
     checker = GrammarChecker(vocabulary)
     assert checker.grammar(StructuredOutputsParams(regex="a"))
     monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 0.1)
-    assert checker._process is not None
-    checker._process.send_signal(signal.SIGSTOP)
+    checker._idle[0].process.send_signal(signal.SIGSTOP)
     with pytest.raises(ValueError, match=r"more than 0\.1 seconds"):
         checker.grammar(StructuredOutputsParams(regex="(a|b)*c"))
     monkeypatch.undo()
     assert checker.grammar(StructuredOutputsParams(regex="(a|b)*c"))
+
+
+def test_a_grammar_that_takes_long_keeps_no_other_waiting(vocabulary, monkeypatch):
+    """And is checked once, whoever asks about it."""
+    monkeypatch.setattr(grammar_checker, "CHECK_SECONDS", 60.0)
+    checker = GrammarChecker(vocabulary)
+    assert checker.grammar(StructuredOutputsParams(regex="a"))
+    (stopped,) = checker._idle
+    stopped.process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(checker.grammar, StructuredOutputsParams(regex="(a|b)*c")) for _ in range(2)]
+        while checker._idle:
+            time.sleep(0.01)
+        assert checker.grammar(StructuredOutputsParams(regex="b+"))
+        assert not any(one.done() for one in slow)
+        stopped.process.send_signal(signal.SIGCONT)
+        assert slow[0].result() == slow[1].result()
+    assert len(checker._idle) == 2
 
 
 def test_a_token_that_the_grammar_does_not_allow_ends_the_request_with_an_error(vocabulary, checker):
