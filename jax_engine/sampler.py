@@ -32,6 +32,7 @@ class SamplingMode(StrEnum):
 
 # For top-k and top-p, beyond which `lax.top_k` takes longer: 18 ms for 20 on 2 cores, 21 for 256, 49 for 1024.
 NUM_CANDIDATES = 256
+CACHED_LOGITS = 2**18  # as floats, half of what the second cache of a processor's core holds
 BLOCK_TOKENS = 512  # that are summed, or compared, before blocks are
 SMALLEST_BLOCK = 64  # a vocabulary that larger ones do not divide is padded
 LOOPING_MODES = (SamplingMode.GREEDY, SamplingMode.SAMPLE)  # those whose steps may draw several tokens a row
@@ -114,7 +115,10 @@ def _draw(logits: Float[Array, "B V"], rows: SamplingRows, any_limits: Bool[Arra
     def limited(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
         return lax.platform_dependent(logits, rows, cpu=draw_by_candidates, default=draw_by_bisection)
 
-    return lax.cond(any_limits, limited, draw_by_bisection, logits, rows)
+    def unlimited(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
+        return lax.platform_dependent(logits, rows, cpu=draw_in_groups, default=draw_by_bisection)
+
+    return lax.cond(any_limits, limited, unlimited, logits, rows)
 
 
 def draw_by_candidates(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
@@ -138,7 +142,7 @@ def draw_by_candidates(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[A
     needs_sum = is_drawn & is_top_p & ~is_whole[:, 0] & (rows.top_k == 0) & (rows.min_p == 0)
 
     def sum_all() -> Float[Array, " B"]:
-        return jnp.sum(jnp.exp((logits - values[:, :1]) / temperature), axis=-1)
+        return _sum(jnp.exp((logits - values[:, :1]) / temperature))
 
     total = jnp.where(needs_sum, lax.cond(jnp.any(needs_sum), sum_all, lambda: rows.top_p), jnp.sum(kept, axis=-1))
     reached = jnp.cumsum(kept, axis=-1) >= (rows.top_p * total)[:, None]
@@ -148,11 +152,31 @@ def draw_by_candidates(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[A
     kept = jnp.where(weights >= jnp.where(is_top_p[:, None], at_top_p, 0), kept, 0)
     tokens, kept = lax.sort((tokens, kept), num_keys=1)  # in the order of bisection's cumulative sum: the same token
     drawn = jnp.take_along_axis(tokens, _invert(kept, rows)[:, None], axis=1)[:, 0]
+    is_settled |= ~is_drawn
     return lax.cond(
-        jnp.all(is_settled | ~is_drawn),
+        jnp.all(is_settled),
         lambda: drawn,
-        lambda: jnp.where(is_settled, drawn, draw_by_bisection(logits, rows)),
+        lambda: jnp.where(is_settled, drawn, draw_in_groups(logits, rows, ~is_settled)),
     )
+
+
+def draw_in_groups(
+    logits: Float[Array, "B V"], rows: SamplingRows, needed: Bool[Array, " B"] | None = None
+) -> Int[Array, " B"]:
+    """`draw_by_bisection` of groups of rows that fit into a processor's cache, as far as any of a group needs it (by
+    default, if it is drawn); anything for the others.
+    """
+    needed = rows.temperature > 0 if needed is None else needed
+    num_rows, vocab_size = logits.shape
+    size = max(1, min(num_rows, CACHED_LOGITS // vocab_size))
+    size = next(count for count in range(size, 0, -1) if num_rows % count == 0)
+
+    def draw(group: tuple[Float[Array, "G V"], SamplingRows, Bool[Array, " G"]]) -> Int[Array, " G"]:
+        logits, rows, needed = group
+        return lax.cond(jnp.any(needed), draw_by_bisection, lambda *_: jnp.zeros(size, jnp.int32), logits, rows)
+
+    groups = jax.tree.map(lambda column: column.reshape(-1, size, *column.shape[1:]), (logits, rows, needed))
+    return lax.map(draw, groups).reshape(-1)
 
 
 def draw_by_bisection(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[Array, " B"]:
@@ -180,7 +204,7 @@ def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[A
 
 def keep_top_p(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Keep the heaviest whose share of the sum reaches `top_p`, zero the rest; ties with the lightest kept stay."""
-    wanted = top_p * jnp.sum(weights, axis=-1)
+    wanted = top_p * _sum(weights)
     threshold = _largest_threshold(lambda low: _sum_where(weights >= low, weights) >= wanted, weights.shape[0])
     return jnp.where((weights >= threshold) | (top_p >= 1)[:, None], weights, 0)
 
@@ -194,8 +218,14 @@ def _skip_unless(
     return lax.cond(needed, keep, lambda weights, _: weights, weights, limits)
 
 
+def _sum(weights: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """The sum of each row: of all blocks, token by token, and then of that, which a processor's vector units can."""
+    sums = lax.optimization_barrier(jnp.sum(_blocks(weights, 0), axis=1))  # or XLA makes one sum of both
+    return jnp.sum(sums, axis=-1)
+
+
 def _sum_where(condition: Bool[Array, "B V"], weights: Float[Array, "B V"]) -> Float[Array, " B"]:
-    return jnp.sum(jnp.where(condition, weights, 0), axis=-1)
+    return _sum(jnp.where(condition, weights, 0))
 
 
 def _bisect(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], bound: int, num_rows: int) -> Int[Array, " B"]:

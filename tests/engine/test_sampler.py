@@ -14,6 +14,7 @@ from jax_engine.sampler import (
     SamplingRows,
     draw_by_bisection,
     draw_by_candidates,
+    draw_in_groups,
     keep_top_k,
     keep_top_p,
     likeliest,
@@ -96,7 +97,11 @@ def test_bisection_keeps_what_sorting_keeps(seed, top_k, top_p):
     assert kept.max() == 1
 
 
-WAYS = {"candidates": jax.jit(draw_by_candidates), "bisection": jax.jit(draw_by_bisection)}
+WAYS = {
+    "candidates": jax.jit(draw_by_candidates),
+    "bisection": jax.jit(draw_by_bisection),
+    "groups": jax.jit(draw_in_groups),
+}
 LIMITS = [  # temperature, top_k, top_p, min_p
     (1.0, 300, 1.0, 0.0),  # more than there are candidates
     (1.0, 0, 0.9, 0.0),
