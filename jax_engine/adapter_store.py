@@ -124,8 +124,11 @@ class AdapterStore:
         try:
             modules = read_adapter(lora.lora_path, max_rank=self._max_rank)
             read.set_result(self._arranged(modules, lora.lora_path))
-        except BaseException as error:  # whoever fetches it has it
+        except AdapterError as error:
             read.set_exception(error)
+        except BaseException as error:
+            read.set_exception(error)  # so that nobody waits in vain
+            raise
 
     def _arranged(self, modules: Mapping[str, ModuleFactors], path: str) -> dict[str, Values]:
         """The factors by the names of their parameters, [rank, *dimensions], in the model's dtype."""
