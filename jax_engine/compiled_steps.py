@@ -69,6 +69,7 @@ class CompiledSteps:
         self._seconds: dict[Program, float] = {}
         self._by_mode: dict[SamplingMode, list[Program]] = {}
         self._queue: deque[Program] = deque()
+        self._left_out: set[Program] = set()
         self._at_hand: set[Program] = set()  # of background threads
         # Tracing holds the interpreter's lock, which steps need too: one thread at a time, while others compile.
         self._tracing = threading.Lock()
@@ -120,6 +121,12 @@ class CompiledSteps:
         chosen = dict.fromkeys((self.largest, *self._loops[-1:], *self._with_drafts[:1], *full[:1]))
         return [self._compile(program) for program in chosen]
 
+    def leave_out(self, programs: Iterable[Program]) -> None:
+        """Do not compile these with the rest: their steps are padded into larger ones. For measuring, and before the
+        first is compiled.
+        """
+        self._left_out |= set(programs)
+
     def compile_rest(self, *, background: bool) -> None:
         """Compile the remaining programs, by themselves or before returning.
 
@@ -128,7 +135,8 @@ class CompiledSteps:
         Raises:
             jax.errors.JaxRuntimeError: a program did not compile, and not in the background.
         """
-        self._queue.extend(program for program in self.programs if program not in self._executables)
+        unwanted = {*self._executables, *self._left_out}
+        self._queue.extend(program for program in self.programs if program not in unwanted)
         self._num_queued = len(self._queue)
         self._started = self._last_done = time.monotonic()
         # Not daemons: the interpreter must not end while the compiler runs, so they watch for the end themselves.

@@ -74,6 +74,16 @@ def test_memory_is_planned_with_the_largest_program_of_each_kind():
     assert ready == [(FULL, 1), (SAMPLE, 1), (SAMPLE, 4)]
 
 
+def test_what_is_left_out_is_not_compiled_and_its_steps_are_padded():
+    steps = compiled()
+    steps.leave_out(program for program in PROGRAMS if program.bucket.num_tokens not in (1, 16))
+    steps.compile_largest()
+    steps.compile_rest(background=False)
+    assert {program.bucket.num_tokens for program in steps.executables} == {1, 16}
+    assert steps.find(2, 2, GREEDY)[0] == steps.largest
+    assert steps.num_in_request_path == 0
+
+
 def test_a_mode_that_is_waited_for_comes_next():
     order, go_on = [], threading.Event()
 
