@@ -60,7 +60,10 @@ _HOMES = {
     "TokensPrompt": "processor",
 }
 
-__version__ = metadata.version("jax-engine")
+try:
+    __version__ = metadata.version("jax-engine")
+except metadata.PackageNotFoundError:  # a checkout, used as it lies
+    __version__ = "0+unknown"
 __all__ = [*_HOMES, "__version__"]
 
 
