@@ -25,14 +25,16 @@ class PeerRun:
 def load(model: str, *, dtype: str, random_weights: bool) -> Any:
     """The causal language model in evaluation mode, on the GPU where PyTorch has one, else on every core."""
     torch.set_num_threads(os.cpu_count() or 1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if random_weights:
-        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype))
+        with torch.device(device):  # drawn there: on the host it would take minutes for a large model
+            loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=getattr(torch, dtype))
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     # Lengths are the workload's: neither an end-of-sequence token nor a limit of the checkpoint ends an answer.
     loaded.generation_config.eos_token_id = None
     loaded.generation_config.max_length = None
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return loaded.to(device).eval()
 
 
 def run(model: Any, workload: Sequence[WorkItem], *, batch_size: int, repeats: int) -> PeerRun:

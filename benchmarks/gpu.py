@@ -1,0 +1,215 @@
+"""Everything that an NVIDIA GPU has to tell, in one command: are the kernels right, how fast are they, and the engine.
+
+    python benchmarks/gpu.py --output DIR                     # about 8 minutes; also where nothing is installed but JAX
+    python benchmarks/gpu.py --output DIR --sections engine peers --models llama-3-8b
+    python benchmarks/gpu.py --tiny                           # a dry run in toy sizes, which is what a CPU does
+
+Needs no network, and no part of the server. Kernels are checked against the float32 specification on random data that
+is new each time, and timed, as whole engines with random weights are, against what this device is measured to do in
+the same run; peers that are installed get the same requests. Every part has a process of its own and a limit of time: a
+crash costs that part alone. What does not fit in the budget is named at the end. Ends with 1 if anything has failed.
+"""
+
+import argparse
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import checkout
+from gpu_jobs import Job, Record, Runner, run_child
+from gpu_models import MODELS
+from gpu_peers import PEERS
+from jax_engine.server.bench_figures import format_cell, format_table, write_json
+
+SECTIONS = ("checks", "kernels", "engine", "peers")
+BUDGET_SECONDS = 480.0
+CHILD = "--run-one-job"
+# That a kind of job takes at least on a GPU; with less left it is not begun.
+LEAST_SECONDS = {"checks": 15, "kernels": 15, "engine": 40, "peers": 40}
+CASE_SECONDS = 60.0  # of a kernel, its compilation included; it hangs if it takes longer
+WORDS = {"measured": "", "passed": "pass", "failed": "FAIL", "skipped": "skipped"}
+NOTE_WIDTH = 100
+FIXED = "transformers generate"  # the slower peer: its batches are fixed
+
+
+def main() -> int:
+    if sys.argv[1:2] == [CHILD]:
+        run_child(sys.argv[2:])
+        return 0
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what there is by then is still saved
+    with tempfile.TemporaryDirectory(prefix="jax_engine_gpu_") as scratch:
+        command = (sys.executable, str(Path(__file__).resolve()), CHILD)
+        runner = Runner(Path(scratch), command, budget_seconds=options.budget_seconds)
+        results = Results(runner, options)
+        try:
+            measure(results, options, Path(scratch))
+        finally:
+            results.save()
+    print(results.table())
+    if options.output:
+        print(f"every figure is in {Path(options.output) / 'gpu.json'}")
+    return 1 if any(record.status == "failed" for record in runner.records) else 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--sections", choices=SECTIONS, default=SECTIONS, help=f"of {', '.join(SECTIONS)}", **several)
+    parser.add_argument("--models", choices=MODELS, default=MODELS, help=f"of {', '.join(MODELS)}", **several)
+    parser.add_argument("--backends", help="values of attention_backend (default: what there is)", **several)
+    parser.add_argument("--peers", choices=PEERS, default=PEERS, help=f"of {', '.join(map(repr, PEERS))}", **several)
+    parser.add_argument(
+        "--budget-seconds", type=float, default=BUDGET_SECONDS, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--jobs", help="only those whose names have one of these words in them", **several)
+    parser.add_argument("--output", metavar="DIR", help="for gpu.json, with every figure, and gpu.log")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of random data (default: new)")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes: a dry run of everything")
+    return parser.parse_args()
+
+
+class Results:
+    """What was found so far, in the folder that was asked for. Mutable; owned by the command."""
+
+    def __init__(self, runner: Runner, options: argparse.Namespace) -> None:
+        self.runner = runner
+        self.device: dict[str, Any] = {}
+        self._folder = Path(options.output) if options.output else None
+        self._begin = time.monotonic()
+        self._about = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": sys.argv[1:],
+            "seed": options.seed,
+            "absent_packages": checkout.absent_packages(),
+        }
+
+    def save(self) -> None:
+        """Write everything anew."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        about = {**self._about, "device": self.device, "seconds": time.monotonic() - self._begin}
+        records = [asdict(record) for record in self.runner.records]
+        report = {"about": about, "job_seconds": self.runner.seconds, "records": records}
+        write_json(self._folder / "gpu.json", report)
+        (self._folder / "gpu.log").write_bytes(self.runner.logs())
+
+    def table(self) -> str:
+        """All in one: a row a case, but one for all checks of a kind that passed."""
+        rows: list[list[Any]] = []
+        for section in ("ceilings", *SECTIONS):
+            own = [record for record in self.runner.records if record.section == section]
+            if own:
+                rows += [[section.upper(), "", "", None, None, ""], *map(row, passed_together(own))]
+        width = max((len(text) for _, text, *_ in rows), default=0)
+        rows = [[name, text.rjust(width), *others] for name, text, *others in rows]
+        header = ["", "result", "", "bandwidth %", "FLOPs %", "note"]
+        counts = Counter(record.status for record in self.runner.records)
+        said = ", ".join(f"{count} {status}" for status, count in counts.items())
+        seconds = time.monotonic() - self._begin
+        return f"\n{format_table(header, rows)}\n{said}; {seconds:.0f} s, seed {self._about['seed']}"
+
+
+def passed_together(records: Sequence[Record]) -> Iterator[Record]:
+    """Records with those that passed joined by the first word of their names; all others as they are."""
+    passed: dict[str, list[Record]] = {}
+    for record in records:
+        if record.status == "passed":
+            passed.setdefault(record.case.partition(",")[0], []).append(record)
+        else:
+            yield record
+    for name, some in passed.items():
+        worst = max(some, key=lambda record: record.value or 0)
+        yield replace(worst, case=f"{name}: {len(some)} checks", note=f"the worst is {worst.case.partition(', ')[2]}")
+
+
+def row(record: Record) -> list[Any]:
+    """Of the table."""
+    shares = [None if share is None else round(100 * share, 1) for share in (record.bandwidth, record.flops)]
+    notes = [WORDS[record.status], record.note]
+    note = ": ".join(text for text in notes if text)
+    value = record.value
+    text = "" if value is None else f"{value:.1e}" if 0 < value < 0.1 else format_cell(value)
+    return [record.case, text, record.unit, *shares, note[:NOTE_WIDTH]]
+
+
+def measure(results: Results, options: argparse.Namespace, scratch: Path) -> None:
+    """Run every job that fits, and save after each."""
+    first = Job("ceilings", "ceilings", "gpu_ceilings:measure", {"tiny": options.tiny}, 90)
+    records = results.runner.run(first, least_seconds=0)
+    results.device = next((dict(record.figures) for record in records if record.case == "device"), {})
+    results.save()
+    if not results.device:
+        print("JAX has no working device, so nothing else is tried", file=sys.stderr)
+        return
+    tiny = bool(results.device["tiny"])
+    for job in jobs(options, results.device, best_of(records), scratch):
+        if options.jobs and not any(word in job.name for word in options.jobs):
+            continue
+        results.runner.run(job, least_seconds=1 if tiny else LEAST_SECONDS[job.section])
+        results.save()
+
+
+def best_of(records: Sequence[Record]) -> dict[str, float | None]:
+    """The arguments of `Ceilings`: the highest of each that was measured."""
+    names = ("bytes_per_second", "flops_per_second")
+    return {name: max((r.figures[name] for r in records if name in r.figures), default=None) for name in names}
+
+
+def jobs(
+    options: argparse.Namespace, device: Mapping[str, Any], ceilings: Mapping[str, float | None], scratch: Path
+) -> list[Job]:
+    """What is asked for, what tells most first."""
+    tiny = bool(device["tiny"])
+    backends: list[str] = options.backends or device["backends"]
+    common = {"seed": options.seed, "tiny": tiny}
+    kernels = [section for section in options.sections if section in ("checks", "kernels")]
+    found: list[Job] = []
+    if kernels:
+        given = {**common, "sections": kernels, "ceilings": ceilings}
+        for backend in backends:
+            arguments = {**given, "backend": backend}
+            found.append(
+                Job(f"attention by {backend}", kernels[0], "gpu_attention:measure", arguments, 110, CASE_SECONDS)
+            )
+        found.append(Job("other operations", kernels[0], "gpu_ops:measure", given, 70, CASE_SECONDS))
+    models = sorted(options.models, key=MODELS.index, reverse=True)  # the largest tells most
+    (largest, *others), (best, *rest) = models, backends
+    folder = {"folder": str(scratch / "models")}
+
+    def engine(model: str, backend: str) -> Job:
+        own = {"model": model, "backend": backend, "cache": str(scratch / f"cache of {model} {backend}")}
+        arguments = {**common, **folder, **own, "ceilings": ceilings}
+        return Job(f"engine, {model}, {backend}", "engine", "gpu_engine:measure", arguments, 150, resumes=False)
+
+    def start(model: str, kind: str) -> Job:
+        own = {"model": model, "backend": best, "cache": str(scratch / "cache of starts"), "kind": kind, "tiny": tiny}
+        return Job(f"{kind} start, {model}", "engine", "gpu_engine:start", {**folder, **own}, 90, resumes=False)
+
+    def peer(model: str, name: str) -> Job:
+        arguments = {**common, **folder, "model": model, "peer": name}
+        return Job(f"{model}, {name}", "peers", "gpu_peers:measure", arguments, 150, resumes=False, may_fail=True)
+
+    has_engine = "engine" in options.sections
+    peers = [name for name in options.peers if "peers" in options.sections]
+    batching, fixed = [name for name in peers if name != FIXED], [name for name in peers if name == FIXED]
+    found += [engine(largest, best)] if has_engine else []
+    found += [peer(largest, name) for name in batching]
+    found += [start(models[-1], kind) for kind in ("cold", "warm")] if has_engine else []
+    found += [engine(model, best) for model in others] if has_engine else []
+    found += [peer(model, name) for model in others for name in batching]
+    found += [engine(model, backend) for backend in rest for model in models] if has_engine else []
+    return [*found, *(peer(model, name) for model in models for name in fixed)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
