@@ -2,10 +2,11 @@
 
 The rows are cut into tiles of queries, and a group of tiles walks its sequences' pages chunk by chunk with a running
 softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Loop bounds are the real lengths, so no context length is
-baked into the program: decode rows are taken `DECODE_ROWS` at a time, each group only as far as its own longest row;
-longer ranges are cut into `Tiles` of queries of one sequence. A row's arithmetic does not depend on the rows beside it:
-chunks lie at fixed positions, and those past its end contribute exact zeros. It differs between the two kinds of range;
-without decodes, and with `SMALL_TILES`, all ranges are of one kind.
+baked into the program: decode rows are taken some at a time, each group only as far as its own longest row; longer
+ranges are cut into `Tiles` of queries of one sequence. A row's arithmetic does not depend on the rows beside it: chunks
+lie at fixed positions, and those past its end contribute exact zeros. It differs between the two kinds of range;
+without decodes, and with small tiles, all ranges are of one kind. On a GPU, decode rows go another way, by the items of
+a flat list (`decode_items.py`): there, how a row's sum is grouped depends on where it stands in the list.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from jax_engine.cuda_fallback.chunk_products import chunk_scores, weighted_values
+from jax_engine.cuda_fallback.decode_items import Items, Softmaxes, attend_items, items_a_trip, merge_items
+from jax_engine.cuda_fallback.searching import rows_of
 
 
 class Stripe(NamedTuple):
@@ -45,10 +50,26 @@ class Tiles(NamedTuple):
     rows: int
 
 
-LARGE_TILES = Tiles(at_once=1, rows=32)  # for ranges of many tokens
-SMALL_TILES = Tiles(at_once=8, rows=4)  # for ranges of any length, one token included
-DECODE_ROWS = 16  # sequences that share one loop over chunks
-CHUNK_TOKENS = 64  # cached tokens read per iteration
+class Sizes(NamedTuple):
+    """How much the loops do at once."""
+
+    tiles: Tiles  # of the ranges past the decodes, of many tokens
+    small_tiles: Tiles  # of ranges of any length, one token included
+    chunk_tokens: int  # cached tokens that are read in an iteration
+    decode_rows: int | None  # sequences that share one loop over chunks; None: all go by items of so many tokens
+
+
+CPU_SIZES = Sizes(Tiles(at_once=1, rows=32), Tiles(at_once=8, rows=4), chunk_tokens=64, decode_rows=16)
+# Launches cost more than work that is in vain: few of them, each with enough for all multiprocessors.
+GPU_SIZES = Sizes(Tiles(at_once=8, rows=128), Tiles(at_once=64, rows=4), chunk_tokens=256, decode_rows=None)
+
+
+def sizes_for(platform: str, *, deterministic: bool = False) -> Sizes:
+    """Those for "cpu", "gpu" or "tpu"; of `deterministic` ones, a row's result does not depend on its range's length,
+    if all ranges are past the decodes.
+    """
+    sizes = GPU_SIZES if platform == "gpu" else CPU_SIZES
+    return sizes._replace(tiles=sizes.small_tiles) if deterministic else sizes
 
 
 def ragged_paged_attention(
@@ -69,19 +90,16 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     kv_scales: Float[Array, "L 2 K"] | None = None,
-    tiles: Tiles = LARGE_TILES,
+    sizes: Sizes = CPU_SIZES,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
-    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32.
-
-    `tiles` is how the ranges past the decodes are cut.
-    """
+    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32."""
     heads_a_group = queries.shape[1] // keys.shape[1]
     if kv_scales is not None:
         keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, Stripe())
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, Stripe())
-    out = _attend_all(groups, query_starts, num_decodes, tiles, partial(_whole, dtype=queries.dtype))
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, Stripe(), sizes)
+    out = _attend_all(groups, query_starts, num_decodes, partial(_whole, dtype=queries.dtype))
     if kv_scales is not None:
         out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
     return out, pages
@@ -104,14 +122,15 @@ def striped_paged_attention(
     stripe: Stripe,
     window: int | None = None,
     soft_cap: float | None = None,
+    sizes: Sizes = CPU_SIZES,
 ) -> tuple[Partial, Num[Array, "L P 2 K S H"]]:
     """`ragged_paged_attention` where only a stripe of every sequence's pages is here: it writes and sees those alone.
 
     `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * num` of a sequence.
     """
     pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe)
-    out = _attend_all(groups, query_starts, num_decodes, LARGE_TILES, _side_by_side_parts)
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe, sizes)
+    out = _attend_all(groups, query_starts, num_decodes, _side_by_side_parts)
     return Partial(out[..., :-2], out[..., -2], out[..., -1]), pages
 
 
@@ -128,18 +147,35 @@ def _side_by_side_parts(maximum: Array, total: Array, values: Array) -> Array:
 
 
 def _attend_all(
-    groups: "_Groups",
-    query_starts: Int[Array, " boundaries"],
-    num_decodes: Int[Array, ""],
-    tiles: Tiles,
-    finish: _Finish,
+    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], finish: _Finish
 ) -> Float[Array, "T N W"]:
-    """Decode rows first, a group of sequences at a time, then longer ranges, a group of tiles at a time."""
-    queries, block_tables = groups.queries, groups.block_tables
-    num_tokens, num_sequences = queries.shape[0], block_tables.shape[0]
+    """Decode rows first, then longer ranges, a group of tiles at a time."""
+    num_tokens, tiles = groups.queries.shape[0], groups.sizes.tiles
+    if groups.sizes.decode_rows is None:
+        out = _attend_by_items(groups, num_decodes, finish)
+    else:
+        out = _attend_by_groups(groups, num_decodes, finish)
+    if num_tokens == 1:
+        return out
 
-    rows = min(DECODE_ROWS, num_sequences, num_tokens)
-    num_groups = (num_decodes + rows - 1) // rows
+    rows = min(tiles.rows, num_tokens)
+    tile_sequences, tile_starts, num_tiles = _cut_ranges(query_starts, num_decodes, rows, num_tokens)
+
+    def longer(group: Int[Array, ""], out: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
+        tile = group * tiles.at_once + jnp.arange(tiles.at_once)
+        sequences, starts = tile_sequences[tile], tile_starts[tile]
+        index = starts[:, None] + jnp.arange(rows)
+        mine = (index < query_starts[sequences + 1][:, None]) & (tile < num_tiles)[:, None]
+        fresh = groups.attend(jnp.minimum(index, num_tokens - 1), sequences, mine, finish)
+        return out.at[jnp.where(mine, index, num_tokens)].set(fresh, mode="drop")
+
+    return lax.fori_loop(0, (num_tiles + tiles.at_once - 1) // tiles.at_once, longer, out)
+
+
+def _attend_by_groups(groups: "_Groups", num_decodes: Int[Array, ""], finish: _Finish) -> Float[Array, "T N W"]:
+    """The decode rows, some sequences at a time; the others are zero."""
+    num_tokens, num_sequences = groups.queries.shape[0], groups.block_tables.shape[0]
+    rows = min(groups.sizes.decode_rows or 1, num_sequences, num_tokens)
 
     def attend(rows: Array, sequences: Array, real: Array) -> Array:
         return groups.attend(rows, sequences, real, finish)
@@ -158,22 +194,40 @@ def _attend_all(
             out, jnp.where((index < num_decodes)[:, None, None], tile[:, 0], kept), first, axis=0
         )
 
-    out = lax.fori_loop(0, num_groups, decode, out)
-    if num_tokens == 1:
-        return out
+    return lax.fori_loop(0, (num_decodes + rows - 1) // rows, decode, out)
 
-    rows = min(tiles.rows, num_tokens)
-    tile_sequences, tile_starts, num_tiles = _cut_ranges(query_starts, num_decodes, rows, num_tokens)
 
-    def longer(group: Int[Array, ""], out: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
-        tile = group * tiles.at_once + jnp.arange(tiles.at_once)
-        sequences, starts = tile_sequences[tile], tile_starts[tile]
-        index = starts[:, None] + jnp.arange(rows)
-        mine = (index < query_starts[sequences + 1][:, None]) & (tile < num_tiles)[:, None]
-        fresh = attend(jnp.minimum(index, num_tokens - 1), sequences, mine)
-        return out.at[jnp.where(mine, index, num_tokens)].set(fresh, mode="drop")
+def _attend_by_items(groups: "_Groups", num_decodes: Int[Array, ""], finish: _Finish) -> Float[Array, "T N W"]:
+    """The decode rows, by the items of one list of all their chunks; the others are zero."""
+    num_tokens, num_heads, head_dim = groups.queries.shape
+    num_rows = min(groups.block_tables.shape[0], num_tokens)
+    at_once = items_a_trip(num_rows)
+    met = min(at_once, num_rows)  # sequences in a trip, at most
+    positions = groups.positions[:num_rows]
+    first, end = groups.chunks(groups.first_seen(positions), positions)
+    # One at least, also where a stripe has none of a sequence's pages, so that a trip's sequences are neighbours.
+    counts = jnp.where(jnp.arange(num_rows) < num_decodes, jnp.maximum(end - first, 1), 0)
+    ends = jnp.cumsum(counts)
 
-    return lax.fori_loop(0, (num_tiles + tiles.at_once - 1) // tiles.at_once, longer, out)
+    def trip(index: Int[Array, ""], running: Softmaxes) -> Softmaxes:
+        number = index * at_once + jnp.arange(at_once)
+        row = jnp.minimum(rows_of(number, ends), num_rows - 1)
+        real = number < ends[-1]
+        chunk = first[row] + number - (ends - counts)[row]
+        items = groups.items(row, real, chunk)
+        queries = groups.queries[row] * jnp.asarray(groups.scale, groups.queries.dtype)
+        fresh = attend_items(queries, groups.pages, items, layer=groups.layer, soft_cap=groups.soft_cap)
+        return merge_items(running, fresh, items, met)
+
+    # Room for a slice of as many as a trip meets, wherever it begins.
+    num_kv_heads = groups.pages.shape[3]
+    start = groups.seen_first((num_rows + met, num_kv_heads, 1, num_heads // num_kv_heads))
+    maximum, total = (part.reshape(-1, num_heads) for part in start)
+    running = Softmaxes(maximum, total, jnp.zeros((num_rows + met, num_heads, head_dim), jnp.float32))
+    running = lax.fori_loop(0, (ends[-1] + at_once - 1) // at_once, trip, running)
+    out = finish(*(part[:num_rows] for part in running))
+    out = jnp.where((jnp.arange(num_rows) < num_decodes)[:, None, None], out, 0)
+    return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
 
 
 def _write(
@@ -213,9 +267,9 @@ def _cut_ranges(
     tiles = jnp.where(jnp.arange(num_sequences) >= num_decodes, (lengths + rows - 1) // rows, 0)
     ends = jnp.cumsum(tiles)
     work = jnp.arange(num_tokens // rows + min(num_sequences, num_tokens))
-    sequences = jnp.minimum(jnp.searchsorted(ends, work, side="right"), num_sequences - 1)
+    sequences = jnp.minimum(rows_of(work, ends), num_sequences - 1)
     starts = query_starts[sequences] + (work - (ends - tiles)[sequences]) * rows
-    return sequences.astype(jnp.int32), starts.astype(jnp.int32), ends[-1]
+    return sequences, starts.astype(jnp.int32), ends[-1]
 
 
 class _Groups:
@@ -233,11 +287,12 @@ class _Groups:
         soft_cap: float | None,
         sinks: Float[Array, " N"] | None,
         stripe: Stripe,
+        sizes: Sizes,
     ) -> None:
-        self.stripe = stripe
+        self.stripe, self.sizes = stripe, sizes
         self.queries, self.pages, self.positions = queries, pages, positions
         self.layer, self.scale, self.window, self.soft_cap, self.sinks = layer, scale, window, soft_cap, sinks
-        self.chunk_pages = max(1, CHUNK_TOKENS // pages.shape[4])
+        self.chunk_pages = max(1, sizes.chunk_tokens // pages.shape[4])
         # Whole chunks, so that a chunk's slice of the table never has to be clamped.
         self.block_tables = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % self.chunk_pages)))
 
@@ -254,10 +309,8 @@ class _Groups:
         lasts = jnp.max(jnp.where(real, positions, -1), axis=1)
         last, firsts = jnp.max(lasts), jnp.zeros_like(lasts)
         if self.window is not None:
-            firsts = jnp.min(jnp.where(real, jnp.maximum(positions - self.window + 1, 0), last), axis=1)
-        # Chunks of the stripe's pages.
-        first = (jnp.min(firsts) // page_size - rank + count - 1) // count // self.chunk_pages
-        end = (last // page_size - rank) // count // self.chunk_pages + 1
+            firsts = jnp.min(jnp.where(real, self.first_seen(positions), last), axis=1)
+        first, end = self.chunks(jnp.min(firsts), last)
         tables = self.block_tables[sequences]
 
         def seen(places: Int[Array, " CS"]) -> Bool[Array, "R CS"]:
@@ -271,7 +324,7 @@ class _Groups:
             keys, values = self.pages[self.layer, table, 0], self.pages[self.layer, table, 1]  # [R, C, K, S, H] each
             if keys.dtype.itemsize == 1:
                 keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
-            scores = _scores(queries, keys)
+            scores = chunk_scores(queries, keys)
             if self.soft_cap is not None:
                 scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)
             pages = rank + count * (index * self.chunk_pages + jnp.arange(self.chunk_pages))
@@ -288,45 +341,38 @@ class _Groups:
             weights = jnp.exp(scores - new_maximum[..., None])
             shrink = jnp.exp(maximum - new_maximum)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            return new_maximum, total, out * shrink[..., None] + _weighted_sum(weights, values)
+            return new_maximum, total, out * shrink[..., None] + weighted_values(weights, values)
 
         shape = queries.shape[:-1]
-        start = (*self._seen_first(shape), jnp.zeros(queries.shape, jnp.float32))
+        start = (*self.seen_first(shape), jnp.zeros(queries.shape, jnp.float32))
         out = finish(*lax.fori_loop(first, end, step, start))
         return out.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_rows, -1, out.shape[-1])
 
-    def _seen_first(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    def first_seen(self, positions: Int[Array, "..."]) -> Int[Array, "..."]:
+        """The first position that each query sees."""
+        return jnp.zeros_like(positions) if self.window is None else jnp.maximum(positions - self.window + 1, 0)
+
+    def chunks(self, first: Int[Array, "..."], last: Int[Array, "..."]) -> tuple[Int[Array, "..."], Int[Array, "..."]]:
+        """The chunks of the stripe's pages with positions `first` to `last`: the first, and the one behind them."""
+        (rank, count), page_size = self.stripe, self.pages.shape[4]
+        begin = (first // page_size - rank + count - 1) // count // self.chunk_pages
+        return begin, (last // page_size - rank) // count // self.chunk_pages + 1
+
+    def items(self, rows: Int[Array, " W"], real: Bool[Array, " W"], chunks: Int[Array, " W"]) -> Items:
+        """A chunk of each of these sequences, which have one query."""
+        (rank, count), page_size = self.stripe, self.pages.shape[4]
+        within = jnp.arange(self.chunk_pages * page_size)
+        column = chunks[:, None] * self.chunk_pages + within // page_size
+        place = (rank + count * column) * page_size + within % page_size
+        position = self.positions[rows][:, None]
+        seen = real[:, None] & (place >= self.first_seen(position)) & (place <= position)
+        # What is not seen is read from page 0, whichever it is: it stays in the GPU's cache.
+        pages = jnp.where(seen, self.block_tables[rows[:, None], jnp.where(seen, column, 0)], 0)
+        return Items(rows, real, pages, within % page_size, seen)
+
+    def seen_first(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """Maximum and sum of the running softmax before the first token: nothing, or each head's sink."""
         if self.sinks is None:
             return jnp.full(shape, -1e30, jnp.float32), jnp.zeros(shape, jnp.float32)
         sinks = self.sinks.astype(jnp.float32).reshape(1, shape[1], 1, shape[3])
         return jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
-
-
-# With one query a tile (decode), a handful of heads makes no matrix product worth the name. With scores multiplied and
-# summed, and keys and values gathered apart, a step of 64 rows took 7.0 ms on 2 cores, where dots took 8.8.
-
-
-def _scores(queries: Float[Array, "R K Q G H"], keys: Float[Array, "R C K S H"]) -> Float[Array, "R K Q G CS"]:
-    """Products of each query with each key of its tile's chunk, in float32."""
-    if queries.shape[2] > 1:
-        return jnp.einsum("rkqgh,rksh->rkqgs", queries, _side_by_side(keys), preferred_element_type=jnp.float32)
-    num_tiles, _, num_kv_heads, _, head_dim = keys.shape
-    keys = keys.transpose(0, 2, 4, 1, 3).reshape(num_tiles, num_kv_heads, 1, head_dim, -1).astype(jnp.float32)
-    return jnp.sum(queries[:, :, 0, :, :, None].astype(jnp.float32) * keys, axis=3)[:, :, None]
-
-
-def _weighted_sum(weights: Float[Array, "R K Q G CS"], values: Float[Array, "R C K S H"]) -> Float[Array, "R K Q G H"]:
-    """The chunk's values, weighted and summed, in float32."""
-    values = _side_by_side(values)
-    if weights.shape[2] > 1:
-        weights = weights.astype(values.dtype)
-        return jnp.einsum("rkqgs,rksh->rkqgh", weights, values, preferred_element_type=jnp.float32)
-    values = values[:, :, None].astype(jnp.float32)
-    return jnp.sum(weights[:, :, 0, :, :, None] * values, axis=3)[:, :, None]
-
-
-def _side_by_side(pages: Float[Array, "R C K S H"]) -> Float[Array, "R K CS H"]:
-    """The tokens of a chunk's pages in one dimension."""
-    num_tiles, _, num_kv_heads, _, head_dim = pages.shape
-    return pages.transpose(0, 2, 1, 3, 4).reshape(num_tiles, num_kv_heads, -1, head_dim)

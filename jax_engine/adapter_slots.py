@@ -19,10 +19,11 @@ from jax_engine.waiting_queue import WaitingQueue
 class AdapterSlots:
     """The slots, and the requests that wait for one. Mutable; owned by the `Scheduler`.
 
-    `fetch` makes an adapter ready to be written into a slot, or raises a ValueError.
+    `fetch` says whether an adapter is ready to be written into a slot, and sees to it that it will be, or raises a
+    ValueError. Until then its requests wait, and others pass.
     """
 
-    def __init__(self, num_slots: int, fetch: Callable[[LoRARequest], None]) -> None:
+    def __init__(self, num_slots: int, fetch: Callable[[LoRARequest], bool]) -> None:
         self._fetch = fetch
         self._adapters: list[LoRARequest | None] = [None] * num_slots
         self._num_users = [0] * num_slots
@@ -148,14 +149,13 @@ class AdapterSlots:
         if slot is None:
             if 0 not in self._num_users:
                 return False
-            self._fetch(lora)
-            return True
+            return self._fetch(lora)
         return self._num_users[slot] == 0 or request.urgency <= self._drained_for.get(slot, request.urgency)
 
     def _set_aside(self, request: Request) -> None:
         lora = request.asked.lora
         assert lora is not None
-        if lora not in self._waiting and lora not in self._slot_of:
+        if lora not in self._waiting and lora not in self._slot_of and 0 not in self._num_users:
             self._drain(request.urgency)
         self._waiting.setdefault(lora, WaitingQueue()).add(request)
 

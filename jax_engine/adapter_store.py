@@ -1,7 +1,9 @@
 """The weights of adapters: read from disk into host memory, and from there into their slots on the devices."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cache, partial
 from typing import Any
 
@@ -19,11 +21,14 @@ from jax_engine.placed_model import PlacedModel
 
 Values = NDArray[Any]
 
+MAX_READS = 4  # at once
+
 
 class AdapterStore:
     """Adapters in host memory, the least recently used of which make way. Mutable; owned by the runner.
 
-    Nothing compiles when adapters come and go: `warm_up` runs every program that `write` needs.
+    Threads read files, however long a disk takes, and touch nothing else. Nothing compiles when adapters come and go:
+    `warm_up` runs every program that `write` needs.
     """
 
     def __init__(self, placed: PlacedModel, *, max_rank: int, max_adapters: int) -> None:
@@ -33,6 +38,7 @@ class AdapterStore:
         self._max_rank = max_rank
         self._max_adapters = max_adapters
         self._loaded: OrderedDict[LoRARequest, dict[str, Values]] = OrderedDict()
+        self._reads: dict[LoRARequest, Future[dict[str, Values]]] = {}
 
     @property
     def loaded(self) -> tuple[LoRARequest, ...]:
@@ -45,23 +51,51 @@ class AdapterStore:
         own = self._places.values()
         return max((p.num_bytes // p.shape[p.logical_axes.index("adapters")] for p in own), default=0)
 
-    def fetch(self, lora: LoRARequest) -> None:
-        """Have an adapter in host memory; AdapterError when it cannot be used."""
-        if lora in self._loaded:
-            self._loaded.move_to_end(lora)
-            return
-        modules = read_adapter(lora.lora_path, max_rank=self._max_rank)
-        self._loaded[lora] = self._arranged(modules, lora.lora_path)
+    def begin(self, lora: LoRARequest) -> bool:
+        """Whether an adapter has been read, well or not. If it has not, it is being read, or will be after others if
+        this is asked again.
+        """
+        if lora not in self._loaded and lora not in self._reads and len(self._unfinished) < MAX_READS:
+            read: Future[dict[str, Values]] = Future()
+            self._reads[lora] = read
+            threading.Thread(target=self._read, args=(lora, read), name="adapter", daemon=True).start()
+        return lora in self._loaded or (lora in self._reads and self._reads[lora].done())
+
+    def fetch(self, lora: LoRARequest) -> bool:
+        """Whether an adapter is in host memory, which it will be at some time if this is asked again and again.
+
+        AdapterError, once, when it cannot be used.
+        """
+        if not self.begin(lora):
+            return False
+        finished = [other for other, read in self._reads.items() if read.done() and not read.exception()]
+        for other in sorted(finished, key=lora.__eq__):  # so that none makes this one go
+            self._loaded[other] = self._reads.pop(other).result()
+        if failed := self._reads.pop(lora, None):
+            failed.result()
+        self._loaded.move_to_end(lora)
         while len(self._loaded) > self._max_adapters:
             self._loaded.popitem(last=False)
+        return True
+
+    def load(self, lora: LoRARequest) -> None:
+        """Return once an adapter is in host memory; AdapterError when it cannot be used."""
+        while not self.fetch(lora):
+            self.wait(None)
+
+    def wait(self, seconds: float | None) -> None:
+        """Return when an adapter that is being read has been, if one is, or after that many seconds."""
+        if reads := self._unfinished:
+            wait(reads, seconds, FIRST_COMPLETED)
 
     def forget(self, lora: LoRARequest) -> None:
         """Let go of an adapter, if it is there."""
         self._loaded.pop(lora, None)
+        self._reads.pop(lora, None)
 
     def values(self, lora: LoRARequest) -> Mapping[str, Values]:
-        """An adapter's factors, by the names of their parameters. Raises what `fetch` does."""
-        self.fetch(lora)
+        """An adapter's factors, by the names of their parameters. Without `fetch` just before, as `load`."""
+        self.load(lora)
         return self._loaded[lora]
 
     def warm_up(self, leaves: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -81,6 +115,20 @@ class AdapterStore:
                     (padded[layer] if axis else padded)[: len(own)] = own
             changed[place] = _slot_writer(axis, sharding)(changed[place], padded, np.int32(slot))
         return tuple(changed)
+
+    @property
+    def _unfinished(self) -> list[Future[dict[str, Values]]]:
+        return [read for read in self._reads.values() if not read.done()]
+
+    def _read(self, lora: LoRARequest, read: "Future[dict[str, Values]]") -> None:
+        try:
+            modules = read_adapter(lora.lora_path, max_rank=self._max_rank)
+            read.set_result(self._arranged(modules, lora.lora_path))
+        except AdapterError as error:
+            read.set_exception(error)
+        except BaseException as error:
+            read.set_exception(error)  # so that nobody waits in vain
+            raise
 
     def _arranged(self, modules: Mapping[str, ModuleFactors], path: str) -> dict[str, Values]:
         """The factors by the names of their parameters, [rank, *dimensions], in the model's dtype."""

@@ -1,6 +1,7 @@
 """What `jax-engine convert` says of the checkpoint that it writes: `converted.json`. Needs no JAX."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from jax_engine.new_folders import UNFINISHED
 
 CHECKPOINT_MANIFEST = "converted.json"
 WEIGHTS = "weights"  # the folder of the Orbax checkpoints, each of a group of tensors
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 
 
 class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,14 +23,26 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor: the checkpoint that holds it, its shape, and a digest (XXH3, 64 bits) of each chunk, the last axis
-    running fastest.
+    """A tensor: the checkpoint that holds it, its shape, which that of the chunks divides, and a digest (XXH3, 64 bits)
+    of each chunk, the last axis running fastest.
     """
 
     group: int
     shape: tuple[int, ...]
     chunk_shape: tuple[int, ...]
     digests: tuple[str, ...]
+
+    @property
+    def num_chunks(self) -> tuple[int, ...]:
+        """Along each axis."""
+        return tuple(size // chunk for size, chunk in zip(self.shape, self.chunk_shape, strict=True))
+
+    def number_of(self, place: Sequence[int]) -> int:
+        """Of the chunk at a place, among all digests."""
+        number = 0
+        for index, count in zip(place, self.num_chunks, strict=True):
+            number = number * count + index
+        return number
 
 
 class ConvertedCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,7 +71,12 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def chunk_digest(content: memoryview) -> str:
+def chunk_file(group: Path, name: str, place: Sequence[int]) -> Path:
+    """Where the chunk of a tensor at a place lies in its checkpoint: its values, in rows, the least byte first."""
+    return group / name / "c" / "/".join(map(str, place))
+
+
+def chunk_digest(content: bytes | memoryview) -> str:
     """The digest of a chunk's bytes, which finds damage and no forgery."""
     return xxhash.xxh3_64_hexdigest(content)
 

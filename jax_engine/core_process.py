@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from types import TracebackType
 
 import msgspec
@@ -24,20 +25,22 @@ from jax_engine.hosts import lead
 from jax_engine.messages import (
     Abort,
     AbortNamed,
-    AdapterReply,
     Add,
     Command,
     CoreOutput,
     Event,
     Failed,
+    LoadAdapter,
     ServedAdapters,
     Shutdown,
     Starting,
     StepOutputs,
+    UnloadAdapter,
 )
 from jax_engine.progress import reports_of_start
 
 COMPILE_REPORT_MS = 500  # how often an idle core reports compile progress
+READ_MS = 10  # how often an idle core looks whether an adapter has been read
 LOSS_SECONDS = 2.0  # in which a lost process of the group is found
 SENDING_SECONDS = 0.3  # that a last message takes at most
 
@@ -64,6 +67,7 @@ class CoreServer:
         self._owners: dict[str, int] = {}  # running request -> channel; not kept for a single channel
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._adapters: deque[tuple[LoadAdapter | UnloadAdapter, int]] = deque()  # not answered yet, and the channel
         self._compiling = True  # until a report says otherwise
 
     def send_to_all(self, event: Event) -> None:
@@ -75,6 +79,7 @@ class CoreServer:
         """Run steps while there is work, until a shutdown is asked for."""
         self.send_to_all(core.info)
         while self._take_commands(core):
+            self._answer_adapters(core)
             if core.has_work:
                 step = core.step()
                 if len(self._events) > 1:
@@ -122,6 +127,7 @@ class CoreServer:
     def _take_commands(self, core: EngineCore) -> bool:
         """Hand all commands that have come to the core; with nothing to do, wait for one. False: shut down."""
         idle_ms = COMPILE_REPORT_MS if self._compiling else None
+        idle_ms = READ_MS if self._adapters else idle_ms
         ready = self._poller.poll(0 if core.has_work else idle_ms)
         if not ready and not core.has_work:
             stats = core.stats()
@@ -140,9 +146,10 @@ class CoreServer:
         if isinstance(command, AbortNamed):  # the front ends know the names
             self.send_to_all(command)
             return
+        if isinstance(command, LoadAdapter | UnloadAdapter):
+            self._adapters.append((command, channel))
+            return
         reply = core.handle(command)
-        if isinstance(reply, AdapterReply):  # whoever asked knows the new list before the answer
-            self.send_to_all(ServedAdapters(core.served_adapters.all))
         if reply is not None:
             self._events[channel].send(self._encoder.encode(reply))
         elif isinstance(command, Add) and len(self._events) > 1:  # with a reply, they were refused
@@ -154,6 +161,14 @@ class CoreServer:
             reply, EngineView
         ):  # the last request was aborted: say that its pages are free
             self.send_to_all(StepOutputs([], core.stats()))
+
+    def _answer_adapters(self, core: EngineCore) -> None:
+        """Have adapters come and go, in the order asked, as soon as that takes no time."""
+        while self._adapters and core.is_at_hand(self._adapters[0][0]):
+            command, channel = self._adapters.popleft()
+            reply = core.handle(command)
+            self.send_to_all(ServedAdapters(core.served_adapters.all))  # whoever asked knows it before the answer
+            self._events[channel].send(self._encoder.encode(reply))
 
 
 def _connect(context: "zmq.Context[zmq.Socket[bytes]]", address: str, kind: int) -> "zmq.Socket[bytes]":

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jax_engine.cuda_fallback.searching import rows_of
 from jax_engine.sampler import SamplingRows
 from jax_engine.step_batch import StepBatch
 
@@ -34,7 +35,7 @@ class DraftRows:
         ends = jnp.cumsum(batch.num_draws)
         index = jnp.arange(size, dtype=jnp.int32)
         last = batch.num_draws.shape[0] - 1
-        owners = jnp.minimum(jnp.searchsorted(ends, index, side="right"), last).astype(jnp.int32)
+        owners = jnp.minimum(rows_of(index, ends), last)
         before_last = jnp.maximum(ends[owners] - 1 - index, 0)  # rows between it and its sequence's last one
         return cls(
             rows=batch.last_rows[owners] - before_last,

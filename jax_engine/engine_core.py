@@ -65,7 +65,7 @@ class EngineCore:
         limits = self.runner.limits(config)
         slots = AdapterSlots(config.max_loras if config.enable_lora else 0, self.runner.adapters.fetch)
         self.scheduler = Scheduler(limits, config.speculation, adapters=slots)
-        self.served_adapters = ServedList(config.lora_modules, self.runner.adapters.fetch)
+        self.served_adapters = ServedList(config.lora_modules, self.runner.adapters.load)
         self.admin = Admin(self.runner, self.scheduler, profile_dir=config.profile_dir)
         self._max_in_flight = config.max_num_queued_reqs
         self._num_refused = 0
@@ -125,12 +125,23 @@ class EngineCore:
             self._collect(pending, is_ahead=False)
         return True
 
+    def is_at_hand(self, command: LoadAdapter | UnloadAdapter) -> bool:
+        """Whether `handle` need not wait for a disk; if it would, that is being read meanwhile."""
+        if isinstance(command, UnloadAdapter):
+            return True
+        lora = command.lora
+        try:
+            lora = self.served_adapters.next_one(lora.lora_name, lora.lora_path) if command.served else lora
+        except ValueError:
+            return True
+        return self.runner.adapters.begin(lora)
+
     def _load_adapter(self, command: LoadAdapter) -> AdapterReply:
         try:
             if command.served:
                 self.served_adapters.add(command.lora.lora_name, command.lora.lora_path)
             else:
-                self.runner.adapters.fetch(command.lora)
+                self.runner.adapters.load(command.lora)
         except ValueError as error:
             return AdapterReply(str(error))
         return AdapterReply()
@@ -201,8 +212,9 @@ class EngineCore:
         was_ahead, self._is_ahead = self._is_ahead, previous is not None
         if previous is not None:
             outputs += self._collect(previous, is_ahead=was_ahead)
-        elif plan is None and not outputs:  # masks, grammars or a program are all there is to wait for
+        elif plan is None and not outputs:  # masks, grammars, adapters or a program are all there is to wait for
             self.constraints.wait(IDLE_SECONDS)
+            self.runner.adapters.wait(IDLE_SECONDS)
             if self._early:
                 time.sleep(IDLE_SECONDS)
         now = time.monotonic()

@@ -5,12 +5,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished-"
+_NUM_SYNCS = 16  # at once, which file systems commit together
 
 
 def check_new_folder(folder: Path, setting: str) -> None:
@@ -36,8 +38,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}{UNFINISHED}", dir=folder.parent))
     try:
         yield work
-        for file in (work, *work.rglob("*")):
-            _to_disk(file)
+        with ThreadPoolExecutor(_NUM_SYNCS) as pool:
+            for _ in pool.map(_to_disk, (work, *work.rglob("*"))):
+                pass
         work.chmod(0o755)  # as other folders: mkdtemp's are the user's alone
         work.rename(folder)
         _to_disk(folder.parent)

@@ -54,7 +54,7 @@ class Scheduler:
         adapters: AdapterSlots | None = None,
     ) -> None:
         self.limits = limits
-        self.adapters = adapters or AdapterSlots(0, lambda _: None)
+        self.adapters = adapters or AdapterSlots(0, lambda _: True)
         self._clock = clock
         self.cache = KVCacheManager(
             limits.num_pages,

@@ -11,9 +11,9 @@ class ServedList:
     Each gets a number of its own, so that one that is loaded again shares nothing with what it was before.
     """
 
-    def __init__(self, modules: Iterable[str], fetch: Callable[[LoRARequest], None]) -> None:
-        """`modules` are those of the configuration; `fetch` raises a ValueError for one that cannot be used."""
-        self._fetch = fetch
+    def __init__(self, modules: Iterable[str], load: Callable[[LoRARequest], None]) -> None:
+        """`modules` are those of the configuration; `load` raises a ValueError for one that cannot be used."""
+        self._load = load
         self._by_name: dict[str, LoRARequest] = {}
         self._num_added = 0
         for module in modules:
@@ -23,12 +23,16 @@ class ServedList:
     def all(self) -> tuple[LoRARequest, ...]:
         return tuple(self._by_name.values())
 
-    def add(self, name: str, path: str) -> None:
-        """List an adapter; ValueError when it cannot be used, or another has its name."""
+    def next_one(self, name: str, path: str) -> LoRARequest:
+        """What `add` would list; ValueError when another has its name."""
         if name in self._by_name:
             raise ValueError(f"lora_name={name!r} is taken by an adapter that is loaded; unload that one first")
-        lora = LoRARequest(name, self._num_added + 1, path)
-        self._fetch(lora)
+        return LoRARequest(name, self._num_added + 1, path)
+
+    def add(self, name: str, path: str) -> None:
+        """List an adapter; ValueError when it cannot be used, or another has its name."""
+        lora = self.next_one(name, path)
+        self._load(lora)
         self._num_added += 1
         self._by_name[name] = lora
 

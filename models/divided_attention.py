@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from jax_engine.cuda_fallback.paged_attention import Stripe, striped_paged_attention
+from jax_engine.cuda_fallback.paged_attention import Sizes, Stripe, striped_paged_attention
 from jax_engine.models.device_tables import merge_partial, owned_tables, put_rows, striped_tables, take_rows
 from jax_engine.models.kv_pages import ATTENTION_SCOPE, PAGE_AXES, DeviceTables, KVPages, SequenceTable
 from jax_engine.models.partition import Partition
@@ -28,9 +28,12 @@ class DividedAttention:
     axes: tuple[str, ...]  # of the mesh, that pages are divided over
     # Parts that they are divided into; asked of `partition` outside of the `shard_map`s, within which an axis is one.
     count: int
+    sizes: Sizes  # of what attends over a part of a sequence's pages
 
     @classmethod
-    def of(cls, kernel: Kernel, partition: Partition, backend: str, *, deterministic: bool) -> "DividedAttention":
+    def of(
+        cls, kernel: Kernel, partition: Partition, backend: str, *, sizes: Sizes, deterministic: bool
+    ) -> "DividedAttention":
         """With the kernel of an attention backend, as `partition` splits `pages`.
 
         Raises:
@@ -48,7 +51,7 @@ class DividedAttention:
                 "deterministic=True is for caches that every device has all pages of, and the sharding strategy "
                 "divides them between devices; use sharding_strategy='tensor'"
             )
-        return cls(kernel, partition, partition.mesh_axes("pages"), partition.num_parts("pages"))
+        return cls(kernel, partition, partition.mesh_axes("pages"), partition.num_parts("pages"), sizes)
 
     def prepare(
         self,
@@ -136,6 +139,6 @@ class DividedAttention:
             return lax.psum(put_rows(out, tables), self.axes), pages
         stripe = Stripe(lax.axis_index(self.axes), self.count)
         part, pages = striped_paged_attention(
-            queries, keys, values, pages, *tables.convention, stripe=stripe, **options
+            queries, keys, values, pages, *tables.convention, stripe=stripe, sizes=self.sizes, **options
         )
         return merge_partial(part, self.axes).astype(queries.dtype), pages

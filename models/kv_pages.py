@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_engine.cuda_fallback.searching import rows_of
 from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
 
 PageShape = tuple[int, int, int, int]  # planes, kv_heads, page_size, width
@@ -183,7 +184,7 @@ class SequenceTable:
         num_sequences = kv_lengths.shape[0]
         rows = jnp.arange(num_tokens, dtype=jnp.int32)
         # A row belongs to the last sequence that starts at or before it; rows past the end, to sequence B.
-        token_sequences = jnp.searchsorted(query_starts[1:], rows, side="right").astype(jnp.int32)
+        token_sequences = rows_of(rows, query_starts[1:])
         owner = jnp.minimum(token_sequences, num_sequences - 1)
         lengths = query_starts[1:] - query_starts[:-1]
         positions = (kv_lengths - lengths)[owner] + rows - query_starts[owner]

@@ -178,16 +178,17 @@ def select_ops(
         reason += ": the float32 specification, slow"
     experts = _select_experts(platform, partition, deterministic=deterministic)
     if backend in ("xla", "reference"):
-        kernel: Kernel = xla.ragged_paged_attention if backend == "xla" else reference.ragged_paged_attention
-        if backend == "xla" and deterministic:
-            kernel = partial(kernel, tiles=xla.SMALL_TILES)
+        kernel: Kernel = reference.ragged_paged_attention
+        if backend == "xla":
+            kernel = partial(xla.ragged_paged_attention, sizes=xla.sizes_for(platform, deterministic=deterministic))
         ops = Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition)
     else:
         ops = _tpu_ops(backend, partition, experts, deterministic=deterministic)
     if partition.num_parts("pages") == 1:
         return ops, reason
     assert isinstance(ops.attention, _PagedAttention)
-    attention = DividedAttention.of(ops.attention.kernel, partition, backend, deterministic=deterministic)
+    sizes = xla.sizes_for(platform)
+    attention = DividedAttention.of(ops.attention.kernel, partition, backend, sizes=sizes, deterministic=deterministic)
     return replace(ops, attention=attention, prepare=attention.prepare), reason
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from adapters import ADAPTABLE, write_adapter, write_base, write_merged
+from slow_adapters import slow_adapter
 from tiny_engine import core_request, run_requests
 
 from jax_engine.adapter_store import AdapterStore
@@ -22,7 +23,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.core_client import InProcessCore
 from jax_engine.loader import load_config, load_leaves
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import CoreRequest
+from jax_engine.messages import Add, CoreRequest
 from jax_engine.models.adapters import NO_ADAPTER, AdapterShape
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.placed_model import PlacedModel, StateSize
@@ -158,6 +159,28 @@ def test_nothing_compiles_when_adapters_come_and_go(family, expected, caplog):
     core.shutdown()
 
 
+def test_a_slow_disk_holds_up_the_requests_of_its_adapter_alone(family, expected, tmp_path):
+    go_on = slow_adapter(family.adapters[0].lora_path, tmp_path / "slow")
+    core = InProcessCore(EngineConfig(model=str(family.base), **(SETTINGS | {"deterministic": True})))
+    plain, slow = "0 0", "1 0"  # of `expected`
+    adapters = {plain: None, slow: LoRARequest("slow", 9, str(tmp_path / "slow")), "2 0": family.adapters[1]}
+    core.send(Add([core_request(name, PROMPTS[0], NUM_TOKENS, lora=lora) for name, lora in adapters.items()]))
+    tokens: dict[str, list[int]] = {name: [] for name in adapters}
+
+    def run_until_all_of(names: set[str]) -> None:
+        while names:
+            for output in core.step().outputs:
+                tokens[output.request_id] += output.new_token_ids
+                names -= {output.request_id} if output.finish_reason is not None else set()
+
+    run_until_all_of({plain, "2 0"})
+    assert tokens[slow] == []
+    go_on()
+    run_until_all_of({slow})
+    assert tokens == {name: expected[name] for name in adapters}
+    core.shutdown()
+
+
 def test_the_memory_of_the_slots_is_in_the_program_that_memory_is_planned_by(family):
     sizes = []
     for adapters in (None, AdapterShape(3, 4)):
@@ -175,7 +198,7 @@ def test_an_adapter_of_another_model_is_refused(family, tmp_path):
     store = AdapterStore(place(family.base, AdapterShape(1, 16)), max_rank=16, max_adapters=1)
     other = write_adapter(tmp_path / "wide", rank=2, seed=0, hf=ADAPTABLE | {"intermediate_size": 64})
     with pytest.raises(ValueError, match=r"wide: .*mlp.* is made for 64 values, the model has 48 there"):
-        store.fetch(LoRARequest("wide", 1, other))
+        store.load(LoRARequest("wide", 1, other))
     deep = write_adapter(tmp_path / "deep", rank=2, seed=0, hf=ADAPTABLE | {"num_hidden_layers": 5}, layers=(4,))
     with pytest.raises(ValueError, match=r"adapters of model.layers.4.* are not supported, or the model has none"):
-        store.fetch(LoRARequest("deep", 1, deep))
+        store.load(LoRARequest("deep", 1, deep))

@@ -364,3 +364,17 @@ def test_host_overhead_measures_every_stage_and_checks_every_answer(tmp_path: Pa
     (rates,) = figures["http"]
     assert (rates["streams"], rates["tokens"]) == (2, 16)
     assert "core, a sequence" in printed and "output tokens/s" in printed
+
+
+def test_loading_compares_both_formats_of_the_same_weights(tmp_path: Path) -> None:
+    """On two devices, with the files in the page cache; a child fails here if the leaves differ."""
+    report = tmp_path / "report.json"
+    options = ("--devices", "2", "--cache", "warm", "--repeats", "1", "--folder", str(tmp_path), "--json", str(report))
+    printed = run_benchmark("loading.py", "--gigabytes", "0.003", *options)
+    assert "times as fast" in printed
+    figures = json.loads(report.read_text())
+    (row,) = figures["rows"]
+    assert (row["devices"], row["cache"]) == (2, "warm")
+    assert {run["bytes"] for run in figures["runs"]} == {figures["bytes"]}
+    assert row["ratio"] == pytest.approx(row["safetensors"]["seconds"] / row["orbax"]["seconds"])
+    assert list(tmp_path.iterdir()) == [report], "the checkpoints are gone"

@@ -55,4 +55,4 @@ def test_adapters_of_experts_are_refused_by_name(tmp_path):
         ValueError,
         match=r"layers\.0\.mlp\.experts\.\d\.gate_proj are not supported.* q_proj, k_proj, v_proj, o_proj, of",
     ):
-        AdapterStore(placed, max_rank=8, max_adapters=1).fetch(LoRARequest("adapter", 1, path))
+        AdapterStore(placed, max_rank=8, max_adapters=1).load(LoRARequest("adapter", 1, path))

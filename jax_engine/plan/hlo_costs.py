@@ -37,6 +37,8 @@ _FREE = {
     "after-all", "add-dependency", "bitcast", "constant", "custom-call", "get-tuple-element", "opt-barrier",
     "parameter", "partition-id", "replica-id", "tuple",
 }  # fmt: skip
+# A TPU's compiler makes a table of rows before a ragged product, which is an expert's, under this name alone.
+_RAGGED_TABLE = "ragged-dot-metadata"
 _READS_PART = {"dynamic-slice", "gather", "slice"}
 
 
@@ -315,7 +317,7 @@ def _valid_taps(size: int, taps: int, outputs: int, options: Mapping[str, str]) 
 
 
 def _is_left_out(one: Instruction) -> bool:
-    return not {ATTENTION_SCOPE, EXPERTS_SCOPE}.isdisjoint(one.scope.split("/"))
+    return not {ATTENTION_SCOPE, EXPERTS_SCOPE, _RAGGED_TABLE}.isdisjoint(one.scope.split("/"))
 
 
 def _total(parts: Iterable[Costs]) -> Costs:

@@ -26,6 +26,7 @@ class Device:
 
     def __init__(self, num_slots: int, *, max_num_seqs: int = 4, num_pages: int = 64, **limits: object) -> None:
         self.broken: set[LoRARequest] = set()
+        self.on_disk: set[LoRARequest] = set()  # and being read
         sizes = SchedulerLimits(num_pages, 4, max_num_seqs, 16, **limits)
         self.scheduler = Scheduler(sizes, adapters=AdapterSlots(num_slots, self.fetch))
         self.slots: list[LoRARequest | None] = [None] * num_slots
@@ -33,9 +34,10 @@ class Device:
         self.started: list[str] = []
         self.failed: list[str] = []
 
-    def fetch(self, adapter: LoRARequest) -> None:
+    def fetch(self, adapter: LoRARequest) -> bool:
         if adapter in self.broken:
             raise ValueError(f"{adapter.lora_name} is broken")
+        return adapter not in self.on_disk
 
     def add(self, *requests: CoreRequest) -> None:
         for asked in requests:
@@ -103,6 +105,29 @@ def test_adapters_stay_until_others_need_their_slots_the_least_recently_used_fir
         device.run()
     assert device.num_loads == 3  # the third one took the place of the second
     assert set(device.slots) == {lora(1), lora(3)}
+
+
+def test_while_an_adapter_is_read_others_take_the_slots():
+    device = Device(1)
+    device.on_disk.add(lora(1))
+    device.add(request("a", 1), request("b", 2), request("plain", None))
+    device.step()
+    assert device.started == ["b", "plain"]
+    device.on_disk.clear()
+    device.run()
+    assert device.started == ["b", "plain", "a"]
+
+
+def test_a_request_whose_adapter_is_being_read_can_be_aborted():
+    device = Device(1)
+    device.on_disk.add(lora(1))
+    device.add(request("a", 1))
+    assert device.step() is None
+    device.scheduler.abort(["a"])
+    assert not device.scheduler.has_work
+    device.add(request("b", 2))
+    device.run()
+    assert device.started == ["b"]
 
 
 def test_an_adapter_that_cannot_be_used_fails_its_requests_alone():

@@ -39,15 +39,21 @@ def table_of(case):
     return SequenceTable.build(*fields, num_tokens=case["queries"].shape[0])
 
 
-def stripe_of(case, rank, pages, *, count, window):
+ITEMS = xla.Sizes(xla.Tiles(3, 8), xla.Tiles(3, 2), chunk_tokens=32, decode_rows=None)  # the way of a GPU
+
+
+def stripe_of(case, rank, pages, *, count, window, sizes=xla.CPU_SIZES):
     """One device's part in attention over striped pages, merged."""
     tables = striped_tables(table_of(case), rank, num_devices=count, num_pages=pages.shape[1])
     rows = (case[name] for name in ("queries", "keys", "values"))
     stripe = xla.Stripe(rank, count)
     part, pages = xla.striped_paged_attention(
-        *rows, pages, *tables.convention, layer=1, scale=0.3, stripe=stripe, window=window
+        *rows, pages, *tables.convention, layer=1, scale=0.3, stripe=stripe, window=window, sizes=sizes
     )
     return merge_partial(part, "data"), pages
+
+
+STRIPE_BY_ITEMS = partial(stripe_of, sizes=ITEMS)
 
 
 def own_of(case, rank, pages, *, count, window):
@@ -71,13 +77,13 @@ def specification(window):
 
 @pytest.mark.parametrize(("count", "window"), [(2, 24), (4, None)])
 @pytest.mark.parametrize("ranges", RANGES.values(), ids=RANGES)
-@pytest.mark.parametrize("attend", [stripe_of, own_of])
+@pytest.mark.parametrize("attend", [stripe_of, STRIPE_BY_ITEMS, own_of], ids=["stripes", "stripes by items", "own"])
 def test_divided_pages_give_what_they_give_together(ragged_case, attend, ranges, count, window):
     """Partial softmaxes merged, and owners' results put together: the same on every device; entries of block tables
     that are to be ignored are out of range, pages that nobody holds are NaN.
     """
-    partitions = {stripe_of: lambda row, index: index % count, own_of: lambda row, index: row * 7 // 3 % count}
-    case = divided(ragged_case(ranges, seed=0, **SIZES), count, partitions[attend])
+    of_owner, of_stripe = lambda row, index: row * 7 // 3 % count, lambda row, index: index % count
+    case = divided(ragged_case(ranges, seed=0, **SIZES), count, of_owner if attend is own_of else of_stripe)
     pages = case["pages"]
     own = pages.reshape(pages.shape[0], count, -1, *pages.shape[2:]).swapaxes(0, 1)
     out, own = compiled(attend, count, window)(case, jnp.arange(count), own)

@@ -15,7 +15,12 @@ from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.models.kv_pages import SequenceTable
 from jax_engine.pallas_kernels import reference
 
-IMPLEMENTATIONS = {"xla": xla.ragged_paged_attention}
+# A GPU's way, in amounts of which a test's lists need several trips, and in its own.
+SMALL_ITEMS = xla.Sizes(xla.Tiles(3, 8), xla.Tiles(3, 2), chunk_tokens=16, decode_rows=None)
+IMPLEMENTATIONS = {
+    "xla": xla.ragged_paged_attention,
+    "xla by items": partial(xla.ragged_paged_attention, sizes=SMALL_ITEMS),
+}
 RAGGED = [
     [(1, 0)],
     [(1, 16), (1, 15), (1, 300)],
@@ -89,19 +94,29 @@ def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_s
     compare(xla.ragged_paged_attention, case, window=None)
 
 
-def test_soft_cap_and_sinks(ragged_case):
+@pytest.mark.parametrize(("num_heads", "page_size"), [(3, 64), (20, 256)])
+def test_a_gpus_sizes(ragged_case, num_heads, page_size):
+    """More query heads than one reduction sums, an odd number of them, and a page that is a whole item."""
+    ranges = [(1, 40), (30, 9), (1, 2000), (300, 300)]
+    case = ragged_case(ranges, seed=1, num_heads=num_heads, num_kv_heads=1, page_size=page_size)
+    compare(partial(xla.ragged_paged_attention, sizes=xla.GPU_SIZES), case, window=None)
+
+
+@pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
+def test_soft_cap_and_sinks(ragged_case, sizes):
     """A cap that bends the scores, and sinks that take from no weight to nearly all, in decode and in longer ranges."""
     case = ragged_case([(1, 40), (30, 9), (1, 150)], seed=5)
     options = {"layer": 1, "scale": 0.3, "soft_cap": 2.0, "sinks": jnp.asarray([0.5, -30.0, 8.0, 0.0])}
     expected, _ = reference.ragged_paged_attention(**case, **options)
-    out, _ = xla.ragged_paged_attention(**case, **options)
+    out, _ = xla.ragged_paged_attention(**case, **options, sizes=sizes)
     np.testing.assert_allclose(out, expected, atol=2e-5)
-    plain, _ = xla.ragged_paged_attention(**case, layer=1, scale=0.3)
+    plain, _ = xla.ragged_paged_attention(**case, layer=1, scale=0.3, sizes=sizes)
     assert np.abs(out - plain).max() > 0.1
 
 
+@pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
 @pytest.mark.parametrize("stored", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
-def test_eight_bit_pages_with_scales(ragged_case, stored):
+def test_eight_bit_pages_with_scales(ragged_case, stored, sizes):
     """Scales differ by layer, by key and value and by head; new tokens are stored rounded and clipped."""
     case = ragged_case([(1, 40), (30, 9)], seed=6)
     rows = case["pages"].swapaxes(3, 4)  # [L, P, 2, S, K, H]
@@ -110,15 +125,16 @@ def test_eight_bit_pages_with_scales(ragged_case, stored):
     scales = jnp.asarray([[[9.0, 9.0], [9.0, 9.0]], [[0.02, 0.1], [0.05, 0.01]]])
     options = {"layer": 1, "scale": 0.3, "kv_scales": scales}
     expected, expected_pages = reference.ragged_paged_attention(**case, **options)
-    out, new_pages = xla.ragged_paged_attention(**case, **options)
+    out, new_pages = xla.ragged_paged_attention(**case, **options, sizes=sizes)
     np.testing.assert_allclose(out, expected, atol=1e-4 * max(1, float(jnp.abs(expected).max())))
     np.testing.assert_array_equal(new_pages.astype(np.float32), expected_pages.astype(np.float32))
 
 
-def test_bfloat16_stays_near_float32(ragged_case):
+@pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
+def test_bfloat16_stays_near_float32(ragged_case, sizes):
     case = ragged_case([(1, 100), (50, 20)], seed=2, dtype=jnp.bfloat16)
     expected, _ = reference.ragged_paged_attention(**case, layer=0, scale=0.25)
-    out, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25)
+    out, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25, sizes=sizes)
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
 
 

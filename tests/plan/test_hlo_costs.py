@@ -124,6 +124,13 @@ def test_a_mixtures_program_has_of_its_products_all_but_experts():
     assert program_costs(text).total_flops == 2 * 4 * (2 * (attention + 32 * 8) + 32 * model.vocab_size)
 
 
+def test_the_table_before_a_ragged_product_is_no_kernel_of_unknown_work():
+    call = '%y = s32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", metadata={op_name="NAME"}'
+    names = ("jit(step)/experts/ragged_dot_general", "ragged-dot-metadata", "jit(step)/mine")
+    found = [program_costs(a_program(call.replace("NAME", name))).kernels for name in names]
+    assert found == [{}, {}, {"tpu_custom_call": 1.0}]
+
+
 def a_program(*lines: str, head: str = "HloModule jit_f, num_partitions=8") -> str:
     body = "\n".join(f"  {line}" for line in ("%x = bf16[64,128]{1,0} parameter(0)", *lines))
     return f"{head}\n\nENTRY %main (x: bf16[64,128]) -> bf16[64,128] {{\n{body}\n}}\n"

@@ -1,8 +1,13 @@
 """Adapters over HTTP: listed as models, chosen by `model`, loaded and unloaded while the server runs."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import openai
 import pytest
+from slow_adapters import slow_adapter
+
+from jax_engine.adapter_files import adapter_folder
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 PLAIN = "Hello! How can I help you?"
@@ -71,6 +76,19 @@ def test_adapters_come_and_go_for_every_front_end(server):
     assert post(server, "unload_lora_adapter", lora_name="loud").status_code == 404
     with pytest.raises(openai.NotFoundError):
         answer(server, "loud")
+
+
+def test_answers_come_while_an_adapter_is_read(server, tmp_path):
+    go_on = slow_adapter(adapter_folder("demo:shout"), folder := tmp_path / "slow")
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(post, server, "load_lora_adapter", lora_name="slow", lora_path=str(folder))
+        for _ in range(6):  # of both replicas
+            assert answer(server, "demo").choices[0].message.content == PLAIN
+        assert not loading.done()
+        go_on()
+        assert loading.result().status_code == 200
+    assert answer(server, "slow").choices[0].message.content == ANSWERS["shout"]
+    assert post(server, "unload_lora_adapter", lora_name="slow").status_code == 200
 
 
 @pytest.mark.parametrize(
