@@ -30,6 +30,9 @@ class Stripe(NamedTuple):
     num: int = 1
 
 
+ALL_PAGES = Stripe()
+
+
 class Partial(NamedTuple):
     """Attention over some of a sequence's tokens, in float32, to be merged with that over the others.
 
@@ -97,8 +100,8 @@ def ragged_paged_attention(
     if kv_scales is not None:
         keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
-    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, Stripe())
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, Stripe(), sizes)
+    pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
+    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, ALL_PAGES, sizes)
     out = _attend_all(groups, query_starts, num_decodes, partial(_whole, dtype=queries.dtype))
     if kv_scales is not None:
         out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
@@ -128,7 +131,7 @@ def striped_paged_attention(
 
     `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * num` of a sequence.
     """
-    pages = _write(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
+    pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
     groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe, sizes)
     out = _attend_all(groups, query_starts, num_decodes, _side_by_side_parts)
     return Partial(out[..., :-2], out[..., -2], out[..., -1]), pages
@@ -230,7 +233,7 @@ def _attend_by_items(groups: "_Groups", num_decodes: Int[Array, ""], finish: _Fi
     return jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0)))
 
 
-def _write(
+def write_pages(
     keys: Float[Array, "T K H"],
     values: Float[Array, "T K H"],
     pages: Num[Array, "L P 2 K S H"],
@@ -238,7 +241,7 @@ def _write(
     token_sequences: Int[Array, " T"],
     positions: Int[Array, " T"],
     layer: int | Int[Array, ""],
-    stripe: Stripe,
+    stripe: Stripe = ALL_PAGES,
 ) -> Num[Array, "L P 2 K S H"]:
     """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows and
     those of other stripes.

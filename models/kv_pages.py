@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_engine.cuda_fallback.searching import rows_of
 from jax_engine.models.adapters import NO_ADAPTER, AdapterRows
@@ -165,8 +165,9 @@ class SequenceTable:
     num_decodes: Int[Array, ""]
     token_sequences: Int[Array, " T"]  # the sequence of each token row; B for padding
     positions: Int[Array, " T"]
-    # What the attention kernel works through, where it wants that once a step (see `Ops.prepare`).
-    work: Int[Array, "*groups W"] | None = None
+    # What the attention kernel works through, where it wants that once a step (see `Ops.prepare`): arrays of its own,
+    # with a first axis of cache groups until `of_group` has taken one.
+    work: PyTree[Array] | None = None
     adapters: AdapterRows | None = None  # in an engine that has any
     on_devices: DeviceTables | None = None  # of each device, stacked, where pages are divided between them
 
@@ -218,7 +219,7 @@ class SequenceTable:
 
     def of_group(self, group: int | Int[Array, ""]) -> "SequenceTable":
         """What the layers of one cache group work with."""
-        work = None if self.work is None else self.work[group]
+        work = jax.tree.map(lambda array: array[group], self.work)
         own = self.on_devices
         if own is not None:
             own = replace(own, block_tables=own.block_tables[:, group])

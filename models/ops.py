@@ -35,7 +35,20 @@ from jax_engine.models.rope import Rotation
 from jax_engine.pallas_kernels import reference
 
 EXPERTS_SCOPE = "experts"  # what products of experts are traced under, in profiles and in programs' texts
-ATTENTION_BACKENDS = ("auto", "pallas_tpu", "pallas_tpu_interpret", "xla", "reference")
+ATTENTION_BACKENDS = (
+    "auto",
+    "pallas_tpu",
+    "pallas_tpu_interpret",
+    "pallas_gpu",
+    "pallas_gpu_interpret",
+    "xla",
+    "reference",
+)
+# Why `auto` is what it is.
+_BEST = {
+    "tpu": ("pallas_tpu", "the best for platform 'tpu'"),
+    "gpu": ("xla", "on platform 'gpu' pallas_gpu is to be asked for by name: it has never run on a GPU"),
+}
 
 
 class AttentionOp(Protocol):
@@ -166,7 +179,7 @@ def select_ops(
         )
     reason = "asked for"
     if backend == "auto":
-        backend, reason = ("pallas_tpu" if platform == "tpu" else "xla"), f"the best for platform {platform!r}"
+        backend, reason = _BEST.get(platform, ("xla", f"the best for platform {platform!r}"))
     if backend == "pallas_tpu" and platform != "tpu":
         raise ValueError(
             f"attention_backend='pallas_tpu' needs a TPU and this machine's platform is {platform!r}; use auto or xla "
@@ -174,6 +187,9 @@ def select_ops(
         )
     if backend == "pallas_tpu_interpret":
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
+    if backend == "pallas_gpu_interpret":
+        # Its interpreted warpgroups wait for each other in threads of XLA's.
+        reason += ": the GPU kernel, interpreted; for tests of the kernel only, with NPROC=8 in the environment"
     if backend == "reference":
         reason += ": the float32 specification, slow"
     experts = _select_experts(platform, partition, deterministic=deterministic)
@@ -182,6 +198,8 @@ def select_ops(
         if backend == "xla":
             kernel = partial(xla.ragged_paged_attention, sizes=xla.sizes_for(platform, deterministic=deterministic))
         ops = Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition)
+    elif backend.startswith("pallas_gpu"):
+        ops = _gpu_ops(backend, partition, experts, platform=platform, deterministic=deterministic)
     else:
         ops = _tpu_ops(backend, partition, experts, deterministic=deterministic)
     if partition.num_parts("pages") == 1:
@@ -242,6 +260,17 @@ def _tpu_ops(backend: str, partition: Partition, experts: "MixtureOfExperts", *,
 
     kernel = partial(tpu.ragged_paged_attention, **target)
     return Ops(_PagedAttention(kernel, partition), backend, experts, tpu.page_shape, prepare, partition)
+
+
+def _gpu_ops(
+    backend: str, partition: Partition, experts: "MixtureOfExperts", *, platform: str, deterministic: bool
+) -> Ops:
+    # Imported when chosen, as for a TPU.
+    from jax_engine.models.gpu_attention import GpuAttention, check_device
+
+    check_device(backend, platform=platform, partition=partition, deterministic=deterministic)
+    kernel = GpuAttention.of(backend, partition)
+    return Ops(_PagedAttention(kernel, partition), backend, experts, kernel.page_shape, kernel.prepare, partition)
 
 
 def _tables(sequences: SequenceTable) -> tuple[Array, ...]:

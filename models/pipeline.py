@@ -17,7 +17,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from jax_engine.models.kv_pages import CacheLayout, KVPages, SequenceTable
 from jax_engine.models.layers import Cache, DecoderLayer, LayerRun, Sequences, scan_layers
@@ -143,7 +143,7 @@ class Pipeline:
         num_rows = sequences.positions.shape[0]
         size = self.block_size(num_rows)
 
-        def work(first: Int[Array, ""]) -> Array | None:
+        def work(first: Int[Array, ""]) -> PyTree[Array] | None:
             return prepare(sequences.block(first, size), cache, **shapes).work
 
         return replace(sequences, work=lax.map(work, jnp.arange(0, num_rows + 1, size)))
@@ -186,7 +186,7 @@ class Pipeline:
 def _block(sequences: SequenceTable, first: Int[Array, ""], size: int) -> SequenceTable:
     table = sequences.block(first, size)
     if sequences.work is not None:
-        table = replace(table, work=sequences.work[first // size])
+        table = replace(table, work=jax.tree.map(lambda array: array[first // size], sequences.work))
     if sequences.adapters is not None and table.adapters is not None:
         # Of the step, not of the block: stages must not differ in how often they loop over adapters.
         table = replace(table, adapters=replace(sequences.adapters, slots=table.adapters.slots))

@@ -1,0 +1,107 @@
+"""A step's attention as a flat list of work items, built once a step and shared by its layers.
+
+A tile is up to `ROWS` rows of queries: tokens of one sequence, each with all query heads of a kv head. Its keys are cut
+into parts, so that few sequences keep all multiprocessors busy too (split-K, as in Flash-Decoding, Dao et al. 2023). An
+item is one part of one tile; every kv head does it by itself.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+GROUP_ROWS = 64  # of the matrix unit, which a warpgroup drives
+ROWS = 2 * GROUP_ROWS  # of a tile: two warpgroups' worth
+CHUNK = 64  # tokens of keys and values that are read at a time
+LEAST_PART = 4 * CHUNK  # shorter parts are not worth a merge
+
+# Columns of an item.
+SEQUENCE, FIRST_ROW, NUM_TOKENS, FIRST_POSITION, FIRST_KEY, END_KEY, OUTPUT = range(7)
+NUM_COLUMNS = 8  # a power of two
+
+
+@dataclass(frozen=True)
+class WorkShape:
+    """The static sizes of a step's list, for `num_tokens` rows of `num_sequences` sequences at most."""
+
+    num_tokens: int
+    num_sequences: int
+    tile_tokens: int
+    max_parts: int  # of one tile
+    num_items: int  # room for them
+
+    @classmethod
+    def of(
+        cls, num_tokens: int, num_sequences: int, num_heads: int, num_kv_heads: int, multiprocessors: int
+    ) -> "WorkShape":
+        tile_tokens = max(1, ROWS // (num_heads // num_kv_heads))
+        most_tiles = min(num_tokens, num_tokens // tile_tokens + num_sequences)
+        # Two items for each multiprocessor even out their lengths. Large steps fill the chip without parts.
+        wanted = -(-2 * multiprocessors // num_kv_heads)
+        max_parts = min(16, max(2, -(-2 * wanted // most_tiles)))
+        return cls(num_tokens, num_sequences, tile_tokens, max_parts, most_tiles + min(wanted, most_tiles * max_parts))
+
+
+class Work(NamedTuple):
+    """A step's items, and where each token row finds its results."""
+
+    items: Int[Array, "W C"]  # the longest first
+    num_items: Int[Array, " one"]
+    first_items: Int[Array, " T"]  # the output of the first part of each token row's tile; the others follow
+    num_parts: Int[Array, " T"]  # 0 for padding rows
+    num_tokens: Int[Array, " T"]  # of each token row's tile
+    places: Int[Array, " T"]  # of the token in its tile
+
+
+def build_work(
+    query_starts: Int[Array, " boundaries"],
+    token_sequences: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    *,
+    shape: WorkShape,
+    window: int | None,
+) -> Work:
+    """The items of a step whose sequences' ranges are `query_starts`."""
+    tokens = shape.tile_tokens
+    starts, ends = query_starts[:-1], query_starts[1:]
+    tiles_of = -(-(ends - starts) // tokens)
+    tile_ends = jnp.cumsum(tiles_of)
+    tile = jnp.arange(min(shape.num_tokens, shape.num_tokens // tokens + shape.num_sequences))
+    sequence = jnp.minimum(
+        jnp.searchsorted(tile_ends, tile, side="right", method="compare_all"), shape.num_sequences - 1
+    )
+    is_tile = tile < tile_ends[-1]
+    first_row = jnp.where(is_tile, starts[sequence] + (tile - (tile_ends - tiles_of)[sequence]) * tokens, 0)
+    num_tokens = jnp.where(is_tile, jnp.minimum(tokens, ends[sequence] - first_row), 0)
+    first_position = positions[first_row]
+    end_key = first_position + num_tokens
+    first_key = jnp.zeros_like(end_key) if window is None else jnp.maximum(first_position - window + 1, 0)
+    first_chunk = first_key // CHUNK
+    num_chunks = jnp.where(is_tile, -(-end_key // CHUNK) - first_chunk, 0)
+
+    room = shape.num_items - tile.shape[0]
+    part = jnp.maximum(LEAST_PART // CHUNK, -(-jnp.sum(num_chunks) // max(room, 1)))  # in chunks
+    part = jnp.maximum(part, -(-num_chunks // shape.max_parts))
+    parts_of = -(-num_chunks // part)
+    item_ends = jnp.cumsum(parts_of)
+    item = jnp.arange(shape.num_items)
+    own = jnp.minimum(jnp.searchsorted(item_ends, item, side="right", method="compare_all"), tile.shape[0] - 1)
+    begin = (first_chunk[own] + (item - (item_ends - parts_of)[own]) * part[own]) * CHUNK
+    end = jnp.minimum(begin + part[own] * CHUNK, end_key[own])
+    is_item = item < item_ends[-1]
+    columns = (sequence[own], first_row[own], num_tokens[own], first_position[own], begin, end, item)
+    items = jnp.stack([*columns, jnp.zeros_like(item)], axis=1)
+    order = jnp.argsort(jnp.where(is_item, begin - end, 1))
+    owner = jnp.minimum(token_sequences, shape.num_sequences - 1)
+    in_range = jnp.arange(shape.num_tokens) - starts[owner]
+    tile_of = jnp.clip((tile_ends - tiles_of)[owner] + in_range // tokens, 0, tile.shape[0] - 1)
+    is_real = token_sequences < shape.num_sequences
+    return Work(
+        items[order].astype(jnp.int32),
+        item_ends[-1:].astype(jnp.int32),
+        (item_ends - parts_of)[tile_of].astype(jnp.int32),
+        jnp.where(is_real, parts_of[tile_of], 0).astype(jnp.int32),
+        num_tokens[tile_of].astype(jnp.int32),
+        (in_range % tokens).astype(jnp.int32),
+    )
