@@ -15,9 +15,11 @@ from gpu_cases import FP8, Ranges, Shape, attention_case, options_of
 from gpu_jobs import Report, Skipped
 from gpu_timing import Ceilings, Chain, compiled_as_steps, time_calls
 from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.models.gpu_attention import GpuAttention, check_device
 from jax_engine.models.kv_pages import KVPages, SequenceTable
-from jax_engine.models.ops import ATTENTION_BACKENDS, select_ops
-from jax_engine.pallas_kernels import reference
+from jax_engine.models.ops import select_ops
+from jax_engine.models.partition import ONE_DEVICE
+from jax_engine.pallas_kernels import gpu, reference
 
 # Of results in a type: (norm of the difference over the norm of the specification's, largest difference over its
 # largest number). XLA may round float32 factors to TF32 on a GPU.
@@ -42,13 +44,33 @@ def _everything(_: Shape) -> str | None:
     return None
 
 
-KERNELS = {"xla": Kernel("xla", lambda: xla.ragged_paged_attention, _everything)}
+def _our_kernel() -> Attention:
+    return GpuAttention.of("pallas_gpu", ONE_DEVICE)
+
+
+def _why_not_our_kernel(shape: Shape) -> str | None:
+    try:
+        check_device("pallas_gpu", platform=jax.default_backend(), partition=ONE_DEVICE, deterministic=False)
+    except ValueError as error:
+        return str(error)
+    return gpu.why_not_pages(page_size=shape.page_size, head_dim=shape.head_dim) or gpu.why_not(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        stored=shape.stored_dtype,
+    )
+
+
+KERNELS = {
+    "pallas_gpu": Kernel("pallas_gpu", _our_kernel, _why_not_our_kernel),
+    "xla": Kernel("xla", lambda: xla.ragged_paged_attention, _everything),
+}
 
 
 def backends(platform: str) -> list[str]:
     """What there is to check and time on a platform, the one made for it first."""
-    own = [name for name in ("pallas_gpu",) if name in ATTENTION_BACKENDS and platform == "gpu"]
-    return [*own, "xla"]
+    return ["pallas_gpu", "xla"] if platform == "gpu" else ["xla"]
 
 
 def measure(

@@ -105,18 +105,8 @@ class GpuAttention:
         kv_heads //= self.partition.num_parts("kv_heads")
         types = {"dtype": str(dtype), "stored": str(cache.data.dtype)}
         self._refuse(gpu.why_not(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **types))
-        work = [
-            gpu.step_work(
-                sequences.query_starts,
-                sequences.token_sequences,
-                sequences.positions,
-                num_heads=heads,
-                num_kv_heads=kv_heads,
-                window=window or None,
-                multiprocessors=self.multiprocessors,
-            )
-            for window in windows
-        ]
+        rows = sequences.query_starts, sequences.token_sequences, sequences.positions
+        work = [self._work(*rows, heads=(heads, kv_heads), window=window or None) for window in windows]
         return replace(sequences, work=jax.tree.map(lambda *groups: jnp.stack(groups), *work))
 
     def __call__(
@@ -134,10 +124,18 @@ class GpuAttention:
         *,
         layer: int | Int[Array, ""],
         scale: float,
-        work: gpu.Work,
+        work: gpu.Work | None = None,
         window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: Float[Array, " N"] | None = None,
+        kv_scales: Float[Array, "L 2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
-        """Write, then attend; `work` is of `prepare`. Specified by `pallas_kernels.reference`."""
+        """Write, then attend. Specified by `pallas_kernels.reference`; `work` is of `prepare`, or built here."""
+        if work is None:
+            heads = queries.shape[1], keys.shape[1]
+            work = self._work(query_starts, token_sequences, positions, heads=heads, window=window)
+        if kv_scales is not None:
+            keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
         out = gpu.attend(
             queries,
@@ -147,10 +145,25 @@ class GpuAttention:
             layer=layer,
             scale=scale,
             window=window,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            kv_scales=kv_scales,
             multiprocessors=self.multiprocessors,
             interpret=gpu.interpreter() if self.interpret else None,
         )
         return out, pages
+
+    def _work(
+        self,
+        query_starts: Int[Array, " boundaries"],
+        token_sequences: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        *,
+        heads: tuple[int, int],
+        window: int | None,
+    ) -> gpu.Work:
+        sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "multiprocessors": self.multiprocessors}
+        return gpu.step_work(query_starts, token_sequences, positions, window=window, **sizes)
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None:

@@ -25,9 +25,10 @@ from jaxtyping import Array
 from ragged_cases import build_ragged_case
 
 from jax_engine.cuda_fallback.paged_attention import write_pages
+from jax_engine.models.gpu_attention import GpuAttention
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
-from jax_engine.models.partition import Partition
+from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.pallas_kernels import gpu, reference
 from jax_engine.pallas_kernels.gpu.work_list import (
     CHUNK,
@@ -276,6 +277,17 @@ def traced(heads: tuple[int, int] = (4, 2), head_dim: int = 64, page_size: int =
 def test_an_engine_prepares_a_work_list_for_each_cache_group():
     out, cache = traced()
     assert (out.shape, cache.data.shape) == ((10, 4, 64), (2, 8, 2, 2, 16, 64))
+
+
+def test_it_follows_the_calling_convention_without_a_work_list_too():
+    case = case_of([(1, 20), (9, 3)], stored="float8_e4m3fn")
+    kernel = GpuAttention.of("pallas_gpu_interpret", ONE_DEVICE)
+    options = {"layer": LAYER, "scale": SCALE, "window": 24, "soft_cap": 5.0, "sinks": jnp.zeros(4)}
+    found, specified = (
+        jax.eval_shape(lambda case, of=attention: of(**case, **options), case)
+        for attention in (kernel, reference.ragged_paged_attention)
+    )
+    assert found == specified
 
 
 def test_a_cache_with_more_rows_than_copies_can_name_is_refused():
