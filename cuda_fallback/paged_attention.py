@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jax_engine.cuda_fallback.chunk_products import chunk_scores, weighted_values
 from jax_engine.cuda_fallback.decode_items import Items, Softmaxes, attend_items, items_a_trip, merge_items
-from jax_engine.cuda_fallback.searching import rows_of
+from jax_engine.cuda_fallback.searching import cut_ranges, rows_of
+from jax_engine.cuda_fallback.whole_prompts import Implementation, attend_whole, begins_here, check_cudnn
 
 
 class Stripe(NamedTuple):
@@ -94,17 +95,30 @@ def ragged_paged_attention(
     sinks: Float[Array, " N"] | None = None,
     kv_scales: Float[Array, "L 2 K"] | None = None,
     sizes: Sizes = CPU_SIZES,
+    whole_prompts: Implementation | None = None,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
-    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32."""
+    """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32.
+
+    With `whole_prompts`, ranges of several tokens that begin their sequence are left to that dense attention.
+
+    Raises:
+        ValueError: cuDNN's has no place for these types or options.
+    """
+    if whole_prompts == "cudnn":
+        check_cudnn(queries.shape[2], queries.dtype, pages.dtype, soft_cap=soft_cap, has_sinks=sinks is not None)
+    prompts = None if whole_prompts is None else begins_here(query_starts, kv_lengths, num_decodes)
+    fresh = queries, keys, values
     heads_a_group = queries.shape[1] // keys.shape[1]
     if kv_scales is not None:
         keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
     pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
     groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, ALL_PAGES, sizes)
-    out = _attend_all(groups, query_starts, num_decodes, partial(_whole, dtype=queries.dtype))
+    out = _attend_all(groups, query_starts, num_decodes, partial(_whole, dtype=queries.dtype), elsewhere=prompts)
     if kv_scales is not None:
         out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
+    if prompts is not None and whole_prompts is not None:
+        out = attend_whole(out, *fresh, query_starts, prompts, scale=scale, window=window, implementation=whole_prompts)
     return out, pages
 
 
@@ -150,9 +164,14 @@ def _side_by_side_parts(maximum: Array, total: Array, values: Array) -> Array:
 
 
 def _attend_all(
-    groups: "_Groups", query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], finish: _Finish
+    groups: "_Groups",
+    query_starts: Int[Array, " boundaries"],
+    num_decodes: Int[Array, ""],
+    finish: _Finish,
+    *,
+    elsewhere: Bool[Array, " B"] | None = None,
 ) -> Float[Array, "T N W"]:
-    """Decode rows first, then longer ranges, a group of tiles at a time."""
+    """Decode rows first, then longer ranges, a group of tiles at a time, without those that are seen to `elsewhere`."""
     num_tokens, tiles = groups.queries.shape[0], groups.sizes.tiles
     if groups.sizes.decode_rows is None:
         out = _attend_by_items(groups, num_decodes, finish)
@@ -162,7 +181,9 @@ def _attend_all(
         return out
 
     rows = min(tiles.rows, num_tokens)
-    tile_sequences, tile_starts, num_tiles = _cut_ranges(query_starts, num_decodes, rows, num_tokens)
+    cut = jnp.arange(query_starts.shape[0] - 1) >= num_decodes
+    cut = cut if elsewhere is None else cut & ~elsewhere
+    tile_sequences, tile_starts, num_tiles = cut_ranges(query_starts, cut, rows, num_tokens)
 
     def longer(group: Int[Array, ""], out: Float[Array, "T N W"]) -> Float[Array, "T N W"]:
         tile = group * tiles.at_once + jnp.arange(tiles.at_once)
@@ -259,20 +280,6 @@ def write_pages(
         new = jnp.clip(new.astype(jnp.float32), float(limits.min), float(limits.max))
     new = new.astype(pages.dtype)
     return pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
-
-
-def _cut_ranges(
-    query_starts: Int[Array, " boundaries"], num_decodes: Int[Array, ""], rows: int, num_tokens: int
-) -> tuple[Int[Array, " W"], Int[Array, " W"], Int[Array, ""]]:
-    """Cut every range past the decodes into tiles: (sequence, first token row) of each, and how many are real."""
-    num_sequences = query_starts.shape[0] - 1
-    lengths = query_starts[1:] - query_starts[:-1]
-    tiles = jnp.where(jnp.arange(num_sequences) >= num_decodes, (lengths + rows - 1) // rows, 0)
-    ends = jnp.cumsum(tiles)
-    work = jnp.arange(num_tokens // rows + min(num_sequences, num_tokens))
-    sequences = jnp.minimum(rows_of(work, ends), num_sequences - 1)
-    starts = query_starts[sequences] + (work - (ends - tiles)[sequences]) * rows
-    return sequences, starts.astype(jnp.int32), ends[-1]
 
 
 class _Groups:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
+from jax_engine.cuda_fallback.whole_prompts import check_cudnn_allowed
 from jax_engine.models.dense_attention import dense_attention
 from jax_engine.models.divided_attention import DividedAttention, Kernel
 from jax_engine.models.kv_pages import (
@@ -41,6 +42,7 @@ ATTENTION_BACKENDS = (
     "pallas_tpu_interpret",
     "pallas_gpu",
     "pallas_gpu_interpret",
+    "cudnn",
     "xla",
     "reference",
 )
@@ -185,6 +187,9 @@ def select_ops(
             f"attention_backend='pallas_tpu' needs a TPU and this machine's platform is {platform!r}; use auto or xla "
             "(for tests of the kernel itself, pallas_tpu_interpret)"
         )
+    if backend == "cudnn":
+        check_cudnn_allowed(platform, deterministic=deterministic)
+        reason += ": whole prompts by cuDNN, decodes and what follows cached tokens by XLA"
     if backend == "pallas_tpu_interpret":
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "pallas_gpu_interpret":
@@ -193,10 +198,12 @@ def select_ops(
     if backend == "reference":
         reason += ": the float32 specification, slow"
     experts = _select_experts(platform, partition, deterministic=deterministic)
-    if backend in ("xla", "reference"):
+    if backend in ("cudnn", "xla", "reference"):
         kernel: Kernel = reference.ragged_paged_attention
-        if backend == "xla":
+        if backend != "reference":
             kernel = partial(xla.ragged_paged_attention, sizes=xla.sizes_for(platform, deterministic=deterministic))
+        if backend == "cudnn":
+            kernel = partial(kernel, whole_prompts="cudnn")
         ops = Ops(_PagedAttention(kernel, partition), backend, experts, partition=partition)
     elif backend.startswith("pallas_gpu"):
         ops = _gpu_ops(backend, partition, experts, platform=platform, deterministic=deterministic)

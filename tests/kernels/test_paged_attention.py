@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.models.kv_pages import SequenceTable
+from jax_engine.models.ops import select_ops
 from jax_engine.pallas_kernels import reference
 
 # A GPU's way, in amounts of which a test's lists need several trips, and in its own.
@@ -136,6 +137,51 @@ def test_bfloat16_stays_near_float32(ragged_case, sizes):
     expected, _ = reference.ragged_paged_attention(**case, layer=0, scale=0.25)
     out, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25, sizes=sizes)
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
+
+
+WHOLE = [(1, 33), (64, 0), (1, 0), (5, 130), (17, 0), (2, 0), (2, 1), (3, 0)]
+
+
+@pytest.mark.parametrize(("ranges", "window"), [(WHOLE, None), (WHOLE, 24), ([(560, 0), (30, 0), (9, 9)], None)])
+def test_whole_prompts_by_dense_attention(ragged_case, ranges, window):
+    """Those alone that begin their sequence, in steps of one length of theirs and of two."""
+    case = ragged_case(ranges, seed=9)
+    compare(partial(xla.ragged_paged_attention, whole_prompts="xla"), case, window=window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("ranges", "window"), [(WHOLE, None), (WHOLE, 24), ([(560, 0), (30, 0), (9, 9)], None)])
+def test_whole_prompts_by_cudnn(ragged_case, ranges, window, head_dim):
+    case = ragged_case(ranges, seed=9, dtype=jnp.bfloat16, head_dim=head_dim)
+    expected, _ = compiled(reference.ragged_paged_attention, window)(**case)
+    cudnn = partial(xla.ragged_paged_attention, sizes=xla.GPU_SIZES, whole_prompts="cudnn")
+    out, _ = compiled(cudnn, window)(**case)
+    np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {}, "takes bfloat16 and float16, not float32"),
+        ({"dtype": jnp.bfloat16, "head_dim": 20}, {}, "takes a head_dim that is a multiple of 8, 256 at most, not 20"),
+        ({"dtype": jnp.bfloat16}, {"soft_cap": 3.0}, "has no soft cap and no sinks; use attention_backend='xla'"),
+    ],
+)
+def test_what_cudnn_does_not_take_is_refused(ragged_case, changes, options, message):
+    with pytest.raises(ValueError, match=f"attention_backend='cudnn' {message}"):
+        xla.ragged_paged_attention(
+            **ragged_case([(3, 0)], seed=0, **changes), **options, layer=0, scale=1.0, whole_prompts="cudnn"
+        )
+
+
+def test_cudnn_is_chosen_on_a_gpu_alone_and_not_with_fixed_orders():
+    ops, reason = select_ops("cudnn", platform="gpu")
+    assert ops.attention_name == "cudnn" and "whole prompts by cuDNN" in reason
+    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU and this machine's platform is 'cpu'"):
+        select_ops("cudnn", platform="cpu")
+    with pytest.raises(ValueError, match=r"deterministic=True promises the same numbers"):
+        select_ops("cudnn", platform="gpu", deterministic=True)
 
 
 def test_specification_matches_dense_attention(ragged_case):
