@@ -133,8 +133,8 @@ def place(model: ModelConfig, mesh: Mesh | None, strategy: Strategy = STRATEGIES
         Partition(mesh, tuple((logical, tuple(mesh_axes)) for logical, mesh_axes in table.items()))
         for table in (strategy.weights, strategy.all_activations)
     )
-    for partition in (weights, activations):
-        _check_experts(model, partition, strategy)
+    for partition, gathered in ((weights, strategy.gathers), (activations, ())):
+        _check_experts(model, partition, strategy, takes_rows_whole="embed" not in gathered)
     activations = replace(activations, owned_pages=strategy.page_rule == "owned")
     heads, kv_heads = map(activations.mesh_axes, ("heads", "kv_heads"))
     if heads != kv_heads:
@@ -168,14 +168,14 @@ def _check_size(logical: str, mesh_axes: Sequence[str], model: ModelConfig, mesh
         )
 
 
-def _check_experts(model: ModelConfig, partition: Partition, strategy: Strategy) -> None:
+def _check_experts(model: ModelConfig, partition: Partition, strategy: Strategy, *, takes_rows_whole: bool) -> None:
     """ValueError where experts, or the width of each, are uneven, or what goes into them is split."""
     if model.experts is None or partition.mesh is None:
         return
-    if partition.mesh_axes("embed"):
+    if takes_rows_whole and partition.mesh_axes("embed"):
         raise ValueError(
             f"sharding strategy {strategy.name!r} splits embed, and experts, as {model.architecture} has them, take "
-            "rows whole; use expert, tensor or tensor_sequence"
+            "rows whole; use expert, tensor, tensor_sequence or fully_sharded"
         )
     sizes = {"num_experts": model.experts.num_experts, "moe_intermediate_size": model.experts.moe_intermediate_size}
     for (name, size), mesh_axes in zip(sizes.items(), partition.axes_of(("experts", "mlp")), strict=True):

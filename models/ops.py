@@ -341,13 +341,24 @@ class _PagedAttention:
         return out, KVPages(data)
 
 
+def expert_axes(partition: Partition, num_rows: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that experts are divided over, the width of each, and of a step's rows those that their devices
+    divide and that are left.
+    """
+    over_experts, over_mlp = partition.axes_of(("experts", "mlp"))
+    (over_rows,) = partition.axes_of(("block_tokens",))
+    over_rows = tuple(axis for axis in over_rows if axis not in (*over_experts, *over_mlp))
+    return over_experts, over_mlp, over_rows if num_rows % partition.size_of(over_rows) == 0 else ()
+
+
 @dataclass(frozen=True)
 class MixtureOfExperts:
     """The op of a mixture's experts, with its name and why it was chosen; on one device or on a mesh.
 
-    There, each device puts all rows through the experts that it holds, or its part of each, and what they make is added
-    up over the devices: an all-reduce of [T, D], as after a feed-forward that is split, for which rows stay where the
-    rest of the layer has them.
+    There, each device puts all rows that it has through the experts that it holds, or its part of each, and what they
+    make is added up over the devices: an all-reduce of [T, D], as after a feed-forward that is split, for which rows
+    stay where the rest of the layer has them. Where experts are whole on every device, each has its part of the rows,
+    and nothing is added up.
     """
 
     kernel: Callable[..., Array]
@@ -369,15 +380,16 @@ class MixtureOfExperts:
             return self.kernel(*arrays, layer=layer, activation=activation).astype(x.dtype)
 
         *arrays, layer = weights
-        split = self._split(run)
+        split = self._split(run, x.shape[0])
         with jax.named_scope(EXPERTS_SCOPE):
             return split(jnp.asarray(layer, jnp.int32), x, chosen, shares, *arrays)
 
-    def _split(self, run: Callable[..., Array]) -> Callable[..., Array]:
+    def _split(self, run: Callable[..., Array], num_rows: int) -> Callable[..., Array]:
         """`run` on the devices of the mesh, each with the experts that it holds."""
         if self.partition.mesh is None:
             return run
-        over_experts, over_mlp = self.partition.axes_of(("experts", "mlp"))
+        over_experts, over_mlp, over_rows = expert_axes(self.partition, num_rows)
+        rows = P(over_rows)
         inner, outer = P(None, over_experts, None, over_mlp), P(None, over_experts, over_mlp)
 
         def part(layer: Array, x: Array, chosen: Array, shares: Array, gate: Array, *others: Array) -> Array:
@@ -388,7 +400,7 @@ class MixtureOfExperts:
             part,
             mesh=self.partition.current_mesh,
             axis_names=self.partition.free_axes,
-            in_specs=(P(), P(), P(), P(), inner, inner, outer),
-            out_specs=P(),
+            in_specs=(P(), rows, rows, rows, inner, inner, outer),
+            out_specs=rows,
             check_vma=False,  # loops over as many rows as a device happens to have
         )

@@ -32,10 +32,9 @@ class Partition:
         taken = {axis for entry in self.axes_of(logical_axes) for axis in entry}
         return prod(int(self.mesh.shape[axis]) for axis in taken)
 
-    def parts_of(self, logical_axes: Sequence[str | None]) -> list[int]:
-        """Into how many parts each dimension of an array with these axes is cut."""
-        shape = {} if self.mesh is None else self.mesh.shape
-        return [prod(int(shape[axis]) for axis in entry) for entry in self.axes_of(logical_axes)]
+    def size_of(self, mesh_axes: Sequence[str]) -> int:
+        """Devices along these axes of the mesh, together."""
+        return 1 if self.mesh is None else prod(int(self.mesh.shape[axis]) for axis in mesh_axes)
 
     def spec(self, logical_axes: Sequence[str | None]) -> PartitionSpec:
         """The partition of an array with these axes; without axes, a copy on every device."""

@@ -199,7 +199,7 @@ class _Answer:
         if self.question.target.has_stand_in:
             costs = self._as_on_a_gpu(costs, compiled.rows)
         of_model = blueprint.placed, blueprint.model, load
-        added = attention_work(*of_model) + expert_work(*of_model)
+        added = attention_work(*of_model) + expert_work(*of_model, num_rows=compiled.rows)
         counts: dict[str, float] = {}
         for one, count in costs.collectives.items():
             counts[one.opcode] = counts.get(one.opcode, 0) + count

@@ -7,6 +7,7 @@ at the same time, so the slower of them counts; exchanges wait for the one and h
 from dataclasses import dataclass
 
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.ops import expert_axes
 from jax_engine.placed_model import PlacedModel
 from jax_engine.plan.chips import HOP_SECONDS, Chip
 from jax_engine.plan.hlo_costs import Costs
@@ -78,22 +79,25 @@ def attention_work(placed: PlacedModel, model: ModelConfig, load: Load) -> Work:
     return Work(flops, token_bytes * load.num_sequences * (held + load.new_tokens * layout.num_groups))
 
 
-def expert_work(placed: PlacedModel, model: ModelConfig, load: Load) -> Work:
-    """Three products of each row with the experts that it chooses, whose weights are read once a step.
+def expert_work(placed: PlacedModel, model: ModelConfig, load: Load, *, num_rows: int) -> Work:
+    """Three products of each row with the experts that it chooses, whose weights are read once a step of a program of
+    `num_rows`.
 
     If all choices are as likely, and rows choose apart, an expert of E, of which T rows choose k each, is chosen by any
-    with a chance of 1 - (1 - k / E)^T. All rows come to every device, which puts those that chose its experts through
-    its part of them; a row goes in and comes out once for each choice. Nothing of a model without experts.
+    with a chance of 1 - (1 - k / E)^T. A device puts those of its rows (all, or where experts are whole its part of
+    them) that chose its experts through its part of them; a row goes in and comes out once for each choice. Nothing of
+    a model without experts.
     """
     experts = model.experts
     if experts is None:
         return Work(0.0, 0.0)
     partition, itemsize = placed.placement.activations, placed.geometry.dtype.itemsize
-    parts, width_parts = partition.parts_of(("experts", "mlp"))
+    parts, width_parts, row_parts = map(partition.size_of, expert_axes(partition, num_rows))
     layers = sum(map(experts.are_in, range(model.num_hidden_layers))) / placed.geometry.num_stages
     width = experts.moe_intermediate_size / width_parts
-    choices = load.num_tokens * experts.num_experts_per_tok / parts
-    chance = 1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** load.num_tokens
+    rows = load.num_tokens / row_parts
+    choices = rows * experts.num_experts_per_tok / parts
+    chance = 1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** rows
     chosen = experts.num_experts / parts * chance
     one = 3.0 * model.hidden_size * width  # weights of an expert
     moved = chosen * one + 2 * choices * model.hidden_size

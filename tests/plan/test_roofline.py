@@ -78,15 +78,15 @@ def test_rows_meet_the_experts_that_they_choose_and_read_each_that_any_chooses()
     """Of eight experts of three matrices [32, 16], each row chooses three; one row reads three, many read all."""
     placed, model = placed_model(hf=TINY_MIXTURE), ModelConfig.from_hf(TINY_MIXTURE)
     layers, matrices, row = 2, 3 * 32 * 16, 2 * 32
-    one = expert_work(placed, model, Load(1, 1, 99))
+    one = expert_work(placed, model, Load(1, 1, 99), num_rows=1)
     assert one.flops == layers * 3 * 2 * matrices
     assert one.num_bytes == pytest.approx(layers * 4 * (3 * matrices + 3 * row))
-    two = expert_work(placed, model, Load(2, 1, 99))
+    two = expert_work(placed, model, Load(2, 1, 99), num_rows=2)
     assert two.num_bytes == pytest.approx(layers * 4 * (8 * (1 - (5 / 8) ** 2) * matrices + 6 * row))
-    many = expert_work(placed, model, Load(1, 1000, 0))
+    many = expert_work(placed, model, Load(1, 1000, 0), num_rows=1000)
     assert many.flops == 1000 * one.flops
     assert many.num_bytes == pytest.approx(layers * 4 * (8 * matrices + 3000 * row))
-    assert expert_work(placed_model(), ModelConfig.from_hf(TINY), Load(1, 1, 99)) == NOTHING
+    assert expert_work(placed_model(), ModelConfig.from_hf(TINY), Load(1, 1, 99), num_rows=1) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,13 @@ def test_rows_meet_the_experts_that_they_choose_and_read_each_that_any_chooses()
         ("expert", {"expert": 4}, 4, 4),  # two experts a device, and the rows that chose them
         ("tensor", {"tensor": 4}, 4, 1),  # a quarter of each expert, and all rows
         ("expert", {"expert": 2, "tensor": 4}, 8, 2),
+        ("fully_sharded", {"tensor": 4}, 1, 4),  # all experts, for a quarter of the rows
     ],
 )
-def test_devices_share_experts_or_their_width(strategy: str, sizes: dict[str, int], matrices: int, rows: int):
+def test_devices_share_experts_or_their_width_or_rows(strategy: str, sizes: dict[str, int], matrices: int, rows: int):
     hf, load = TINY_MIXTURE | {"num_attention_heads": 8}, Load(1000, 1, 0)
-    work = expert_work(on_a_mesh(hf, strategy, **sizes), ModelConfig.from_hf(hf), load)
-    assert work.flops == 2 * 1000 * 3 * 2 * 3 * 32 * 16 / matrices
+    work = expert_work(on_a_mesh(hf, strategy, **sizes), ModelConfig.from_hf(hf), load, num_rows=1000)
+    assert work.flops == 2 * 1000 * 3 * 2 * 3 * 32 * 16 / max(matrices, rows)
     assert work.num_bytes == pytest.approx(2 * 4 * (8 * 3 * 32 * 16 / matrices + 3000 * 2 * 32 / rows))
 
 

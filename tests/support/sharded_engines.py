@@ -97,6 +97,10 @@ CASES = (
     Case("tensor 8", tensor(8)),
     Case("tensor 4, uneven heads and vocabulary, tied", tensor(4), "uneven"),
     Case("expert 8", tensor(8, enable_expert_parallel=True), "mixture"),
+    Case("fully_sharded 8, mixture", by("fully_sharded", 8), "mixture", is_slow=True),
+    Case(
+        "context 2 of tensor 2, mixture", by("context", 4, mesh_shape={"data": 2, "tensor": 2}), "mixture", is_slow=True
+    ),
     Case(
         "expert 2, tensor 2, stage 2",
         by("expert", 4, pipeline_parallel_size=2, mesh_shape={"stage": 2, "expert": 2, "tensor": 2}),
