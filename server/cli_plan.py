@@ -25,9 +25,9 @@ examples:
   jax-engine plan llama-3-8b --devices v5e-4,v6e-4,h200-1 --json
 
 MODEL is a folder with a config.json, a Hugging Face name, or a built-in configuration: llama-3-8b, llama-3-70b,
-qwen3-32b, qwen3-235b-a22b. Nothing else of the model is read, and no accelerator is needed: the real compilers make the
-step programs, for TPUs (pip install "jax-engine[tpu]") and for GPUs ("jax-engine[cuda]"; without it, figures are by
-arithmetic, and say so).
+llama-3.2-1b, qwen3-0.6b, qwen3-32b, qwen3-235b-a22b. Nothing else of the model is read, and no accelerator is needed:
+the real compilers make the step programs, for TPUs (pip install "jax-engine[tpu]") and for GPUs ("jax-engine[cuda]";
+without it, figures are by arithmetic, and say so).
 
 --max-num-seqs sequences of --max-model-len tokens must fit at once; left out, one sequence of the model's own length.
 Exit code: 0 it fits (of several plans, one does), 1 it does not, 2 for a mistake.
