@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-# Sums in one reduction: of rows, as many query heads as share a key; of columns, as XLA has shared memory for.
-MAX_SCORE_SUMS, MAX_VALUE_SUMS = 8, 2
+# Scores of so many query heads are one reduction. Of weighted values, XLA has shared memory for two; where a head is
+# shared by more than twice as many, reading it for each two takes longer than gathering it for a dot product.
+MAX_SCORE_SUMS, MAX_VALUE_SUMS, MAX_VALUE_HEADS = 8, 2, 4
 MIN_ITEMS, MAX_ITEMS = 16, 256  # in a trip
 ITEMS_A_SEQUENCE = 4
 
@@ -53,14 +54,12 @@ def attend_items(
     num_kv_heads = pages.shape[3]
     heads = jnp.arange(num_kv_heads)[:, None]
 
-    def cached(plane: int) -> Float[Array, "W K J H"]:
+    def cached(plane: int) -> Num[Array, "W K J H"]:
         found = pages.at[layer, items.pages[:, None], plane, heads, items.slots]
-        return found.get(mode="promise_in_bounds", wrap_negative_indices=False).astype(jnp.float32)
+        return found.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    grouped = queries.astype(jnp.float32).reshape(num_items, num_kv_heads, -1, 1, head_dim)
-    keys, group = cached(0), range(grouped.shape[2])
-    products = [keys * grouped[:, :, head] for head in group]
-    scores = jnp.stack(_sums(products, axis=3, at_once=MAX_SCORE_SUMS), axis=2)  # [W, K, G, J]
+    grouped = queries.reshape(num_items, num_kv_heads, -1, head_dim)
+    scores = _scores(grouped, cached(0))
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     seen = items.seen[:, None, None]
@@ -69,8 +68,7 @@ def attend_items(
     weights = jnp.where(seen, jnp.exp(scores - maximum[..., None]), 0)
     # Tokens that are not seen may hold anything, NaN included: a zero weight must not multiply them.
     values = jnp.where(items.seen[:, None, :, None], cached(1), 0)
-    products = [values * weights[:, :, head, :, None] for head in group]
-    sums = jnp.stack(_sums(products, axis=2, at_once=MAX_VALUE_SUMS), axis=2)  # [W, K, G, H]
+    sums = _weighted_values(weights, values, queries.dtype)
     return Softmaxes(
         maximum.reshape(num_items, num_heads),
         jnp.sum(weights, axis=-1).reshape(num_items, num_heads),
@@ -78,17 +76,43 @@ def attend_items(
     )
 
 
-def _sums(terms: Sequence[Array], *, axis: int, at_once: int) -> list[Array]:
-    """The sums of arrays of one shape over an axis, so many in one reduction."""
+def _scores(queries: Float[Array, "W K G H"], keys: Num[Array, "W K J H"]) -> Float[Array, "W K G J"]:
+    """Products of each query with its item's keys, in float32."""
+    heads = range(queries.shape[2])
+    if len(heads) > MAX_SCORE_SUMS:
+        return jnp.einsum("wkgh,wkjh->wkgj", queries, keys.astype(queries.dtype), preferred_element_type=jnp.float32)
+    wide, keys = queries.astype(jnp.float32)[:, :, :, None], keys.astype(jnp.float32)
+    return jnp.stack(_sums([keys * wide[:, :, head] for head in heads], axis=3), axis=2)
+
+
+def _weighted_values(
+    weights: Float[Array, "W K G J"], values: Num[Array, "W K J H"], dtype: jnp.dtype
+) -> Float[Array, "W K G H"]:
+    """The items' values, weighted and summed, in float32; as a dot product, of factors in `dtype`."""
+    count = weights.shape[2]
+    if count > MAX_VALUE_HEADS:
+        factors = weights.astype(dtype), values.astype(dtype)
+        return jnp.einsum("wkgj,wkjh->wkgh", *factors, preferred_element_type=jnp.float32)
+    values = values.astype(jnp.float32)
+    found: list[Array] = []
+    for first in range(0, count - count % MAX_VALUE_SUMS, MAX_VALUE_SUMS):
+        some = range(first, first + MAX_VALUE_SUMS)
+        found += _sums([values * weights[:, :, head, :, None] for head in some], axis=2)
+    if count % MAX_VALUE_SUMS:
+        # One sum alone XLA would make a dot product of, and lay the values out anew for it.
+        halves = jnp.split(values * weights[:, :, -1, :, None], 2, axis=2)
+        left, right = _sums(halves, axis=2)
+        found.append(left + right)
+    return jnp.stack(found, axis=2)
+
+
+def _sums(terms: Sequence[Array], *, axis: int) -> list[Array]:
+    """The sums of arrays of one shape over an axis, in one reduction."""
 
     def add(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(a + b for a, b in zip(left, right, strict=True))
 
-    found: list[Array] = []
-    for first in range(0, len(terms), at_once):
-        some = tuple(terms[first : first + at_once])
-        found += lax.reduce(some, (jnp.float32(0),) * len(some), add, (axis,))
-    return found
+    return list(lax.reduce(tuple(terms), (jnp.float32(0),) * len(terms), add, (axis,)))
 
 
 def merge_items(running: Softmaxes, fresh: Softmaxes, items: Items, num_rows: int) -> Softmaxes:

@@ -95,10 +95,10 @@ def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_s
     compare(xla.ragged_paged_attention, case, window=None)
 
 
-@pytest.mark.parametrize(("num_heads", "page_size"), [(3, 64), (20, 256)])
+@pytest.mark.parametrize(("num_heads", "page_size"), [(1, 16), (3, 64), (6, 64), (9, 256)])
 def test_a_gpus_sizes(ragged_case, num_heads, page_size):
-    """More query heads than one reduction sums, an odd number of them, and a page that is a whole item."""
-    ranges = [(1, 40), (30, 9), (1, 2000), (300, 300)]
+    """Query heads of one key, few and odd, and more than one reduction sums; and a page that is a whole item."""
+    ranges = [(1, 40), (30, 9), (1, 700), (1, 0)]
     case = ragged_case(ranges, seed=1, num_heads=num_heads, num_kv_heads=1, page_size=page_size)
     compare(partial(xla.ragged_paged_attention, sizes=xla.GPU_SIZES), case, window=None)
 
