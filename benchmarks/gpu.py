@@ -36,7 +36,7 @@ CHILD = "--run-one-job"
 LEAST_SECONDS = {"checks": 15, "kernels": 15, "engine": 40, "peers": 40}
 CASE_SECONDS = 60.0  # of a kernel, its compilation included; it hangs if it takes longer
 WORDS = {"measured": "", "passed": "pass", "failed": "FAIL", "skipped": "skipped"}
-NOTE_WIDTH = 100
+NOTE_WIDTH = 80
 FIXED = "transformers generate"  # the slower peer: its batches are fixed
 
 
@@ -54,8 +54,10 @@ def main() -> int:
             measure(results, options, Path(scratch))
         finally:
             results.save()
-    print(results.table())
+    table = results.table()
+    print(f"\n{table}")
     if options.output:
+        (Path(options.output) / "gpu.txt").write_text(table + "\n")
         print(f"every figure is in {Path(options.output) / 'gpu.json'}")
     return 1 if any(record.status == "failed" for record in runner.records) else 0
 
@@ -71,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         "--budget-seconds", type=float, default=BUDGET_SECONDS, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--jobs", help="only those whose names have one of these words in them", **several)
-    parser.add_argument("--output", metavar="DIR", help="for gpu.json, with every figure, and gpu.log")
+    parser.add_argument("--output", metavar="DIR", help="for gpu.json, with every figure, gpu.txt and gpu.log")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(2**31), help="of random data (default: new)")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a dry run of everything")
     return parser.parse_args()
@@ -116,7 +118,7 @@ class Results:
         counts = Counter(record.status for record in self.runner.records)
         said = ", ".join(f"{count} {status}" for status, count in counts.items())
         seconds = time.monotonic() - self._begin
-        return f"\n{format_table(header, rows)}\n{said}; {seconds:.0f} s, seed {self._about['seed']}"
+        return f"{format_table(header, rows)}\n{said}; {seconds:.0f} s, seed {self._about['seed']}"
 
 
 def passed_together(records: Sequence[Record]) -> Iterator[Record]:
@@ -129,7 +131,11 @@ def passed_together(records: Sequence[Record]) -> Iterator[Record]:
             yield record
     for name, some in passed.items():
         worst = max(some, key=lambda record: record.value or 0)
-        yield replace(worst, case=f"{name}: {len(some)} checks", note=f"the worst is {worst.case.partition(', ')[2]}")
+        yield replace(
+            worst,
+            case=f"{name}: {len(some)} check{'s' * (len(some) > 1)}",
+            note=f"the worst is {worst.case.partition(', ')[2]}",
+        )
 
 
 def row(record: Record) -> list[Any]:
@@ -151,12 +157,21 @@ def measure(results: Results, options: argparse.Namespace, scratch: Path) -> Non
     if not results.device:
         print("JAX has no working device, so nothing else is tried", file=sys.stderr)
         return
-    tiny = bool(results.device["tiny"])
-    for job in jobs(options, results.device, best_of(records), scratch):
-        if options.jobs and not any(word in job.name for word in options.jobs):
-            continue
-        results.runner.run(job, least_seconds=1 if tiny else LEAST_SECONDS[job.section])
-        results.save()
+    tiny, ceilings = bool(results.device["tiny"]), best_of(records)
+    backends: list[str] = options.backends or results.device["backends"]
+
+    def run(jobs: Sequence[Job]) -> list[Record]:
+        found = []
+        for job in jobs:
+            if not options.jobs or any(word in job.name for word in options.jobs):
+                found += results.runner.run(job, least_seconds=1 if tiny else LEAST_SECONDS[job.section])
+                results.save()
+        return found
+
+    checked = run(kernel_jobs(options, backends, ceilings, tiny=tiny))
+    wrong = {name for name in backends if any(r.status == "failed" and r.case.startswith(f"{name},") for r in checked)}
+    # One that is wrong is measured last, if at all.
+    run(engine_jobs(options, sorted(backends, key=lambda name: name in wrong), ceilings, scratch, tiny=tiny))
 
 
 def best_of(records: Sequence[Record]) -> dict[str, float | None]:
@@ -165,23 +180,31 @@ def best_of(records: Sequence[Record]) -> dict[str, float | None]:
     return {name: max((r.figures[name] for r in records if name in r.figures), default=None) for name in names}
 
 
-def jobs(
-    options: argparse.Namespace, device: Mapping[str, Any], ceilings: Mapping[str, float | None], scratch: Path
+def kernel_jobs(
+    options: argparse.Namespace, backends: Sequence[str], ceilings: Mapping[str, float | None], *, tiny: bool
 ) -> list[Job]:
-    """What is asked for, what tells most first."""
-    tiny = bool(device["tiny"])
-    backends: list[str] = options.backends or device["backends"]
+    """Checks and timings of each attention backend, and of what else there is."""
+    sections = [section for section in options.sections if section in ("checks", "kernels")]
+    if not sections:
+        return []
+    given = {"seed": options.seed, "tiny": tiny, "sections": sections, "ceilings": ceilings}
+    attention = [
+        Job(f"attention by {name}", sections[0], "gpu_attention:measure", {**given, "backend": name}, 110, CASE_SECONDS)
+        for name in backends
+    ]
+    return [*attention, Job("other operations", sections[0], "gpu_ops:measure", given, 70, CASE_SECONDS)]
+
+
+def engine_jobs(
+    options: argparse.Namespace,
+    backends: Sequence[str],
+    ceilings: Mapping[str, float | None],
+    scratch: Path,
+    *,
+    tiny: bool,
+) -> list[Job]:
+    """Engines, their starts and their peers, what tells most first."""
     common = {"seed": options.seed, "tiny": tiny}
-    kernels = [section for section in options.sections if section in ("checks", "kernels")]
-    found: list[Job] = []
-    if kernels:
-        given = {**common, "sections": kernels, "ceilings": ceilings}
-        for backend in backends:
-            arguments = {**given, "backend": backend}
-            found.append(
-                Job(f"attention by {backend}", kernels[0], "gpu_attention:measure", arguments, 110, CASE_SECONDS)
-            )
-        found.append(Job("other operations", kernels[0], "gpu_ops:measure", given, 70, CASE_SECONDS))
     models = sorted(options.models, key=MODELS.index, reverse=True)  # the largest tells most
     (largest, *others), (best, *rest) = models, backends
     folder = {"folder": str(scratch / "models")}
@@ -189,7 +212,7 @@ def jobs(
     def engine(model: str, backend: str) -> Job:
         own = {"model": model, "backend": backend, "cache": str(scratch / f"cache of {model} {backend}")}
         arguments = {**common, **folder, **own, "ceilings": ceilings}
-        return Job(f"engine, {model}, {backend}", "engine", "gpu_engine:measure", arguments, 150, resumes=False)
+        return Job(f"engine, {model}, {backend}", "engine", "gpu_engine:measure", arguments, 180, resumes=False)
 
     def start(model: str, kind: str) -> Job:
         own = {"model": model, "backend": best, "cache": str(scratch / "cache of starts"), "kind": kind, "tiny": tiny}
@@ -202,7 +225,7 @@ def jobs(
     has_engine = "engine" in options.sections
     peers = [name for name in options.peers if "peers" in options.sections]
     batching, fixed = [name for name in peers if name != FIXED], [name for name in peers if name == FIXED]
-    found += [engine(largest, best)] if has_engine else []
+    found = [engine(largest, best)] if has_engine else []
     found += [peer(largest, name) for name in batching]
     found += [start(models[-1], kind) for kind in ("cold", "warm")] if has_engine else []
     found += [engine(model, best) for model in others] if has_engine else []

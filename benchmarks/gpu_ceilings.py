@@ -23,7 +23,7 @@ def measure(report: Report, *, tiny: bool) -> None:
     tiny = tiny or platform != "gpu"
     figures = {"platform": platform, "tiny": tiny, "backends": backends(platform), "jax": jax.__version__}
     report.add("device", note=describe_device(tiny=tiny), figures=figures)
-    for name, run, num_bytes in streams(2**22 if tiny else 2**32):
+    for name, run, num_bytes in streams(2**22 if tiny else 2**31):
         with report.case(name):
             timing = time_calls(run)
             rate = num_bytes / timing.seconds

@@ -1,25 +1,19 @@
 """Operations beside paged attention: sampling, mixtures of experts, products of decode steps, cuDNN's attention."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 import sampling
 from gpu_jobs import Report, Skipped
+from gpu_ops_checks import EXPERTS, checks, draw_in, logits_shape, mixture
 from gpu_timing import Ceilings, compiled_as_steps, time_calls
-from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
-from jax_engine.pallas_kernels import reference
-from jax_engine.sampler import SamplingMode, SamplingRows, sample
+from jax_engine.sampler import SamplingMode
 
-EXPERTS = {"blocked": blocked_experts, "ragged_dot": ragged_experts}
-NORM_LIMIT = 1e-2  # of experts' results in bfloat16
-MOST_OFF = 0.02  # of tokens that may be no likelier than rounding makes them
-NUM_DRAWS = 2048  # of one distribution
 LEAST_BYTES = 2**30  # of weights in a timed program, so that no cache holds them
 PRODUCTS = {
     "4096 x 14336": (4096, 14336),  # of Llama-3-8B
@@ -57,17 +51,6 @@ def timed(run: Callable[[], Any], num_bytes: float | None, flops: float | None, 
         figures["flops_per_second"] = flops / timing.seconds
     shares = ceilings.shares(timing.seconds, num_bytes=num_bytes, flops=flops)
     return {"value": 1e6 * timing.seconds, "unit": "us", "figures": figures, **shares}
-
-
-@cache
-def draw_in(mode: SamplingMode) -> Callable[[Array, SamplingRows], Array]:
-    """The tokens drawn in a mode: one program a shape, whatever rows ask for."""
-    return compiled_as_steps(partial(sample, mode=mode))
-
-
-def logits_shape(*, tiny: bool) -> tuple[int, int]:
-    """Rows and vocabulary of what is drawn from."""
-    return (2048, 64) if tiny else (256, 128256)
 
 
 # A name, what makes the function to time, and the bytes and operations of one call at least.
@@ -116,25 +99,6 @@ def samplers(*, tiny: bool) -> Iterator[Timed]:
         yield f"sampling {rows} x {vocab_size}, {name}", make, 4.0 * rows * vocab_size, None
 
 
-def mixture(num_rows: int, *, tiny: bool, seed: int) -> dict[str, Any]:
-    """Rows and experts of Qwen3-30B-A3B's shape, in bfloat16."""
-    hidden, inner, experts, chosen = (32, 48, 8, 2) if tiny else (2048, 768, 128, 8)
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 6)
-
-    def normal(key: Array, *shape: int) -> Array:
-        return (jax.random.normal(key, shape, jnp.float32) * shape[-2] ** -0.5).astype(jnp.bfloat16)
-
-    scores = jax.random.uniform(keys[0], (num_rows, experts))
-    return {
-        "x": jax.random.normal(keys[1], (num_rows, hidden), jnp.bfloat16),
-        "chosen": jax.lax.top_k(scores, chosen)[1],
-        "shares": jax.random.uniform(keys[2], (num_rows, chosen)),
-        "gate": normal(keys[3], 1, experts, hidden, inner),
-        "up": normal(keys[4], 1, experts, hidden, inner),
-        "down": normal(keys[5], 1, experts, inner, hidden),
-    }
-
-
 def mixtures(*, tiny: bool) -> Iterator[Timed]:
     """A mixture's experts; the least is to read those that were chosen."""
     for num_rows in (4,) if tiny else (16, 256):
@@ -167,69 +131,3 @@ def dense_attention(*, tiny: bool) -> Iterator[Timed]:
         return partial(jax.jit(partial(jax.nn.dot_product_attention, is_causal=True, implementation=name)), *arrays)
 
     yield f"cuDNN, prefill, 1 x {length} tokens, without pages", make, None, 2.0 * heads * head_dim * length**2
-
-
-def checks(*, seed: int, tiny: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """(name, check) of samplers and experts; a check gives a record's fields."""
-    logits = 3 * jax.random.normal(jax.random.key(seed, impl="rbg"), logits_shape(tiny=tiny))
-    for mode in (SamplingMode.GREEDY, SamplingMode.SAMPLE):
-        yield f"sampling, {mode}, the likeliest", partial(check_greedy, logits, mode)
-    for name, given in {"top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}, "min-p 0.1": {"min_p": 0.1}}.items():
-        yield f"sampling, {name}, what is kept", partial(check_kept, logits, given)
-    yield "sampling, temperature, how often each", partial(check_distribution, seed=seed)
-    for name, kernel in EXPERTS.items():
-        yield f"experts, {name}", partial(check_experts, kernel, seed=seed, tiny=tiny)
-
-
-def verdict(*, ok: bool, value: float, unit: str, limit: float) -> dict[str, Any]:
-    return {"status": "passed" if ok else "failed", "value": value, "unit": unit, "note": f"limit {limit:g}"}
-
-
-def check_greedy(logits: Array, mode: SamplingMode) -> dict[str, Any]:
-    """A temperature of zero takes each row's likeliest token."""
-    asked = sampling.sampling_rows(*logits.shape, temperature=0.0)
-    drawn = np.asarray(draw_in(mode)(logits, asked))
-    wrong = float((drawn != np.asarray(logits).argmax(axis=1)).mean())
-    return verdict(ok=wrong == 0, value=wrong, unit="of the rows wrong", limit=0)
-
-
-def check_kept(logits: Array, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is drawn is among the tokens that a sort in float64 keeps, but for those at the very edge."""
-    asked = sampling.sampling_rows(*logits.shape, temperature=1.0, **given)
-    drawn = np.asarray(draw_in(SamplingMode.SAMPLE)(logits, asked))
-    wide = np.asarray(logits, np.float64)
-    weights = np.exp(wide - wide.max(axis=1, keepdims=True))
-    ranked = -np.sort(-weights, axis=1)
-    own = weights[np.arange(len(drawn)), drawn]
-    if "top_k" in given:
-        edge = ranked[:, given["top_k"] - 1]
-    elif "top_p" in given:
-        sums = np.cumsum(ranked, axis=1)
-        edge = ranked[np.arange(len(drawn)), (sums < given["top_p"] * sums[:, -1:]).sum(axis=1)]
-    else:
-        edge = np.full(len(drawn), given["min_p"])
-    wrong = float((own < edge * (1 - 1e-5)).mean())
-    return verdict(ok=wrong <= MOST_OFF, value=wrong, unit="of the rows outside", limit=MOST_OFF)
-
-
-def check_distribution(*, seed: int) -> dict[str, Any]:
-    """Many rows of the same logits draw each token as often as its probability says."""
-    rows, vocab_size = NUM_DRAWS, 64
-    logits = jnp.tile(jax.random.normal(jax.random.key(seed), (1, vocab_size)), (rows, 1))
-    asked = sampling.sampling_rows(rows, vocab_size, temperature=1.0)
-    drawn = np.asarray(draw_in(SamplingMode.SAMPLE)(logits, asked))
-    weights = np.exp(np.asarray(logits[0], np.float64))
-    frequencies = np.bincount(drawn, minlength=vocab_size)[:vocab_size] / rows
-    distance = float(np.abs(frequencies - weights / weights.sum()).sum() / 2)
-    limit = 0.12  # 0.07 is to be expected of so many draws
-    return verdict(ok=distance <= limit, value=distance, unit="total variation", limit=limit)
-
-
-def check_experts(kernel: Callable[..., Array], *, seed: int, tiny: bool) -> dict[str, Any]:
-    given = mixture(16 if tiny else 64, tiny=tiny, seed=seed)
-    options = {"layer": 0, "activation": jax.nn.silu}
-    found = np.asarray(jax.jit(partial(kernel, **options))(**given), np.float32)
-    with jax.default_matmul_precision("highest"):  # no TF32
-        wanted = np.asarray(jax.jit(partial(reference.expert_feed_forward, **options))(**given), np.float32)
-    error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-    return verdict(ok=error <= NORM_LIMIT, value=error, unit="of the norm", limit=NORM_LIMIT)

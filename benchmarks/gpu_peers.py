@@ -3,6 +3,7 @@
 Each has its own process, without JAX, and random weights. Only tokens that requests ask for count.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,7 @@ Generate = Callable[[Sequence[WorkItem]], int]  # runs requests, and returns how
 
 def measure(report: Report, *, peer: str, model: str, folder: str, seed: int, tiny: bool) -> None:
     """The job: every workload through one peer."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # there may be no network, and nothing is wanted from it
     name = f"{model}, {peer}"
     with report.case(f"{name}, start", section="peers"):
         begin = time.monotonic()
