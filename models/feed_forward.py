@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_engine.models.config import ExpertsConfig
+from jax_engine.models.experts import ExpertWeights
 from jax_engine.models.kv_pages import SequenceTable
 from jax_engine.models.layers import (
     ACTIVATION_FUNCTIONS,
@@ -17,7 +18,7 @@ from jax_engine.models.layers import (
     in_stack,
     parameter,
 )
-from jax_engine.models.ops import ExpertWeights, Ops
+from jax_engine.models.ops import Ops
 
 
 class MLP(nnx.Module):

@@ -2,13 +2,14 @@
 
 A model receives an immutable `Ops` and never asks what platform it runs on, nor over how many devices. An engine picks
 one `Ops` at start, logs the choice with its reason, and keeps it. Every `shard_map` of a model is in this file, but for
-those over the stages of a pipeline (`pipeline.py`) and over devices that divide pages (`divided_attention.py`).
+those over the stages of a pipeline (`pipeline.py`), over devices that divide pages (`divided_attention.py`), and of a
+mixture's experts (`experts.py`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
-from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
+from jax_engine.cuda_fallback.experts import ragged_experts
 from jax_engine.cuda_fallback.whole_prompts import check_cudnn_allowed
 from jax_engine.models.dense_attention import dense_attention
 from jax_engine.models.divided_attention import DividedAttention, Kernel
+from jax_engine.models.experts import MixtureOfExperts, select_experts
 from jax_engine.models.kv_pages import (
     ATTENTION_SCOPE,
     PAGE_AXES,
@@ -35,7 +37,6 @@ from jax_engine.models.pipeline import Pipeline, microbatch_rows
 from jax_engine.models.rope import Rotation
 from jax_engine.pallas_kernels import reference
 
-EXPERTS_SCOPE = "experts"  # what products of experts are traced under, in profiles and in programs' texts
 ATTENTION_BACKENDS = (
     "auto",
     "pallas_tpu",
@@ -115,39 +116,13 @@ def _as_it_is(
     return sequences
 
 
-class ExpertWeights(NamedTuple):
-    """The weights of a layer's experts, among those of all layers that are stacked with it."""
-
-    gate: Float[Array, "L E D F"]
-    up: Float[Array, "L E D F"]
-    down: Float[Array, "L E F D"]
-    layer: int | Int[Array, ""]
-
-
-class ExpertsOp(Protocol):
-    """What the experts that each row chose make of it, added up by the row's shares of them.
-
-    Another number in `chosen` than of one of the E experts adds nothing. See `reference.expert_feed_forward`.
-    """
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        chosen: Int[Array, "T C"],
-        shares: Float[Array, "T C"],
-        weights: ExpertWeights,
-        *,
-        activation: Callable[[Array], Array],
-    ) -> Float[Array, "T D"]: ...
-
-
 @dataclass(frozen=True)
 class Ops:
     """The implementations that one engine's models use; hashable, so that it can be a static part of a model."""
 
     attention: AttentionOp
     attention_name: str
-    experts: "MixtureOfExperts"
+    experts: MixtureOfExperts
     page_shape: Callable[[int, int, int], PageShape] = split_page_shape  # of (num_kv_heads, page_size, head_dim)
     prepare: PrepareOp = _as_it_is
     partition: Partition = ONE_DEVICE  # where a step's arrays lie
@@ -197,7 +172,7 @@ def select_ops(
         reason += ": the GPU kernel, interpreted; for tests of the kernel only, with NPROC=8 in the environment"
     if backend == "reference":
         reason += ": the float32 specification, slow"
-    experts = _select_experts(platform, partition, deterministic=deterministic)
+    experts = select_experts(platform, partition, deterministic=deterministic)
     if backend in ("cudnn", "xla", "reference"):
         kernel: Kernel = reference.ragged_paged_attention
         if backend != "reference":
@@ -222,18 +197,7 @@ def dense_ops() -> Ops:
     return Ops(dense_attention, "dense", MixtureOfExperts(ragged_experts, "ragged_dot", "differentiable"))
 
 
-def _select_experts(platform: str, partition: Partition, *, deterministic: bool) -> "MixtureOfExperts":
-    if deterministic:
-        reason = "deterministic: every row goes through products of one shape"
-    elif platform == "tpu":
-        kernel = partial(ragged_experts, parts=partition.num_parts("experts"))
-        return MixtureOfExperts(kernel, "ragged_dot", "a kernel of its own on a TPU", partition)
-    else:
-        reason = f"on platform {platform!r}, ragged_dot would multiply every row with every expert"
-    return MixtureOfExperts(blocked_experts, "blocked", reason, partition)
-
-
-def _tpu_ops(backend: str, partition: Partition, experts: "MixtureOfExperts", *, deterministic: bool) -> Ops:
+def _tpu_ops(backend: str, partition: Partition, experts: MixtureOfExperts, *, deterministic: bool) -> Ops:
     # Imported when chosen: it brings in the half of Pallas that only a TPU needs.
     from jax_engine.pallas_kernels import tpu
 
@@ -270,7 +234,7 @@ def _tpu_ops(backend: str, partition: Partition, experts: "MixtureOfExperts", *,
 
 
 def _gpu_ops(
-    backend: str, partition: Partition, experts: "MixtureOfExperts", *, platform: str, deterministic: bool
+    backend: str, partition: Partition, experts: MixtureOfExperts, *, platform: str, deterministic: bool
 ) -> Ops:
     # Imported when chosen, as for a TPU.
     from jax_engine.models.gpu_attention import GpuAttention, check_device
@@ -339,68 +303,3 @@ class _PagedAttention:
         with jax.named_scope(ATTENTION_SCOPE):
             out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
         return out, KVPages(data)
-
-
-def expert_axes(partition: Partition, num_rows: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes that experts are divided over, the width of each, and of a step's rows those that their devices
-    divide and that are left.
-    """
-    over_experts, over_mlp = partition.axes_of(("experts", "mlp"))
-    (over_rows,) = partition.axes_of(("block_tokens",))
-    over_rows = tuple(axis for axis in over_rows if axis not in (*over_experts, *over_mlp))
-    return over_experts, over_mlp, over_rows if num_rows % partition.size_of(over_rows) == 0 else ()
-
-
-@dataclass(frozen=True)
-class MixtureOfExperts:
-    """The op of a mixture's experts, with its name and why it was chosen; on one device or on a mesh.
-
-    There, each device puts all rows that it has through the experts that it holds, or its part of each, and what they
-    make is added up over the devices: an all-reduce of [T, D], as after a feed-forward that is split, for which rows
-    stay where the rest of the layer has them. Where experts are whole on every device, each has its part of the rows,
-    and nothing is added up.
-    """
-
-    kernel: Callable[..., Array]
-    name: str
-    reason: str
-    partition: Partition = ONE_DEVICE
-
-    def __call__(
-        self,
-        x: Float[Array, "T D"],
-        chosen: Int[Array, "T C"],
-        shares: Float[Array, "T C"],
-        weights: ExpertWeights,
-        *,
-        activation: Callable[[Array], Array],
-    ) -> Float[Array, "T D"]:
-        def run(layer: Array, *arrays: Array) -> Array:
-            # In the rows' dtype before it is summed, so that partial results travel in it, not in float32.
-            return self.kernel(*arrays, layer=layer, activation=activation).astype(x.dtype)
-
-        *arrays, layer = weights
-        split = self._split(run, x.shape[0])
-        with jax.named_scope(EXPERTS_SCOPE):
-            return split(jnp.asarray(layer, jnp.int32), x, chosen, shares, *arrays)
-
-    def _split(self, run: Callable[..., Array], num_rows: int) -> Callable[..., Array]:
-        """`run` on the devices of the mesh, each with the experts that it holds."""
-        if self.partition.mesh is None:
-            return run
-        over_experts, over_mlp, over_rows = expert_axes(self.partition, num_rows)
-        rows = P(over_rows)
-        inner, outer = P(None, over_experts, None, over_mlp), P(None, over_experts, over_mlp)
-
-        def part(layer: Array, x: Array, chosen: Array, shares: Array, gate: Array, *others: Array) -> Array:
-            first = jax.lax.axis_index(over_experts) * gate.shape[1] if over_experts else 0
-            return jax.lax.psum(run(layer, x, chosen - first, shares, gate, *others), (*over_experts, *over_mlp))
-
-        return jax.shard_map(
-            part,
-            mesh=self.partition.current_mesh,
-            axis_names=self.partition.free_axes,
-            in_specs=(P(), rows, rows, rows, inner, inner, outer),
-            out_specs=rows,
-            check_vma=False,  # loops over as many rows as a device happens to have
-        )

@@ -17,8 +17,8 @@ from functools import cache
 from math import prod
 from typing import TypeVar
 
+from jax_engine.models.experts import EXPERTS_SCOPE
 from jax_engine.models.kv_pages import ATTENTION_SCOPE
-from jax_engine.models.ops import EXPERTS_SCOPE
 from jax_engine.plan.hlo_loops import trip_count
 from jax_engine.plan.hlo_text import Computation, Instruction, Module, parse_module
 

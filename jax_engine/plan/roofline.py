@@ -7,7 +7,7 @@ at the same time, so the slower of them counts; exchanges wait for the one and h
 from dataclasses import dataclass
 
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.ops import expert_axes
+from jax_engine.models.experts import expert_axes
 from jax_engine.placed_model import PlacedModel
 from jax_engine.plan.chips import HOP_SECONDS, Chip
 from jax_engine.plan.hlo_costs import Costs
