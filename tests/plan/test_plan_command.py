@@ -40,20 +40,23 @@ def model(tmp_path: Path) -> str:
 
 
 def test_strategies_are_compared_over_several_devices(model: str, tmp_path: Path):
-    """On four GPUs: two sums over devices a layer and one of the embedding; a strategy of one's own that is impossible
-    is a row with its reason.
+    """On four GPUs: two sums over devices a layer and one of the embedding; devices that own sequences have room for
+    as many each; a strategy of one's own that is impossible is a row with its reason.
     """
     rules = tmp_path / "mine.toml"
     rules.write_text('mesh = ["tensor"]\n[weights]\nhead_dim = ["tensor"]\nkv_heads = ["data"]\n[activations]\n')
     plot = tmp_path / "plot.html"
-    arguments = ["--strategy", "tensor", "--compare", "--sharding-rules", str(rules), "--plot", str(plot), "--json"]
+    arguments = ["--strategy", "tensor,data_attention", "--compare", "--sharding-rules", str(rules)]
+    arguments += ["--plot", str(plot), "--json"]
     done = run(model, "--devices", "h200-4", *arguments, *LIMITS)
     assert done.returncode == 0, done.stderr
-    tensor, mine = json.loads(done.stdout)
+    tensor, owning, mine = json.loads(done.stdout)
     decode = tensor["steps"]["decode"]
     assert tensor["fits"] and tensor["mesh"] == "tensor=4"
     assert decode["collectives"]["all-reduce"] >= 2 * 2 + 1
     assert decode["seconds"]["communication"] > 0
+    assert owning["mesh"] == "data=4" and owning["memory"]["page_tokens"] == 64
+    assert owning["sequences_by_context"] == {"64": 4 * owning["memory"]["num_pages"]}, "each device has its own"
     assert mine["strategy"] == str(rules) and mine["reason"]
     assert "<svg" in plot.read_text() and "tensor=4" in plot.read_text()
 
