@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,10 +33,11 @@ SECTIONS = ("checks", "kernels", "engine", "peers")
 BUDGET_SECONDS = 480.0
 CHILD = "--run-one-job"
 # That a kind of job takes at least on a GPU; with less left it is not begun.
-LEAST_SECONDS = {"checks": 15, "kernels": 15, "engine": 40, "peers": 40}
+LEAST_SECONDS = {"checks": 15, "kernels": 15, "engine": 90, "peers": 40}
 CASE_SECONDS = 60.0  # of a kernel, its compilation included; it hangs if it takes longer
 WORDS = {"measured": "", "passed": "pass", "failed": "FAIL", "skipped": "skipped"}
 NOTE_WIDTH = 80
+RATE = "tokens/s"  # the unit that engines and peers are compared in
 FIXED = "transformers generate"  # the slower peer: its batches are fixed
 
 
@@ -111,7 +112,10 @@ class Results:
         for section in ("ceilings", *SECTIONS):
             own = [record for record in self.runner.records if record.section == section]
             if own:
-                rows += [[section.upper(), "", "", None, None, ""], *map(row, passed_together(own))]
+                rows += [
+                    [section.upper(), "", "", None, None, ""],
+                    *map(row, passed_together(beside_ours(own, self.runner.records))),
+                ]
         width = max((len(text) for _, text, *_ in rows), default=0)
         rows = [[name, text.rjust(width), *others] for name, text, *others in rows]
         header = ["", "result", "", "bandwidth %", "FLOPs %", "note"]
@@ -121,7 +125,22 @@ class Results:
         return f"{format_table(header, rows)}\n{said}; {seconds:.0f} s, seed {self._about['seed']}"
 
 
-def passed_together(records: Sequence[Record]) -> Iterator[Record]:
+def beside_ours(records: Iterable[Record], everything: Iterable[Record]) -> Iterator[Record]:
+    """Records, those of peers with how much faster our best engine was with the same requests."""
+    best: dict[tuple[str, str], float] = {}
+    for record in everything:
+        if record.section == "engine" and record.unit == RATE:
+            model, _, load = record.case.split(", ", 2)
+            best[model, load] = max(best.get((model, load), 0), record.value or 0)
+    for record in records:
+        if record.section == "peers" and record.unit == RATE and record.value:
+            model, _, load = record.case.split(", ", 2)
+            if ours := best.get((model, load)):
+                record = replace(record, note=f"ours: {ours / record.value:.2f} times that")
+        yield record
+
+
+def passed_together(records: Iterable[Record]) -> Iterator[Record]:
     """Records with those that passed joined by the first word of their names; all others as they are."""
     passed: dict[str, list[Record]] = {}
     for record in records:

@@ -26,6 +26,7 @@ from jax_engine.messages import Abort, Add, CoreRequest
 from jax_engine.sampler import SamplingMode
 from jax_engine.server.bench_figures import WorkItem
 from jax_engine.stats import EngineStats
+from jax_engine.step_program import Program
 
 # Rows of the programs that the workloads have use for; other steps are padded to these.
 GREEDY_SIZES = {1, 2, 4, 16, 32, 64, 128, 256}
@@ -93,16 +94,17 @@ def measure(
         begin = time.monotonic()
         given = settings(write_model(model, Path(folder), tiny=tiny), backend, cache, tiny=tiny)
         prepare_gpus(EngineConfig(**given))  # before JAX is asked how much memory there is
-        core = started(EngineConfig(**given, kv_cache_memory_bytes=room(config, costs, loads)), watch=leave_out)
+        core = started(EngineConfig(**given, kv_cache_memory_bytes=room(config, costs, loads)), watch=leave_out_others)
         ready = time.monotonic()
         wait_for_programs(core.runner.compiled, deadline=report.deadline - SECONDS_TO_RUN)
         gc.freeze()  # as a server's core does once it is ready
         stats, compiled = core.stats(), time.monotonic()
+        wanted = len(wanted_programs(core.runner.compiled))
         report.add(
             f"{name}, start",
             value=compiled - begin,
             unit="s to all programs",
-            note=f"{ready - begin:.1f} s to the first; {stats.programs_compiled} of {stats.programs_planned} programs, "
+            note=f"{ready - begin:.1f} s to the first; {stats.programs_compiled} of {wanted} programs, "
             f"{stats.compile_seconds_total:.0f} thread-seconds; {stats.num_pages} pages",
             figures={"ready_seconds": ready - begin, "compile_seconds": stats.compile_seconds_total},
         )
@@ -136,19 +138,21 @@ def room(config: dict[str, Any], costs: Costs, loads: Sequence[Workload]) -> int
     return wanted if limit is None else int(min(wanted, max(1, SHARE_OF_MEMORY * limit - 1.3 * embedding)))
 
 
-def leave_out(compiled: CompiledSteps) -> None:
-    """Compile what the workloads need, and no more: greedy decodes, and the steps that hold prompts."""
-    budget = compiled.largest.bucket.num_tokens
-    most = compiled.largest.bucket.num_sequences
+def wanted_programs(compiled: CompiledSteps) -> list[Program]:
+    """What the workloads have use for: greedy decodes, and the steps that hold prompts."""
+    budget, most = compiled.largest.bucket.num_tokens, compiled.largest.bucket.num_sequences
 
     def is_wanted(size: int, mode: SamplingMode) -> bool:
         if size > most:
             return mode is SamplingMode.SAMPLE and size in (2 * most, budget)
         return mode is SamplingMode.GREEDY and size in GREEDY_SIZES
 
-    compiled.leave_out(
-        program for program in compiled.programs if not is_wanted(program.bucket.num_tokens, program.mode)
-    )
+    return [program for program in compiled.programs if is_wanted(program.bucket.num_tokens, program.mode)]
+
+
+def leave_out_others(compiled: CompiledSteps) -> None:
+    """Compile what is wanted and no more."""
+    compiled.leave_out(set(compiled.programs) - set(wanted_programs(compiled)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from typing import Any
 MAX_PROCESSES = 4  # of one job: each begins with importing JAX
 POLL_SECONDS = 0.2
 END_SECONDS = 5.0  # that a process has to end once it was asked to
+NO_TIME, INTERRUPTED = "no time was left for it", "it was interrupted"
 KEPT_LINES = 12  # of what a process printed last, when it fails
 
 
@@ -204,7 +205,7 @@ class Runner:
         broken = [line for line in lines if "begin" in line and line["begin"] not in ended | failed]
         reasons = [end for end in ends if end]
         for number, line in enumerate(broken):
-            reason = reasons[min(number, len(reasons) - 1)] if reasons else "it did not end"
+            reason = reasons[min(number, len(reasons) - 1)] if reasons else INTERRUPTED
             yield Record(line["section"], line["begin"], _status(job, reason), note=reason)
         if reasons and not broken:
             yield Record(job.section, job.name, _status(job, reasons[-1]), note=reasons[-1])
@@ -249,14 +250,14 @@ class Runner:
             if (grown := path.stat().st_size if path.exists() else 0) != size:
                 size, since = grown, now
             if now > deadline:
-                return "no time was left for it"
+                return NO_TIME
             if job.case_seconds is not None and since is not None and now - since > job.case_seconds:
                 return f"it took longer than {job.case_seconds:.0f} s"
         return ""
 
 
 def _status(job: Job, reason: str) -> str:
-    return "skipped" if job.may_fail or reason.startswith("no time") else "failed"
+    return "skipped" if job.may_fail or reason in (NO_TIME, INTERRUPTED) else "failed"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

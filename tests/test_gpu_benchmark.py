@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpu import passed_together, row
+from gpu import beside_ours, passed_together, row
 from gpu_jobs import Job, Record, Runner
 from gpu_models import Costs, model_config, workloads
 from gpu_timing import Ceilings
@@ -80,6 +80,19 @@ def test_checks_that_passed_share_a_row_and_others_have_their_own() -> None:
     failed, passed = passed_together(records)
     assert (failed.case, row(failed)[-1]) == ("xla, prefill", "FAIL: wrong results")
     assert (passed.case, passed.value, passed.note) == ("xla: 2 checks", 0.002, "the worst is mixed")
+
+
+def test_peers_stand_beside_the_best_engine_with_the_same_requests() -> None:
+    engines = [
+        Record("engine", f"m, {name}, decode, 4 at once", value=v, unit="tokens/s")
+        for name, v in (("a", 6.0), ("b", 9.0))
+    ]
+    start = Record("peers", "m, vllm, start", value=3.0, unit="s")
+    decode, other = (
+        Record("peers", f"m, vllm, {load}", value=3.0, unit="tokens/s") for load in ("decode, 4 at once", "mixed")
+    )
+    found = beside_ours([start, decode, other], [*engines, start, decode])
+    assert [record.note for record in found] == ["", "ours: 3.00 times that", ""]
 
 
 @pytest.mark.parametrize(
