@@ -15,6 +15,7 @@ from gpu_cases import FP8, Ranges, Shape, attention_case, options_of
 from gpu_jobs import Report, Skipped
 from gpu_timing import Ceilings, Chain, compiled_as_steps, time_calls
 from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.cuda_fallback.whole_prompts import check_cudnn, check_cudnn_allowed
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
 from jax_engine.models.partition import ONE_DEVICE
@@ -41,6 +42,20 @@ class Kernel:
 
 def _load_xla() -> Attention:
     return partial(xla.ragged_paged_attention, sizes=xla.sizes_for(jax.default_backend()))
+
+
+def _load_cudnn() -> Attention:
+    return partial(xla.ragged_paged_attention, sizes=xla.GPU_SIZES, whole_prompts="cudnn")
+
+
+def _why_not_cudnn(shape: Shape) -> str | None:
+    types = jnp.dtype(shape.dtype), jnp.dtype(shape.stored_dtype)
+    try:
+        check_cudnn_allowed(jax.default_backend(), deterministic=False)
+        check_cudnn(shape.head_dim, *types, soft_cap=shape.soft_cap, has_sinks=shape.with_sinks)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _load_pallas(backend: str) -> Attention:
@@ -70,12 +85,13 @@ def _pallas(backend: str) -> Kernel:
 KERNELS = {
     "pallas_gpu": _pallas("pallas_gpu"),
     "pallas_gpu_interpret": _pallas("pallas_gpu_interpret"),
+    "cudnn": Kernel("cudnn", _load_cudnn, _why_not_cudnn),
     "xla": Kernel("xla", _load_xla, lambda _: None),
 }
 
 
 def backends(platform: str) -> list[str]:
-    """What there is to check and time on a platform, the one made for it first."""
+    """What is checked and timed on a platform unless asked otherwise, the one made for it first."""
     return ["pallas_gpu", "xla"] if platform == "gpu" else ["xla"]
 
 
