@@ -114,6 +114,11 @@ class Strategy:
         return {**self.activations, **derived}
 
     @property
+    def stripes_pages(self) -> bool:
+        """Whether each sequence's pages are spread over devices."""
+        return "pages" in self.activations and self.page_rule == "striped"
+
+    @property
     def used_axes(self) -> frozenset[str]:
         """The mesh axes that split anything."""
         return frozenset(axis for table in (self.weights, self.activations) for axes in table.values() for axis in axes)

@@ -59,7 +59,8 @@ def candidates_of(
     `config.sharding_rules`.
 
     With `spread`, an engine takes all devices of a target, else as many as are configured. With `all_meshes`,
-    strategies that divide the devices between several mesh axes do so in every way.
+    strategies that divide the devices between several mesh axes do so in every way. Over stripes of pages, XLA attends,
+    since no kernel does: who serves so must ask for it by name.
     """
     found = []
     own = config.sharding_rules
@@ -68,6 +69,8 @@ def candidates_of(
         devices = prod(sizes.values())
         for name in STRATEGIES if strategies is None else strategies:
             changes = sizes | {"sharding_strategy": name, "sharding_rules": None}
+            if name in STRATEGIES and STRATEGIES[name].stripes_pages and config.attention_backend == "auto":
+                changes["attention_backend"] = "xla"
             shapes = _mesh_shapes(STRATEGIES[name], devices) if all_meshes and name in STRATEGIES else []
             if own is not None:  # a mesh that is asked for is that of the user's own rules
                 changes["mesh_shape"] = None

@@ -257,6 +257,8 @@ class _Answer:
                 "compiled by XLA:GPU without a GPU to time its kernels on: it takes its default ones, which may move "
                 "more bytes than the best would"
             )
+        if self.question.target.chip.platform == "tpu" and self.blueprint.placed.geometry.partitions.striped:
+            found.append("no kernel attends over stripes of pages: attention is XLA's (attention_backend='xla')")
         if self.question.target.chip.platform == "cpu":
             found.append("a CPU has no figures to divide by: there are no times")
         for one in self.compiled:

@@ -185,6 +185,8 @@ def test_a_comparison_has_every_strategy_on_every_device(question: Question):
     sizes = {one.target.name: one.changes["tensor_parallel_size"] for one in whole}
     assert sizes == {"v6e-8": 8, "tpu7x-8": 8, "h200-1": 1}
     assert [one.mesh for one in found if one.strategy == "pipeline"] == ["stage=2,tensor=4"] * 2
+    by_xla = {one.strategy for one in found if one.changes.get("attention_backend") == "xla"}
+    assert by_xla == {"context"}, "no kernel attends over stripes of pages"
     every = candidates_of(question.config, targets[:1], strategies=None, all_meshes=True)
     assert "stage=8" in [one.mesh for one in every]
     rules = replace(question.config, sharding_rules="my.toml")
