@@ -3,10 +3,12 @@
 from jax_engine.pallas_kernels.gpu.ragged_paged_attention import (
     attend,
     interpreter,
+    num_stages,
+    shared_bytes,
     step_work,
     why_not,
     why_not_pages,
 )
 from jax_engine.pallas_kernels.gpu.work_list import Work
 
-__all__ = ["Work", "attend", "interpreter", "step_work", "why_not", "why_not_pages"]
+__all__ = ["Work", "attend", "interpreter", "num_stages", "shared_bytes", "step_work", "why_not", "why_not_pages"]

@@ -384,6 +384,8 @@ class _Program:
         plgpu.commit_smem()
 
 
+# So that equal layers are traced and lowered once: building the kernel takes longer than the rest of a layer.
+@partial(jax.jit, static_argnames="call")
 def attend_items(
     queries: jax.Array,
     pages: jax.Array,
@@ -426,7 +428,8 @@ def attend_items(
         grid_names=("program",),
         num_threads=NUM_GROUPS + 1,
         thread_name="group",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Layouts are said in here, where JAX 0.11 would else infer them.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=call.interpret,
     )
     out, sums = kernel(queries, pages, block_tables, items, num_items, layer)

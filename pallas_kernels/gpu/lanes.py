@@ -51,7 +51,7 @@ class Lanes:
         else:
             for first in range(0, source.shape[1], COLUMNS):  # few registers at a time
                 columns = slice(None), pl.ds(first, COLUMNS)
-                narrow = plgpu.load(source, columns, layout=plgpu.Layout.WGMMA_UPCAST_2X)
+                narrow = plgpu.layout_cast(source[columns], plgpu.Layout.WGMMA_UPCAST_2X)
                 target[columns] = narrow.astype(jnp.float32).astype(target.dtype)
         plgpu.commit_smem()
 
@@ -61,7 +61,7 @@ class Lanes:
             return jnp.dot(queries[...].astype(jnp.float32), keys[...].astype(jnp.float32).T)
 
         def multiply(out: Ref) -> jax.Array:
-            plgpu.wgmma(out, queries, plgpu.transpose_ref(keys, (1, 0)))
+            plgpu.wgmma(out, queries, keys.transpose((1, 0)))
             return out[...]
 
         return pl.run_scoped(multiply, plgpu.ACC((queries.shape[0], keys.shape[0]), jnp.float32))  # type: ignore[attr-defined]

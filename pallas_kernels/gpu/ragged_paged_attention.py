@@ -108,7 +108,7 @@ def attend(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
-        stages=stages or _stages(head_dim, pages.dtype.itemsize),
+        stages=stages or num_stages(head_dim, pages.dtype.itemsize),
         num_programs=multiprocessors,
         interpret=interpret,
     )
@@ -139,10 +139,16 @@ def _scaled(rows: Float[Array, "T N H"], scales: Float[Array, " K"]) -> Float[Ar
     return (rows.astype(jnp.float32) * by_head).astype(rows.dtype)
 
 
-def _stages(head_dim: int, stored_bytes: int) -> int:
-    """Chunks of keys and values that fit beside two warpgroups' tiles, and what they widen of 8 bits."""
+def num_stages(head_dim: int, stored_bytes: int) -> int:
+    """Chunks of keys and values that fit beside the rest in shared memory, four at most."""
+    left = SHARED_BYTES - shared_bytes(head_dim, stored_bytes, stages=0) - 4096  # alignment, sums and barriers
+    return min(4, left // (2 * CHUNK * head_dim * stored_bytes))
+
+
+def shared_bytes(head_dim: int, stored_bytes: int, *, stages: int) -> int:
+    """Of shared memory, that two warpgroups' tiles, what they widen of 8 bits, and the ring of chunks take."""
     tiles = (ROWS + (NUM_GROUPS * CHUNK if stored_bytes == 1 else 0)) * 2 * head_dim
-    return min(4, (SHARED_BYTES - tiles - 4096) // (2 * CHUNK * head_dim * stored_bytes))
+    return tiles + stages * 2 * CHUNK * head_dim * stored_bytes
 
 
 def _merge(
