@@ -47,9 +47,10 @@ def attend_items(
     items: Items,
     *,
     layer: int | Int[Array, ""],
+    scale: float,
     soft_cap: float | None,
 ) -> Softmaxes:
-    """Each item's query, scaled already, over the item's tokens."""
+    """Each item's query over the item's tokens."""
     num_items, num_heads, head_dim = queries.shape
     num_kv_heads = pages.shape[3]
     heads = jnp.arange(num_kv_heads)[:, None]
@@ -59,7 +60,7 @@ def attend_items(
         return found.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
     grouped = queries.reshape(num_items, num_kv_heads, -1, head_dim)
-    scores = _scores(grouped, cached(0))
+    scores = _scores(grouped, cached(0)) * scale
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     seen = items.seen[:, None, None]

@@ -239,8 +239,14 @@ def _attend_by_items(groups: "_Groups", num_decodes: Int[Array, ""], finish: _Fi
         real = number < ends[-1]
         chunk = first[row] + number - (ends - counts)[row]
         items = groups.items(row, real, chunk)
-        queries = groups.queries[row] * jnp.asarray(groups.scale, groups.queries.dtype)
-        fresh = attend_items(queries, groups.pages, items, layer=groups.layer, soft_cap=groups.soft_cap)
+        fresh = attend_items(
+            groups.queries[row],
+            groups.pages,
+            items,
+            layer=groups.layer,
+            scale=groups.scale,
+            soft_cap=groups.soft_cap,
+        )
         return merge_items(running, fresh, items, met)
 
     # Room for a slice of as many as a trip meets, wherever it begins.

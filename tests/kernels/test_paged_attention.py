@@ -175,6 +175,13 @@ def test_what_cudnn_does_not_take_is_refused(ragged_case, changes, options, mess
         )
 
 
+def test_a_gpu_gets_the_sizes_made_for_it():
+    assert xla.sizes_for("gpu").decode_rows is None
+    for platform, deterministic in (("gpu", False), ("gpu", True), ("cpu", False), ("cpu", True)):
+        ops, _ = select_ops("xla", platform=platform, deterministic=deterministic)
+        assert ops.attention.kernel.keywords == {"sizes": xla.sizes_for(platform, deterministic=deterministic)}
+
+
 def test_cudnn_is_chosen_on_a_gpu_alone_and_not_with_fixed_orders():
     ops, reason = select_ops("cudnn", platform="gpu")
     assert ops.attention_name == "cudnn" and "whole prompts by cuDNN" in reason
