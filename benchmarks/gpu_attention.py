@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from gpu_cases import FP8, Ranges, Shape, attention_case, options_of
 from gpu_jobs import Report, Skipped
@@ -303,9 +303,14 @@ def step(
         head_dim=shape.head_dim,
         dtype=jnp.dtype(shape.dtype),
     ).of_group(0)
-    for layer in range(load.num_layers):
-        queries, cache = ops.attention(
+
+    def attend(layer: Array, carry: tuple[Array, KVPages]) -> tuple[Array, KVPages]:
+        queries, cache = carry
+        return ops.attention(
             queries, keys, values, cache, sequences, layer=layer, scale=shape.head_dim**-0.5, window=shape.window
         )
+
+    # A loop: compiled one after the other, dozens of layers would take longer than the case may.
+    queries, cache = lax.fori_loop(0, load.num_layers, attend, (queries, cache))
     # What the last layer made is used, too: no part of it may be left out.
     return cache.data.at[0, 0, 0, 0, 0, 0].add((0 * queries[0, 0, 0]).astype(cache.data.dtype))

@@ -14,6 +14,7 @@ from gpu_ops_checks import EXPERTS, checks, draw_in, logits_shape, mixture
 from gpu_timing import Ceilings, compiled_as_steps, time_calls
 from jax_engine.sampler import SamplingMode
 
+MAX_PRODUCTS = 64  # in a program
 LEAST_BYTES = 2**30  # of weights in a timed program, so that no cache holds them
 PRODUCTS = {
     "4096 x 14336": (4096, 14336),  # of Llama-3-8B
@@ -61,7 +62,7 @@ def products(*, tiny: bool) -> Iterator[Timed]:
     """Rows of a decode step with weights of bfloat16, each product with weights and rows of its own."""
     shapes = {"64 x 128": (64, 128)} if tiny else PRODUCTS
     for name, (inner, outer) in shapes.items():
-        count = 2 if tiny else -(-LEAST_BYTES // (2 * inner * outer))
+        count = 2 if tiny else min(MAX_PRODUCTS, -(-LEAST_BYTES // (2 * inner * outer)))
         for rows in (4,) if tiny else (1, 256):
             num_bytes = 2 * (inner * outer + rows * (inner + outer))
             run = partial(_products, rows, inner, outer, count)
