@@ -116,6 +116,8 @@ class Blueprint:
         with nullcontext() if self.is_here else _traced_for(self.device):
             if program.num_drafts and self.draft is not None:
                 return self.draft.lower(program, size)
+            if program.is_draw:
+                return self.placed.lower_draw(program.bucket, size, drafts=program.draft_rows > 0)
             layout = self.layouts[program.bucket]
             steps, rows = program.num_steps, program.draft_rows
             return self.placed.lower(layout, program.mode, size, num_steps=steps, draft_rows=rows)
@@ -138,7 +140,7 @@ class Blueprint:
 
 
 def _layouts(config: EngineConfig, placed: PlacedModel, programs: Sequence[Program]) -> dict[Bucket, BatchLayout]:
-    buckets = sorted({program.bucket for program in programs if not program.num_drafts})
+    buckets = sorted({program.bucket for program in programs if not program.num_drafts and not program.is_draw})
     num_adapters = config.max_loras if config.enable_lora else 0
     geometry = placed.geometry
     sizes = geometry.page_size, config.max_num_seqs, geometry.layout.num_groups, num_adapters
@@ -146,7 +148,7 @@ def _layouts(config: EngineConfig, placed: PlacedModel, programs: Sequence[Progr
 
 
 def _step_sizes(placed: PlacedModel, programs: Sequence[Program]) -> tuple[int, ...]:
-    own = [program for program in programs if not program.num_drafts]
+    own = [program for program in programs if not program.num_drafts and not program.is_draw]
     if block := placed.row_block:  # a step in blocks of rows costs those that it fills
         largest = max(program.bucket.num_tokens for program in own)
         return tuple(range(block, largest + 1, block))

@@ -62,7 +62,7 @@ class CompiledSteps:
         self._numbers = {program: number for number, program in enumerate(self.programs)}
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self._can_draft: set[bool] = set()  # in the FULL mode, or not
-        self._with_drafts = [program for program in self.programs if program.draft_rows]
+        self._with_drafts = [program for program in self.programs if program.draft_rows and not program.is_draw]
         self._of_draft_model = sorted(program for program in self.programs if program.num_drafts)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
@@ -110,16 +110,16 @@ class CompiledSteps:
         return max(pace * left - since, 0.1)
 
     def compile_largest(self) -> jax.stages.Compiled:
-        """Compile the program that every step fits in."""
-        return self._compile(self.largest)
+        """Compile the program that every step fits in, and what draws behind it."""
+        return [self._compile(part) for part in self.largest.parts][-1]
 
     def compile_largest_of_each(self) -> list[jax.stages.Compiled]:
-        """Compile the largest program, that which loops, that for drafts and that of the FULL mode: one of them takes
-        the most memory.
+        """Compile the largest program, that which loops, that for drafts and that of the FULL mode, with what draws
+        behind it: one of them takes the most memory.
         """
         full = [program for program in self.programs if program.can_do(SamplingMode.FULL)]
         chosen = dict.fromkeys((self.largest, *self._loops[-1:], *self._with_drafts[:1], *full[:1]))
-        return [self._compile(program) for program in chosen]
+        return [self._compile(part) for program in chosen for part in program.parts]
 
     def leave_out(self, programs: Iterable[Program]) -> None:
         """Do not compile these with the rest: their steps are padded into larger ones. For measuring, and before the
@@ -181,7 +181,7 @@ class CompiledSteps:
         if full not in self._can_draft:
             programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
             programs += self._of_draft_model
-            if not programs or any(program not in self._executables for program in programs):
+            if not programs or not all(map(self._is_ready, programs)):
                 return False
             self._can_draft.add(full)
         return True
@@ -198,9 +198,11 @@ class CompiledSteps:
         assert (num_steps, draft_rows) == (1, 0), "no program loops over so many steps, or has so many drafts, yet"
         largest = self._largest_of(mode)
         assert largest.bucket.holds(num_tokens, num_sequences), "the scheduler's limits and the lattice disagree"
-        if largest not in self._executables:
+        if not self._is_ready(largest):
             self.num_in_request_path += 1
-            self._compile(largest, everywhere=False)
+            for part in largest.parts:
+                if part not in self._executables:
+                    self._compile(part, everywhere=False)
         return largest, self._executables[largest]
 
     def find_draft(self, num_tokens: int, num_sequences: int) -> tuple[Program, jax.stages.Compiled]:
@@ -226,13 +228,18 @@ class CompiledSteps:
         """
         largest = self._largest_of(mode)
         with self._changing:
-            if largest in self._executables or self._stop.is_set():
+            if self._is_ready(largest) or self._stop.is_set():
                 return False
-            if largest in self._queue:
-                self._queue.remove(largest)
-                self._queue.appendleft(largest)
-                return True
-            return largest in self._at_hand
+            parts = [part for part in largest.parts if part not in self._executables]
+            for part in parts:
+                if part in self._queue:
+                    self._queue.remove(part)
+                    self._queue.appendleft(part)
+            return all(part in self._queue or part in self._at_hand for part in parts)
+
+    def _is_ready(self, program: Program) -> bool:
+        """Whether it is there, and so is what draws behind it."""
+        return all(part in self._executables for part in program.parts)
 
     def _largest_of(self, mode: SamplingMode) -> Program:
         """The program that every step of a mode fits in."""
@@ -320,8 +327,8 @@ class CompiledSteps:
             self._executables[program] = executable
             # A program serves its own mode and those it contains. New lists: `find` never sees one half-sorted.
             modes = list(SamplingMode)
-            for mode in filter(program.can_do, modes):
-                ready = [other for other in self._executables if other.can_do(mode)]
+            for mode in modes:
+                ready = [other for other in self._executables if other.can_do(mode) and self._is_ready(other)]
                 self._by_mode[mode] = sorted(ready, key=lambda other: (other.bucket, modes.index(other.mode)))
         return executable
 
@@ -338,19 +345,20 @@ def share_of_memory_maps() -> float:
 def compile_order(programs: Iterable[Program]) -> list[Program]:
     """The largest first, and then always one in the middle of the widest gap: any step soon has a program not much
     larger than itself. A mode that can do more serves the others too, so it goes before them; then come loops, what has
-    drafts, and at last the FULL mode.
+    drafts, and at last the FULL mode, each with what draws behind it.
     """
-    ascending, modes = sorted(programs), list(SamplingMode)
+    ascending, modes = sorted(program for program in programs if not program.is_draw), list(SamplingMode)
 
     def kind(program: Program) -> tuple[bool, bool, bool, int, int]:
         is_full, drafts = program.mode is SamplingMode.FULL, program.num_drafts > 0
         return is_full, drafts or program.draft_rows > 0, drafts, program.num_steps, -modes.index(program.mode)
 
-    return [
+    ordered = [
         program
         for one in sorted({kind(program) for program in ascending})
         for program in _by_halves([other for other in ascending if kind(other) == one])
     ]
+    return list(dict.fromkeys(part for program in ordered for part in reversed(program.parts)))
 
 
 def _by_halves(ascending: Sequence[Program]) -> list[Program]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.bitmasks import all_tokens, has_bit, pack_bits
+from jax_engine.bitmasks import ALL_TOKENS, has_bit, num_words, pack_bits
 from jax_engine.grammars import error_of, make_mask, new_matcher
 from jax_engine.messages import CoreRequest, Vocabulary
 from jax_engine.request import Request
@@ -47,6 +47,7 @@ class GrammarConstraint:
         self.matcher = matcher
         self._min_tokens = asked.structured.min_tokens
         self._vocab_size = vocabulary.size
+        self.num_words = num_words(vocabulary.size)  # of a mask
         ends = {*asked.eos_token_ids, *asked.stop_token_ids}
         self._goes_on = ~pack_bits(tuple(ends), vocabulary.size)
         asked_thinking = asked.structured.thinking
@@ -57,6 +58,11 @@ class GrammarConstraint:
         self.is_slow = False  # the latest mask took long
         self._mask = self._goes_on  # until the first one is made
         self._making: Future[None] | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the next mask is expected to take a short time."""
+        return not self.is_slow
 
     @property
     def allows_drafts(self) -> bool:
@@ -79,7 +85,8 @@ class GrammarConstraint:
         until the first is made.
         """
         assert self._making is not None
-        self._making.result()
+        if self._making is not MADE:
+            self._making.result()
         matcher, mask = self.matcher, self._mask
         rows[0] = mask[: rows.shape[1]]
         if not drafts:
@@ -107,24 +114,30 @@ class GrammarConstraint:
         """The next mask is being made. For `Constraints`."""
         self._making = making
 
-    def make(self) -> None:
-        """Take the new tokens into account, and make the next mask. For `Constraints`."""
+    def make(self, mask: NDArray[np.uint32], address: int) -> None:
+        """Take the new tokens into account, and make the next mask, in the given one and at its address. For
+        `Constraints`.
+        """
         start = time.perf_counter()
         new, self._new_tokens = self._new_tokens, []
         if self._thinking is not None:
             new = self._thinking.take(new)
-        mask = all_tokens(1, self._vocab_size)[0] if self.matcher is None else self._follow(self.matcher, new)
-        mask = self._held(mask, self._num_tokens)
+        if self.matcher is None:
+            mask[:] = ALL_TOKENS
+        else:
+            self._follow(self.matcher, new, address)
+        if self._num_tokens < self._min_tokens:
+            mask = self._held(mask, self._num_tokens)
         self._mask = mask if self._thinking is None else self._thinking.mask(mask)
         self.is_slow = time.perf_counter() - start > SLOW_SECONDS
 
-    def _follow(self, matcher: "LLMatcher", new: list[int]) -> NDArray[np.uint32]:
-        """Have the grammar take new tokens; the bitmask of what it allows next."""
-        if not matcher.consume_tokens(new):
+    def _follow(self, matcher: "LLMatcher", new: list[int], address: int) -> None:
+        """Have the grammar take new tokens, and write the bitmask of what it allows next to an address."""
+        if new and not matcher.consume_tokens(new):
             self.error = error_of(matcher) or "the grammar does not allow the token that was drawn"
-        mask = make_mask(matcher, self._vocab_size)
-        self.error = self.error or error_of(matcher) or None
-        return mask
+        matcher.unsafe_compute_mask_ptr(address, 4 * self.num_words)
+        if matcher.is_error():
+            self.error = self.error or error_of(matcher)
 
     def _held(self, mask: NDArray[np.uint32], num_tokens: int) -> NDArray[np.uint32]:
         """A mask without what ends the output, before `min_tokens` and where others are left."""
@@ -194,13 +207,12 @@ class Constraints:
         if slow:
             assert self._threads is not None
             self._making = self._threads[1].submit(self._make, slow)
-        for constraint in constraints:
-            if constraint.is_slow:
-                assert self._making is not None
+            for constraint in slow:
                 constraint.expect(self._making)
-            else:
-                self._make([constraint])
-                constraint.expect(MADE)
+            constraints = [constraint for constraint in constraints if constraint not in slow]
+        self._make(constraints)
+        for constraint in constraints:
+            constraint.expect(MADE)
 
     def wait_for_masks(self, seconds: float) -> None:
         """Return when the masks are made, or after that many seconds."""
@@ -232,8 +244,13 @@ class Constraints:
         return GrammarConstraint(self._matchers[grammar].deep_copy(), asked, vocabulary)
 
     def _make(self, constraints: Sequence[GrammarConstraint]) -> None:
-        for constraint in constraints:
-            constraint.make()
+        """Make masks, one behind another in one array: looking for an array's address takes as long as some masks."""
+        if not constraints:
+            return
+        masks = np.zeros((len(constraints), constraints[0].num_words), np.uint32)
+        address, stride = masks.ctypes.data, masks.strides[0]
+        for index, constraint in enumerate(constraints):
+            constraint.make(masks[index], address + index * stride)
 
 
 def _thread(name: str) -> ThreadPoolExecutor:

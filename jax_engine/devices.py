@@ -14,7 +14,8 @@ from jax_engine.bitmasks import all_tokens
 from jax_engine.blueprint import WRITE_TABLES
 from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.draft_model import DraftModel
-from jax_engine.full_sampling import FullInputs, FullResults, FullState
+from jax_engine.full_program import Undrawn
+from jax_engine.full_sampling import DrawInputs, Drawn, ForwardInputs, ForwardResults, FullState
 from jax_engine.full_slots import Fields, write_slot
 from jax_engine.host_pool import PageCopies
 from jax_engine.page_copies import PageCopier
@@ -43,8 +44,10 @@ class Devices:
         self.state: DeviceState
         self._size: StateSize
         self._full: FullState | None = None
+        self._undrawn: Undrawn | None = None
         self._write_slot = jax.jit(write_slot, donate_argnums=0)
         self._unmasked: dict[int, jax.Array] = {}  # by number of rows: masks that allow everything
+        self._unasked: dict[int, ForwardInputs] = {}  # by number of the program
 
     def make_state(self, size: StateSize, helpers: Mapping[str, jax.stages.Compiled]) -> None:
         """The state before the first step; `helpers` are the programs of `Blueprint.lower_helpers`."""
@@ -72,14 +75,30 @@ class Devices:
         self.state, tokens = executable(self.weights.leaves, self.state, buffer)
         return cast(Array, tokens)
 
-    def full_step(self, number: int, buffer: NDArray[np.int32], inputs: Fields) -> FullResults:
-        """A step program of the FULL mode; `inputs` are fields of `FullInputs`, without `masks` where all tokens may
-        be drawn.
+    def forward(self, number: int, buffer: NDArray[np.int32], inputs: Fields) -> ForwardResults:
+        """A step program of the FULL mode, up to what `draw` does; `inputs` are the fields of `ForwardInputs`, or none
+        where nobody asks for anything.
         """
-        executable = self._compiled.executable(number)
-        given = FullInputs(**cast(dict[str, Array], inputs if "masks" in inputs else inputs | self._no_masks(number)))
-        self.state, self._full, results = executable(self.weights.leaves, self.state, self.full, buffer, given)
-        return cast(FullResults, results)
+        executable, full = self._compiled.executable(number), self.full
+        given = ForwardInputs(**cast(dict[str, Array], inputs)) if inputs else self._nothing_asked(number)
+        self.state, vectors, self._undrawn, results = executable(
+            self.weights.leaves, self.state, full.vectors, buffer, given
+        )
+        self._full = replace(full, vectors=vectors)
+        return cast(ForwardResults, results)
+
+    def draw(self, number: int, inputs: Fields) -> Drawn:
+        """The program that draws what the latest `forward` has left; `inputs` are fields of `DrawInputs`, without
+        `masks` where all tokens may be drawn.
+        """
+        executable, undrawn = self._compiled.executable(number), self._undrawn
+        self._undrawn = None
+        given = DrawInputs(**cast(dict[str, Array], inputs if "masks" in inputs else inputs | self._no_masks(number)))
+        last_tokens, self._full, drawn = executable(
+            self.weights.leaves, self.state.last_tokens, self.full, undrawn, given
+        )
+        self.state = replace(self.state, last_tokens=last_tokens)
+        return cast(Drawn, drawn)
 
     def draft(self, number: int, buffer: NDArray[np.int32]) -> jax.Array:
         """A program of the draft model: the tokens drafted [drafts, rows]."""
@@ -112,10 +131,11 @@ class Devices:
     def drop_state(self) -> None:
         """Free the memory of everything but the weights, and the pages in host memory; for `renew_state`."""
         self.copier.forget()
-        for leaf in jax.tree.leaves((self.state, self._full, self._unmasked)):
+        for leaf in jax.tree.leaves((self.state, self._full, self._unmasked, self._unasked)):
             leaf.delete()
         self._full = None
         self._unmasked.clear()
+        self._unasked.clear()
 
     def renew_state(self) -> None:
         """Make the state as it is before the first step; nothing is compiled anew."""
@@ -135,11 +155,19 @@ class Devices:
         del self.state, self.weights
         self._full = None
         self._unmasked.clear()
+        self._unasked.clear()
+
+    def _nothing_asked(self, number: int) -> ForwardInputs:
+        """Inputs of a step that nobody asks for more than tokens."""
+        if number not in self._unasked:
+            bucket = self._compiled.programs[number].bucket
+            pooled, targets = np.full((bucket.num_sequences, 2), -1, np.int32), np.full(bucket.num_tokens, -1, np.int32)
+            self._unasked[number] = ForwardInputs(*map(self._placed.whole_array, (pooled, targets)))
+        return self._unasked[number]
 
     def _no_masks(self, number: int) -> dict[str, jax.Array]:
         """Masks that allow everything, of as many rows as a program draws from."""
-        program = self._compiled.programs[number]
-        rows = program.draft_rows or program.bucket.num_sequences
+        rows = self._compiled.programs[number].bucket.num_tokens
         if rows not in self._unmasked:
             self._unmasked[rows] = self._placed.whole_array(all_tokens(rows, self._placed.vocab_size))
         return {"masks": self._unmasked[rows]}

@@ -55,7 +55,7 @@ def draft_function(
                 return sample(logits, rows, SamplingMode.SAMPLE)
 
             cache, hidden = run_model(model, tokens, cache, sequences, None)
-            return cache, draw_tokens(model, hidden[last_rows], batch, draw, rows, placement, None)
+            return cache, draw_tokens(model, hidden[last_rows], batch.num_used, draw, rows, placement, None)
 
         block_tables, sequences, tokens = take_batch(state, batch, layout)
         cache, first = run(tokens, state.draft_cache, sequences, batch.last_rows, batch.sampling)

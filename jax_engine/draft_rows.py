@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from jax_engine.cuda_fallback.searching import rows_of
 from jax_engine.sampler import SamplingRows
-from jax_engine.step_batch import StepBatch
+from jax_engine.step_batch import StepBatch, StepRows
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +24,10 @@ class DraftRows:
     lasts: Int[Array, " B"]  # and its last; anything where it has none
 
     @classmethod
-    def one_each(cls, batch: StepBatch) -> "DraftRows":
-        """The last row of each sequence, of a step without drafts."""
-        index = jnp.arange(batch.num_draws.shape[0], dtype=jnp.int32)
-        return cls(batch.last_rows, index, batch.kv_lengths, jnp.zeros_like(index), index, index)
+    def one_each(cls, given: StepRows) -> "DraftRows":
+        """One row of each sequence, of a step without drafts; they are not told from other token rows."""
+        index = jnp.arange(given.num_draws.shape[0], dtype=jnp.int32)
+        return cls(index, index, given.kv_lengths, jnp.zeros_like(index), index, index)
 
     @classmethod
     def of(cls, batch: StepBatch, size: int) -> "DraftRows":
@@ -46,9 +46,9 @@ class DraftRows:
             lasts=jnp.maximum(ends - 1, 0),
         )
 
-    def sampling(self, batch: StepBatch) -> SamplingRows:
+    def sampling(self, given: StepBatch | StepRows) -> SamplingRows:
         """The parameters of each row."""
-        rows = jax.tree.map(lambda column: column[self.owners], batch.sampling)
+        rows = jax.tree.map(lambda column: column[self.owners], given.sampling)
         return replace(rows, positions=self.positions)
 
     def before(self, tokens: Int[Array, " T"], *, num_drafts: int, no_token: int) -> Int[Array, "D K"]:
@@ -59,11 +59,11 @@ class DraftRows:
         found = tokens[jnp.maximum(self.rows[:, None] - distance, 0)]
         return jnp.where(distance < self.offsets[:, None], found, no_token)
 
-    def num_kept(self, tokens: Int[Array, " T"], drawn: Int[Array, " D"], num_draws: Int[Array, " B"]) -> Array:
+    def num_kept(self, tokens: Int[Array, " D"], drawn: Int[Array, " D"], num_draws: Int[Array, " B"]) -> Array:
         """How many of each sequence's drawn tokens (of `num_draws`) are kept: those behind drafts that were right, and
-        the first that was drawn otherwise.
+        the first that was drawn otherwise; `tokens` are those of the rows.
         """
-        is_wrong = (self.offsets > 0) & (tokens[self.rows] != jnp.roll(drawn, 1))
+        is_wrong = (self.offsets > 0) & (tokens != jnp.roll(drawn, 1))
         num_wrong = jnp.cumsum(is_wrong)
         size = drawn.shape[0]
         is_kept = num_wrong == num_wrong[jnp.minimum(self.firsts, size - 1)][self.owners]

@@ -207,7 +207,7 @@ class EngineCore:
         self._schedule_us += (planned - start) * 1e6
         if previous is None:
             self._device_since = planned
-        self._pending = self._launch(plan) if plan else None
+        pending = self._launch(plan) if plan else None
         outputs += self.scheduler.adapters.take_failed()
         was_ahead, self._is_ahead = self._is_ahead, previous is not None
         if previous is not None:
@@ -217,6 +217,8 @@ class EngineCore:
             self.runner.adapters.wait(IDLE_SECONDS)
             if self._early:
                 time.sleep(IDLE_SECONDS)
+        # Masks that follow from the tokens of the step before are there now.
+        self._pending = self.runner.draw(pending) if pending is not None else None
         now = time.monotonic()
         if now < self._stats_due and self.has_work:
             return StepOutputs(outputs)
@@ -233,6 +235,7 @@ class EngineCore:
         and so was the step after it.
         """
         start = time.perf_counter()
+        assert pending.tokens is not None, "it has been drawn by the end of the engine's step"
         pending.tokens.block_until_ready()
         ready = time.perf_counter()
         self._step_seconds = ready - self._device_since

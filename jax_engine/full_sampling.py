@@ -101,26 +101,36 @@ class FullState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FullInputs:
-    """What a FULL step takes from the host beside the packed buffer."""
+class ForwardInputs:
+    """What the first part of a FULL step takes from the host beside the packed buffer."""
+
+    pooled_rows: Int[Array, "B 2"]  # of each sequence, those that `pool_rows` adds up
+    targets: Int[Array, " T"]  # the token after each token row, if its log-probability is to be found, or else -1
+
+    @classmethod
+    def zeros(cls, num_rows: int, num_tokens: int) -> "ForwardInputs":
+        """For a step of so many sequences and token rows."""
+        return cls(jnp.zeros((num_rows, 2), jnp.int32), jnp.zeros(num_tokens, jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DrawInputs:
+    """What the second part of a FULL step takes from the host, which the first need not wait for."""
 
     asks: Bool[Array, " asks"]  # by `Ask`: whether any row does
     controlled: Bool[Array, " B"]  # whether the row's own slot of the `FullState` is in force
     masks: UInt[Array, "D W"]  # of each row drawn from: as `FullState.allowed`, in this step; a token needs both bits
     logprobs: Bool[Array, " B"]  # whether those of the drawn tokens are to be found
-    pooled_rows: Int[Array, "B 2"]  # of each sequence, those that `pool_rows` adds up
-    targets: Int[Array, " T"]  # the token after each token row, if its log-probability is to be found, or else -1
 
     @classmethod
-    def zeros(cls, num_rows: int, num_draws: int, num_tokens: int, vocab_size: int) -> "FullInputs":
-        """For a step of so many sequences, rows to draw from, and token rows."""
+    def zeros(cls, num_rows: int, num_draws: int, vocab_size: int) -> "DrawInputs":
+        """For a step of so many sequences and rows to draw from."""
         return cls(
             asks=jnp.zeros(len(Ask), bool),
             controlled=jnp.zeros(num_rows, bool),
             masks=jnp.zeros((num_draws, num_words(vocab_size)), jnp.uint32),
             logprobs=jnp.zeros(num_rows, bool),
-            pooled_rows=jnp.zeros((num_rows, 2), jnp.int32),
-            targets=jnp.zeros(num_tokens, jnp.int32),
         )
 
 
@@ -140,13 +150,22 @@ class FullRows:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class FullResults:
-    """What a FULL step gives for each row; of log-probabilities nothing that counts where nobody asks."""
+class ForwardResults:
+    """What the first part of a FULL step finds; nothing that counts where nobody asks."""
+
+    prompt: RowLogprobs | None  # of `ForwardInputs.targets`
+    pooled: Float[Array, "B D"] | None  # sums of hidden states, of `ForwardInputs.pooled_rows`
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """What the second part of a FULL step gives for each row; of log-probabilities nothing that counts where nobody
+    asks.
+    """
 
     tokens: Int[Array, " B"]
-    logprobs: RowLogprobs | None = None  # of the tokens
-    prompt: RowLogprobs | None = None  # of `FullInputs.targets`
-    pooled: Float[Array, "B D"] | None = None  # sums of hidden states, of `FullInputs.pooled_rows`
+    logprobs: RowLogprobs | None  # of the tokens
 
 
 def sample_full(
@@ -157,8 +176,8 @@ def sample_full(
     *,
     num_logprobs: int,
     processors: tuple[LogitsProcessor, ...] = (),
-) -> FullResults:
-    """The next token of each row, under all that it asked for; `asks` as in `FullInputs`. If any row asks, with
+) -> Drawn:
+    """The next token of each row, under all that it asked for; `asks` as in `DrawInputs`. If any row asks, with
     log-probabilities of it and of the `num_logprobs` (static) likeliest, from the logits as they come.
     """
 
@@ -175,7 +194,7 @@ def sample_full(
         lambda: row_logprobs(logits, tokens, num_logprobs),
         lambda: RowLogprobs.zeros(logits.shape[0], num_logprobs),
     )
-    return FullResults(tokens, logprobs)
+    return Drawn(tokens, logprobs)
 
 
 def add_bias(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:

@@ -20,7 +20,7 @@ from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKE
 from jax_engine.step_plan import Chunk
 from jax_engine.step_program import Program
 
-Fields = dict[str, NDArray[Any]]  # of a `FullState` or of `FullInputs`
+Fields = dict[str, NDArray[Any]]  # of a `FullState`, of `ForwardInputs` or of `DrawInputs`
 
 
 class FullSlots:
@@ -43,37 +43,47 @@ class FullSlots:
         self._asks[slot] = asks_of(controls)
         return slot_row(request, controls, self._placed) if is_controlled else None
 
-    def inputs(self, chunks: Sequence[Chunk], slots: NDArray[np.int32], program: Program) -> Fields:
-        """The fields of `FullInputs` for a step over these ordered chunks; `masks` only where not all tokens may be
-        drawn.
+    def draw_inputs(self, chunks: Sequence[Chunk], program: Program) -> Fields:
+        """The fields of `DrawInputs` for a step over these ordered chunks; `masks` only where not all tokens may be
+        drawn. Waits until they are made.
         """
-        num_rows = program.bucket.num_sequences
+        num_rows, slots = program.bucket.num_sequences, [chunk.slot for chunk in chunks]
         controlled = np.zeros(num_rows, bool)
         controlled[: len(slots)] = self._is_controlled[slots]
         asks: NDArray[np.bool_] = np.logical_or.reduce(self._asks[slots], axis=0)
         masks: Fields = {}
-        if any(chunk.num_draws and chunk.request.constraint is not None for chunk in chunks):
+        if any(map(needs_mask, chunks)):
             masks, asks[Ask.MASKS] = {"masks": self._fill_masks(chunks, program)}, True
         logprobs = np.zeros(num_rows, bool)
         logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
-        return masks | {
-            "asks": asks,
-            "controlled": controlled,
-            "logprobs": logprobs,
-            "pooled_rows": pooled_rows(chunks, num_rows),
-            "targets": prompt_targets(chunks, program.bucket.num_tokens),
-        }
+        return masks | {"asks": asks, "controlled": controlled, "logprobs": logprobs}
 
     def _fill_masks(self, chunks: Sequence[Chunk], program: Program) -> NDArray[np.uint32]:
         """The masks of the rows that are drawn from: with drafts, several of a chunk, one chunk's after another's."""
-        filled = all_tokens(program.draft_rows or program.bucket.num_sequences, self._placed.vocab_size)
+        filled = all_tokens(program.bucket.num_tokens, self._placed.vocab_size)
         next_row = 0
         for index, chunk in enumerate(chunks):
             row = next_row if program.draft_rows else index
-            if chunk.num_draws and chunk.request.constraint is not None:
+            if needs_mask(chunk) and chunk.request.constraint is not None:
                 chunk.request.constraint.fill(filled[row : row + 1 + len(chunk.drafts)], chunk.drafts)
             next_row += chunk.num_draws
         return filled
+
+
+def forward_inputs(chunks: Sequence[Chunk], program: Program) -> Fields:
+    """The fields of `ForwardInputs` for a step over these ordered chunks; none where nobody asks for anything."""
+    if all(chunk.request.asked.controls is None for chunk in chunks):
+        return {}
+    return {
+        "pooled_rows": pooled_rows(chunks, program.bucket.num_sequences),
+        "targets": prompt_targets(chunks, program.bucket.num_tokens),
+    }
+
+
+def needs_mask(chunk: Chunk) -> bool:
+    """Whether what a chunk draws is held to a grammar; nothing is, once the token before has ended the request."""
+    request = chunk.request
+    return chunk.num_draws > 0 and request.constraint is not None and request.finish_reason is None
 
 
 def write_slot(state: FullState, slot: Int[Array, ""], row: FullState) -> FullState:

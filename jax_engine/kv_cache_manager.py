@@ -248,7 +248,7 @@ class KVCacheManager:
             or known >= request.length_limit
             or start < request.num_once_computed
             or start < request.num_prompt
-            or request.constraint is not None
+            or request.waits_for_mask
         ):
             return None
         request.num_computed = request.num_once_computed = end = start + 1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jax_engine.full_sampling import FullResults
+from jax_engine.full_sampling import Drawn, ForwardResults
 from jax_engine.logprobs import RowLogprobs
 from jax_engine.messages import TokenLogprobs
 from jax_engine.pooling_results import asks_pooling
@@ -18,14 +18,19 @@ def asks_logprobs(chunk: Chunk) -> bool:
     return controls is not None and controls.num_logprobs is not None and chunk.num_draws > 0
 
 
-def what_is_asked(results: FullResults, chunks: Sequence[Chunk]) -> FullResults:
+def asked_of_forward(results: ForwardResults, chunks: Sequence[Chunk]) -> ForwardResults:
     """A step's results without those that none of its chunks asks for: what has to come to the host."""
-    return FullResults(
-        results.tokens,
-        results.logprobs if any(map(asks_logprobs, chunks)) else None,
+    if all(chunk.request.asked.controls is None for chunk in chunks):
+        return ForwardResults(None, None)
+    return ForwardResults(
         results.prompt if any(chunk.scored for chunk in chunks) else None,
         results.pooled if any(map(asks_pooling, chunks)) else None,
     )
+
+
+def asked_of_draw(drawn: Drawn, chunks: Sequence[Chunk]) -> Drawn:
+    """The same of what it drew."""
+    return Drawn(drawn.tokens, drawn.logprobs if any(map(asks_logprobs, chunks)) else None)
 
 
 def prompt_targets(chunks: Sequence[Chunk], num_rows: int) -> NDArray[np.int32]:
@@ -43,13 +48,16 @@ def prompt_targets(chunks: Sequence[Chunk], num_rows: int) -> NDArray[np.int32]:
 
 
 def read_logprobs(
-    asked: FullResults, chunks: Sequence[Chunk], tokens: Sequence[Sequence[int]]
+    of_drawn: RowLogprobs | None,
+    of_prompt_rows: RowLogprobs | None,
+    chunks: Sequence[Chunk],
+    tokens: Sequence[Sequence[int]],
 ) -> list[ChunkFindings] | None:
     """What a step found for each of its ordered chunks, which drew these tokens; None if nobody asked. Waits for it."""
-    if asked.logprobs is None and asked.prompt is None:
+    if of_drawn is None and of_prompt_rows is None:
         return None
-    drawn = None if asked.logprobs is None else _Rows(asked.logprobs)
-    prompt = None if asked.prompt is None else _Rows(asked.prompt)
+    drawn = None if of_drawn is None else _Rows(of_drawn)
+    prompt = None if of_prompt_rows is None else _Rows(of_prompt_rows)
     results, first_row = [NO_FINDINGS] * len(chunks), 0
     has_drafts, next_row = any(chunk.drafts for chunk in chunks), 0  # then each chunk has a row for each draw
     for index, chunk in enumerate(chunks):

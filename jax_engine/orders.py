@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from jax_engine.devices import Devices
-from jax_engine.full_sampling import FullResults
+from jax_engine.full_sampling import Drawn, ForwardResults
 from jax_engine.host_pool import PageCopies
 
 Values = np.ndarray[Any, Any]
@@ -35,15 +35,25 @@ class Step(msgspec.Struct, array_like=True, frozen=True, gc=False, tag="step"):
         return devices.step(self.number, self.buffer)
 
 
-class FullStep(msgspec.Struct, array_like=True, frozen=True, gc=False, tag="full"):
-    """See `Devices.full_step`."""
+class Forward(msgspec.Struct, array_like=True, frozen=True, gc=False, tag="forward"):
+    """See `Devices.forward`."""
 
     number: int
     buffer: Values
     inputs: dict[str, Values]
 
-    def run(self, devices: Devices) -> FullResults:
-        return devices.full_step(self.number, self.buffer, self.inputs)
+    def run(self, devices: Devices) -> ForwardResults:
+        return devices.forward(self.number, self.buffer, self.inputs)
+
+
+class Draw(msgspec.Struct, array_like=True, frozen=True, gc=False, tag="draw"):
+    """See `Devices.draw`."""
+
+    number: int
+    inputs: dict[str, Values]
+
+    def run(self, devices: Devices) -> Drawn:
+        return devices.draw(self.number, self.inputs)
 
 
 class Draft(msgspec.Struct, array_like=True, frozen=True, gc=False, tag="draft"):
@@ -144,7 +154,8 @@ class StopProfile(msgspec.Struct, array_like=True, frozen=True, tag="stop_profil
 
 ORDERS = (
     Step
-    | FullStep
+    | Forward
+    | Draw
     | Draft
     | CopyPages
     | WritePages

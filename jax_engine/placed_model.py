@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from jax_engine.draft_program import draft_function
-from jax_engine.full_sampling import FullInputs, FullState
+from jax_engine.full_program import Undrawn, draw_function, forward_function
+from jax_engine.full_sampling import DrawInputs, ForwardInputs, FullState
 from jax_engine.gpu_settings import CompilerOptions, compiler_options
 from jax_engine.logits_processors import LogitsProcessor, argument_names
 from jax_engine.model_structure import ModelStructure, Parameter
@@ -30,8 +31,8 @@ from jax_engine.planner import CacheGeometry
 from jax_engine.row_blocks import row_block
 from jax_engine.sampler import SamplingMode
 from jax_engine.sharding import Placement, place
-from jax_engine.step_batch import BatchLayout
-from jax_engine.step_program import DeviceState, full_step_function, step_function
+from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.step_program import DeviceState, step_function
 from jax_engine.strategies import STRATEGIES, Strategy
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class PlacedModel:
     def lower(
         self, layout: BatchLayout, mode: SamplingMode, size: StateSize, *, num_steps: int = 1, draft_rows: int = 0
     ) -> jax.stages.Lowered:
-        """Trace the step program of a bucket; its arguments are those of `step_function` or `full_step_function`."""
+        """Trace the step program of a bucket; its arguments are those of `step_function` or `forward_function`."""
         leaves, state, whole = self.leaf_shapes(), self.state_shapes(size), self.placement.of()
         buffer = _shape((layout.size,), jnp.int32, whole)
         on_mesh, options = self.placement.mesh is not None, dict(self.compiler_options)
@@ -174,22 +175,43 @@ class PlacedModel:
             jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings, compiler_options=options)
             return jitted.lower(leaves, state, buffer)
         assert num_steps == 1, "a step of the FULL mode runs the model once"
-        full, rows = self.full_state_shapes(size.num_slots), layout.bucket.num_sequences
-        sizes = rows, draft_rows or rows, layout.bucket.num_tokens, self.vocab_size
-        inputs = self._whole(jax.eval_shape(lambda: FullInputs.zeros(*sizes)))
-        full_step = full_step_function(
+        vectors, bucket = self.full_state_shapes(size.num_slots).vectors, layout.bucket
+        inputs = self._whole(jax.eval_shape(lambda: ForwardInputs.zeros(bucket.num_sequences, bucket.num_tokens)))
+        forward = forward_function(
             self.structure,
             layout,
             self.placement,
             self.row_block,
             num_logprobs=self.num_logprobs,
-            processors=self.processors,
+            vocab_size=self.vocab_size,
             draft_rows=draft_rows,
             num_drafts=self.num_drafts,
         )
-        full_shardings = (_shardings(state), _shardings(full), whole) if on_mesh else None
-        jitted = jax.jit(full_step, donate_argnums=(1, 2), out_shardings=full_shardings, compiler_options=options)
-        return jitted.lower(leaves, state, full, buffer, inputs)
+        forward_shardings = (_shardings(state), whole, whole, whole) if on_mesh else None
+        jitted = jax.jit(forward, donate_argnums=(1, 2), out_shardings=forward_shardings, compiler_options=options)
+        return jitted.lower(leaves, state, vectors, buffer, inputs)
+
+    def lower_draw(self, bucket: Bucket, size: StateSize, *, drafts: bool) -> jax.stages.Lowered:
+        """Trace the program that draws from as many rows as a bucket has tokens, with drafts or without; its arguments
+        are those of `draw_function`.
+        """
+        rows, num_sequences = bucket.num_tokens, bucket.num_sequences
+        leaves, state, whole = self.leaf_shapes(), self.state_shapes(size), self.placement.of()
+        full, num_drafts = self.full_state_shapes(size.num_slots), self.num_drafts if drafts else None
+        dtype = self.geometry.dtype
+        undrawn = jax.eval_shape(lambda: Undrawn.zeros(rows, num_sequences, self.hidden_size, dtype, num_drafts))
+        inputs = jax.eval_shape(lambda: DrawInputs.zeros(num_sequences, rows, self.vocab_size))
+        draw = draw_function(
+            self.structure,
+            self.placement,
+            self.row_block,
+            num_logprobs=self.num_logprobs,
+            processors=self.processors,
+        )
+        shardings = (whole, _shardings(full), whole) if self.placement.mesh is not None else None
+        options = dict(self.compiler_options)
+        jitted = jax.jit(draw, donate_argnums=(1, 2), out_shardings=shardings, compiler_options=options)
+        return jitted.lower(leaves, state.last_tokens, full, self._whole(undrawn), self._whole(inputs))
 
     def lower_draft(self, layout: BatchLayout, size: StateSize) -> jax.stages.Lowered:
         """Trace a program of the draft model; its arguments are those of `draft_function`."""

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CPU_CACHE_BYTES = 2 * 2**30  # a development machine's share; serving more is a flag away
 # Step programs of all sizes: at most 40 in all, since loops and drafts exclude each other.
-MAX_PROGRAMS = 26  # in the modes that most requests need
-MAX_FULL_PROGRAMS = 6  # in the FULL mode, which few do
+MAX_PROGRAMS = 24  # in the modes that most requests need
+MAX_FULL_PROGRAMS = 8  # in the FULL mode, which few do: forward passes and draws
 FULL_SIZE_STEP = 4  # its step sizes grow by this factor
 MAX_LOOP_PROGRAMS = 8  # beside them, where decodes loop on the device
 MAX_DRAFT_PROGRAMS = 8  # beside them, for steps with drafted tokens
@@ -141,13 +141,13 @@ def step_sizes(max_num_seqs: int, token_budget: int, *, max_programs: int = MAX_
 
 
 def full_step_sizes(max_num_seqs: int, token_budget: int) -> tuple[int, ...]:
-    """The same for steps of the FULL mode: fewer, powers of `FULL_SIZE_STEP`."""
+    """The same for steps of the FULL mode, each of which takes a draw besides: fewer, powers of `FULL_SIZE_STEP`."""
     sizes, power = {1, max_num_seqs, token_budget}, 1
     while power < token_budget:
         sizes.add(power)
         power *= FULL_SIZE_STEP
     ladder = sorted(sizes)
-    while len(ladder) > MAX_FULL_PROGRAMS:
+    while sum(1 + (size <= max_num_seqs) for size in ladder) > MAX_FULL_PROGRAMS:
         _thin(ladder, (1, max_num_seqs, token_budget))
     return tuple(ladder)
 
@@ -208,42 +208,49 @@ def step_programs(
     real lengths. Where steps run in blocks of `row_block` rows, their cost follows their blocks, and one program of
     whole blocks, in the mode that does everything, is all there is.
 
-    The FULL mode has fewer sizes, or, with `only_full`, all of them to itself. With `num_steps` above 1 there are loops
-    of so many steps besides, for decodes alone, at fewer sizes and not in the FULL mode.
+    The FULL mode has fewer sizes, or, with `only_full`, all of them to itself, and draws besides. With `num_steps`
+    above 1 there are loops of so many steps besides, for decodes alone, at fewer sizes and not in the FULL mode.
     """
     if row_block is not None:
         bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
-        return (Program(bucket, SamplingMode.FULL),)
+        return with_draws([Program(bucket, SamplingMode.FULL)])
     if only_full:
         sizes = step_sizes(max_num_seqs, token_budget)
-        return tuple(Program(Bucket(size, min(size, max_num_seqs)), SamplingMode.FULL) for size in sizes)
+        return with_draws([Program(Bucket(size, min(size, max_num_seqs)), SamplingMode.FULL) for size in sizes])
     kinds = [(1, size) for size in step_sizes(max_num_seqs, token_budget, max_programs=max_programs)]
     if num_steps > 1:
         loop_sizes = step_sizes(max_num_seqs, max_num_seqs, max_programs=MAX_LOOP_PROGRAMS)
         kinds += [(num_steps, size) for size in loop_sizes]
     full = [(1, size, SamplingMode.FULL) for size in full_step_sizes(max_num_seqs, token_budget)]
-    return tuple(
-        Program(Bucket(size, min(size, max_num_seqs)), mode, steps)
-        for steps, size, mode in [
-            *((steps, size, mode) for steps, size in kinds for mode in _modes(size, max_num_seqs)),
-            *full,
+    return with_draws(
+        [
+            Program(Bucket(size, min(size, max_num_seqs)), mode, steps)
+            for steps, size, mode in [
+                *((steps, size, mode) for steps, size in kinds for mode in _modes(size, max_num_seqs)),
+                *full,
+            ]
         ]
     )
+
+
+def with_draws(programs: Sequence[Program]) -> tuple[Program, ...]:
+    """The programs, and behind them those that draw for them."""
+    return tuple(dict.fromkeys((*programs, *(part for program in programs for part in program.parts))))
 
 
 def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
     """Step programs for ranges with up to `num_drafts` drafted tokens: those of one sequence, and from there on powers
     of two times as many rows up to the token budget, as far as `MAX_DRAFT_PROGRAMS` allow; in the FULL mode the first
-    and the last of them.
+    and the last of them, with their draws.
     """
     most, smallest = max_num_seqs * (1 + num_drafts), min(1 + num_drafts, token_budget)
     ends = tuple(sorted({smallest, token_budget}))
     ladder = sorted({*(smallest * 2**power for power in range((token_budget // smallest).bit_length())), token_budget})
-    while len(ladder) > MAX_DRAFT_PROGRAMS - len(ends):
+    while len(ladder) > MAX_DRAFT_PROGRAMS - 2 * len(ends):
         _thin(ladder, ends)
     kinds = [*((size, LOOPING_MODES[-1]) for size in ladder), *((size, SamplingMode.FULL) for size in ends)]
-    return tuple(
-        Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds
+    return with_draws(
+        [Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds]
     )
 
 

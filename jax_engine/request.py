@@ -24,6 +24,10 @@ class Constraint(Protocol):
         """Whether `fill` need not wait."""
 
     @property
+    def is_quick(self) -> bool:
+        """Whether the next mask takes a short time to make, once the token that it follows from is known."""
+
+    @property
     def allows_drafts(self) -> bool:
         """Whether `fill` can tell what may come behind drafts, in a short time."""
 
@@ -97,6 +101,13 @@ class Request:
     def num_undrawn(self) -> int:
         """Tokens it may still have beside those known or on their way."""
         return self.length_limit - self.length
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether its next step cannot be planned for want of a mask: one that takes long, and is not there."""
+        if self.constraint is None:
+            return False
+        return not (self.constraint.is_quick if self.num_pending else self.constraint.is_ready)
 
     @property
     def is_unscored(self) -> bool:

@@ -5,7 +5,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -19,19 +19,21 @@ from jax_engine.compiled_steps import CompiledSteps
 from jax_engine.config import EngineConfig
 from jax_engine.devices import Devices
 from jax_engine.draft_model import PendingDrafts
-from jax_engine.full_sampling import FullResults
-from jax_engine.full_slots import FullSlots
+from jax_engine.full_sampling import ForwardResults
+from jax_engine.full_slots import FullSlots, forward_inputs
 from jax_engine.gpu_settings import prepare_gpus
 from jax_engine.group_leader import Leader
 from jax_engine.group_member import Member
 from jax_engine.hosts import check_mesh
 from jax_engine.loader import load_leaves
-from jax_engine.logprob_results import read_logprobs, what_is_asked
+from jax_engine.logprob_results import asked_of_draw, asked_of_forward, read_logprobs
+from jax_engine.logprobs import RowLogprobs
 from jax_engine.memory_check import check_memory
 from jax_engine.orders import (
     CopyPages,
     Draft,
-    FullStep,
+    Draw,
+    Forward,
     Order,
     Result,
     Step,
@@ -65,9 +67,10 @@ class PendingTokens:
     """A step that has been launched: its chunks in the order of its rows, and its tokens, still on the device."""
 
     plan: StepPlan
-    tokens: jax.Array  # [steps, rows]
+    tokens: jax.Array | None  # [steps, rows], or [rows] of one step; None until `Runner.draw` has been called
     program: Program
-    full: FullResults | None = None  # of a program of the FULL mode: what is asked for
+    found: ForwardResults | None = None  # of a program of the FULL mode: what is asked for
+    logprobs: RowLogprobs | None = None  # of the tokens, if they are asked for
     drafts: PendingDrafts | None = None  # what was drafted for it on the device
 
     def resolve(self) -> StepPlan:
@@ -200,29 +203,49 @@ class Runner:
         if len(updates) > layout.num_page_updates:
             self._write_pages(updates[layout.num_page_updates :])
         buffer = pack_batch(chunks, updates[: layout.num_page_updates], layout, self._parameters)
-        inputs = self._full.inputs(chunks, slots, program) if program.mode is SamplingMode.FULL else None
+        inputs = forward_inputs(chunks, program) if program.mode is SamplingMode.FULL else None
         packed = time.perf_counter()
-        full: FullResults | None = None
+        found: ForwardResults | None = None
+        tokens: jax.Array | None = None
         number = self.compiled.number_of(program)
         if inputs is not None:
-            full = what_is_asked(self.do(FullStep(number, buffer, inputs)), chunks)
-            tokens = full.tokens[None]
+            found = asked_of_forward(self.do(Forward(number, buffer, inputs)), chunks)
         else:
             tokens = self.do(Step(number, buffer))
-        if self._is_remote:
-            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), (tokens, full, drafts and drafts.tokens))
+        self._begin_copies((tokens, found, drafts and drafts.tokens))
         launched = time.perf_counter()
         counters = self.counters
         counters.steps += 1
         counters.pack_us += (packed - start) * 1e6
         counters.launch_us += (launched - packed) * 1e6
-        return PendingTokens(plan, tokens, program, full, drafts)
+        pending = PendingTokens(plan, tokens, program, found, drafts=drafts)
+        return pending if plan.draws_later else self.draw(pending)
+
+    def draw(self, pending: PendingTokens) -> PendingTokens:
+        """Start what draws a step's tokens, if that is not done yet; waits until the masks for it are made."""
+        if pending.tokens is not None:
+            return pending
+        start = time.perf_counter()
+        chunks, program = pending.plan.chunks, pending.program
+        assert program.draw is not None
+        inputs = self._full.draw_inputs(chunks, program.draw)
+        packed = time.perf_counter()
+        drawn = asked_of_draw(self.do(Draw(self.compiled.number_of(program.draw), inputs)), chunks)
+        self._begin_copies(drawn)
+        self.counters.pack_us += (packed - start) * 1e6
+        self.counters.launch_us += (time.perf_counter() - packed) * 1e6
+        return replace(pending, tokens=drawn.tokens, logprobs=drawn.logprobs)
+
+    def _begin_copies(self, leaves: object) -> None:
+        """Have arrays come to the host as soon as they are there."""
+        if self._is_remote:
+            jax.tree.map(lambda leaf: leaf.copy_to_host_async(), leaves)
 
     def collect(self, pending: PendingTokens) -> list[list[int]]:
         """Wait for a step; the tokens of each of its chunks."""
         if pending.program.draft_rows:
             return self._collect_drafted(pending)
-        drawn = np.asarray(pending.tokens)[:, : len(pending.plan.chunks)]
+        drawn = np.atleast_2d(np.asarray(pending.tokens))[:, : len(pending.plan.chunks)]
         num_drawn = (drawn != NO_TOKEN).sum(axis=0)
         num_steps, num_tokens = 1, pending.plan.num_tokens
         if pending.program.num_steps > 1:
@@ -235,7 +258,7 @@ class Runner:
 
     def _collect_drafted(self, pending: PendingTokens) -> list[list[int]]:
         """The tokens drawn behind the last of each chunk's tokens and behind each of its drafts."""
-        drawn, end = np.asarray(pending.tokens)[0].tolist(), 0
+        drawn, end = np.asarray(pending.tokens).reshape(-1).tolist(), 0
         self._count_rows(pending.program.bucket.num_tokens, pending.plan.num_tokens)
         return [drawn[end : (end := end + chunk.num_draws)] for chunk in pending.plan.chunks]
 
@@ -248,10 +271,10 @@ class Runner:
         """Wait for the log-probabilities and vectors that a step's chunks ask for; `drawn` are its tokens. None if none
         does.
         """
-        if pending.full is None:
+        if pending.found is None:
             return None
-        findings = read_logprobs(pending.full, pending.plan.chunks, drawn)
-        return with_pooled(findings, pending.full.pooled, pending.plan.chunks)
+        findings = read_logprobs(pending.logprobs, pending.found.prompt, pending.plan.chunks, drawn)
+        return with_pooled(findings, pending.found.pooled, pending.plan.chunks)
 
     def shutdown(self) -> None:
         """Stop compiling, log what padding there was, and let go of device memory."""

@@ -241,7 +241,7 @@ class Scheduler:
         is_decode = num_uncomputed == 1
         drafts, fill = step.drafts.of(request)
         length = 1 + len(drafts) if is_decode else self._chunk_length(num_uncomputed, step.tokens)
-        if not length or (request.constraint is not None and not request.constraint.is_ready):
+        if not length or request.waits_for_mask:
             return
         while not (room := self.cache.room(request)):
             step.short.add(request.owner)

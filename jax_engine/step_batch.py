@@ -65,12 +65,8 @@ class BatchLayout:
         shapes: dict[str, tuple[int, ...]] = {
             "tokens": (tokens,),
             "query_starts": (sequences + 1,),
-            "kv_lengths": (sequences,),
-            "slots": (sequences,),
-            "num_draws": (sequences,),
             "num_decodes": (1,),
-            "parameters": (sequences, NUM_PARAMETERS),
-            "held_back": (sequences, MAX_HELD_BACK_TOKENS),
+            **row_shapes(sequences),
             "page_updates": (self.num_page_updates, 3),  # row of the block tables, index in it, page
         }
         if self.num_adapters:
@@ -82,37 +78,51 @@ class BatchLayout:
             offset += size
         return fields
 
+    @property
+    def row_words(self) -> slice:
+        """Where the fields of `StepRows` lie, one behind another."""
+        names = list(row_shapes(0))
+        return slice(self.fields[names[0]][0].start, self.fields[names[-1]][0].stop)
+
     @cached_property
     def size(self) -> int:
         """Length of the buffer in int32 words."""
         return max(span.stop for span, _ in self.fields.values())
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class StepBatch:
-    """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates the row
-    `num_table_rows`.
-    """
+def row_shapes(num_sequences: int) -> dict[str, tuple[int, ...]]:
+    """The fields of a packed buffer that draws need, in their order."""
+    return {
+        "kv_lengths": (num_sequences,),
+        "slots": (num_sequences,),
+        "num_draws": (num_sequences,),
+        "parameters": (num_sequences, NUM_PARAMETERS),
+        "held_back": (num_sequences, MAX_HELD_BACK_TOKENS),
+    }
 
-    tokens: Int[Array, " T"]  # or TAKE_LAST
+
+@dataclass(frozen=True)
+class StepRows:
+    """What a step's buffer says of the rows to draw from, one of each sequence."""
+
     kv_lengths: Int[Array, " B"]
-    query_starts: Int[Array, "B+1"]
     slots: Int[Array, " B"]
     num_draws: Int[Array, " B"]  # tokens to draw for the row and to keep
-    num_decodes: Int[Array, ""]
-    page_updates: Int[Array, "U 3"]
     sampling: SamplingRows
-    adapters: Int[Array, " B"] | None = None  # slot of each sequence's adapter, or NO_ADAPTER
 
-    @property
-    def last_rows(self) -> Int[Array, " B"]:
-        """The last token row of each sequence, which its next token is drawn from."""
-        return jnp.maximum(self.query_starts[1:] - 1, 0)
+    @staticmethod
+    def num_words(num_sequences: int) -> int:
+        """Of the fields of so many sequences."""
+        return sum(int(np.prod(shape)) for shape in row_shapes(num_sequences).values())
 
     @classmethod
-    def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":
-        view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
+    def unpack(cls, words: Int[Array, " W"]) -> "StepRows":
+        """Of the words at `BatchLayout.row_words`."""
+        num_sequences = words.shape[0] // cls.num_words(1)
+        view, end = {}, 0
+        for name, shape in row_shapes(num_sequences).items():
+            start, end = end, end + int(np.prod(shape))
+            view[name] = words[start:end].reshape(shape)
         numbers = view["parameters"]
 
         def floats(column: int) -> Array:
@@ -128,15 +138,54 @@ class StepBatch:
             hold_until=numbers[:, 6],
             held_back=view["held_back"],
         )
+        return cls(view["kv_lengths"], view["slots"], view["num_draws"], sampling)
+
+    @property
+    def num_used(self) -> Int[Array, ""]:
+        """Sequences; padding follows them."""
+        return jnp.sum(self.kv_lengths > 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepBatch:
+    """The unpacked fields on the device; padding sequences have the slot `num_slots`, padding page updates the row
+    `num_table_rows`.
+    """
+
+    tokens: Int[Array, " T"]  # or TAKE_LAST
+    kv_lengths: Int[Array, " B"]
+    query_starts: Int[Array, "B+1"]
+    slots: Int[Array, " B"]
+    num_draws: Int[Array, " B"]
+    num_decodes: Int[Array, ""]
+    page_updates: Int[Array, "U 3"]
+    sampling: SamplingRows
+    adapters: Int[Array, " B"] | None = None  # slot of each sequence's adapter, or NO_ADAPTER
+
+    @property
+    def last_rows(self) -> Int[Array, " B"]:
+        """The last token row of each sequence, which its next token is drawn from."""
+        return jnp.maximum(self.query_starts[1:] - 1, 0)
+
+    @property
+    def num_used(self) -> Int[Array, ""]:
+        """Sequences; padding follows them."""
+        return jnp.sum(self.kv_lengths > 0)
+
+    @classmethod
+    def unpack(cls, buffer: Int[Array, " W"], layout: BatchLayout) -> "StepBatch":
+        view = {name: buffer[span].reshape(shape) for name, (span, shape) in layout.fields.items()}
+        rows = StepRows.unpack(buffer[layout.row_words])
         return cls(
             tokens=view["tokens"],
             query_starts=view["query_starts"],
-            kv_lengths=view["kv_lengths"],
-            slots=view["slots"],
-            num_draws=view["num_draws"],
+            kv_lengths=rows.kv_lengths,
+            slots=rows.slots,
+            num_draws=rows.num_draws,
             num_decodes=view["num_decodes"][0],
             page_updates=view["page_updates"],
-            sampling=sampling,
+            sampling=rows.sampling,
             adapters=view.get("adapters"),
         )
 

@@ -68,8 +68,18 @@ class StepPlan:
 
     @cached_property
     def waits_for_host(self) -> bool:
-        """Whether a request's next step can only be planned when this one's token for it is on the host."""
-        return any(chunk.drafts or (chunk.request.constraint is not None and chunk.num_draws) for chunk in self.chunks)
+        """Whether a request's next step can only be planned when this one's tokens for it are on the host."""
+        return any(chunk.drafts for chunk in self.chunks)
+
+    @property
+    def draws_later(self) -> bool:
+        """Whether a mask for it follows from a token that is still on its way: for as long as its tokens are not drawn,
+        the step before is to be collected.
+        """
+        return any(
+            chunk.num_draws and chunk.request.constraint is not None and chunk.request.num_pending > chunk.num_draws
+            for chunk in self.chunks
+        )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The one step function: tokens in, next tokens out, the device state replaced.
 
 A plan of decodes alone may have several tokens a row: the same step, looped over on the device (`decode_loop.py`).
+A step of the FULL mode is two programs (`full_program.py`).
 """
 
 from collections.abc import Callable
@@ -15,13 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from jax_engine.decode_loop import decode_loop
 from jax_engine.draft_rows import DraftRows
-from jax_engine.full_sampling import FullInputs, FullResults, FullRows, FullState, sample_full
-from jax_engine.logits_processors import LogitsProcessor
-from jax_engine.logprobs import RowLogprobs, prompt_block, prompt_logprobs
 from jax_engine.model_structure import ModelStructure
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.llama import LlamaForCausalLM
-from jax_engine.pooling import pool_rows
 from jax_engine.row_blocks import by_blocks
 from jax_engine.sampler import SamplingMode, SamplingRows, likeliest_of_parts, sample
 from jax_engine.sharding import Placement
@@ -68,8 +65,25 @@ class Program:
     num_steps: int = 1  # above 1: a loop over decodes, of up to so many tokens a row
     draft_rows: int = 0  # above 0: tokens are drawn from so many rows, several a sequence where that has drafts
     num_drafts: int = 0  # above 0: of the draft model, which drafts up to so many tokens (`draft_program.py`)
+    is_draw: bool = False  # it draws from as many rows as the bucket has tokens, what another has left to draw
+
+    @property
+    def draw(self) -> "Program | None":
+        """What draws behind it: a step of the FULL mode is two programs (`full_program.py`)."""
+        if self.mode is not SamplingMode.FULL or self.is_draw:
+            return None
+        bucket = Bucket(self.draft_rows or self.bucket.num_sequences, self.bucket.num_sequences)
+        return Program(bucket, self.mode, draft_rows=self.draft_rows, is_draw=True)
+
+    @property
+    def parts(self) -> "tuple[Program, ...]":
+        """All that a step of it runs: what draws behind it, if anything does, and itself."""
+        return (self,) if self.draw is None else (self.draw, self)
 
     def __str__(self) -> str:
+        if self.is_draw:
+            drafts = " with drafts" if self.draft_rows else ""
+            return f"draws from {self.bucket.num_tokens} rows{drafts} of {self.bucket.num_sequences} sequences"
         if self.num_drafts:
             return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences of the draft model"
         loop = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
@@ -77,9 +91,11 @@ class Program:
         return f"{self.bucket.num_tokens} tokens x {self.bucket.num_sequences} sequences, {self.mode}{loop}{drafts}"
 
     def can_do(self, mode: SamplingMode) -> bool:
-        """Whether it serves steps of a mode: its own and those before it. One of the draft model serves none."""
+        """Whether it serves steps of a mode: its own and those before it. One of the draft model serves none, nor does
+        one that only draws.
+        """
         modes = list(SamplingMode)
-        return not self.num_drafts and modes.index(self.mode) >= modes.index(mode)
+        return not self.num_drafts and not self.is_draw and modes.index(self.mode) >= modes.index(mode)
 
     def holds(self, num_tokens: int, num_sequences: int, num_steps: int, draft_rows: int) -> bool:
         is_of_kind = (self.num_steps > 1, self.draft_rows > 0) == (num_steps > 1, draft_rows > 0)
@@ -88,10 +104,6 @@ class Program:
 
 
 StepFunction = Callable[[tuple[jax.Array, ...], DeviceState, Int[Array, " W"]], tuple[DeviceState, Int[Array, "K B"]]]
-FullStepFunction = Callable[
-    [tuple[jax.Array, ...], DeviceState, FullState, Int[Array, " W"], FullInputs],
-    tuple[DeviceState, FullState, FullResults],
-]
 
 
 def step_function(
@@ -132,7 +144,7 @@ def step_function(
             # A draw sums a row over the vocabulary dozens of times: on one device, and in the same order on any mesh.
             by_rows = mode is not SamplingMode.GREEDY
             return cache, draw_tokens(
-                model, hidden[last_rows], batch, draw, rows, placement, row_block, by_rows=by_rows
+                model, hidden[last_rows], batch.num_used, draw, rows, placement, row_block, by_rows=by_rows
             )
 
         block_tables, sequences, tokens = take_batch(state, batch, layout)
@@ -147,7 +159,7 @@ def step_function(
             drawn = latest[None]
             if draft_rows:
                 latest = latest[drafted.lasts]
-        last_tokens = keep_tokens(state, batch, latest)
+        last_tokens = keep_tokens(state.last_tokens, batch.slots, batch.num_draws, latest)
         return replace(state, cache=cache, block_tables=block_tables, last_tokens=last_tokens), drawn
 
     return step
@@ -160,62 +172,6 @@ def _draw(
     if mode is SamplingMode.GREEDY:
         return likeliest_of_parts(logits, placement.activations, placement.vocab_size or logits.shape[1])
     return sample(logits, rows, mode)
-
-
-def full_step_function(
-    structure: ModelStructure,
-    layout: BatchLayout,
-    placement: Placement,
-    row_block: int | None = None,
-    *,
-    num_logprobs: int,
-    processors: tuple[LogitsProcessor, ...] = (),
-    draft_rows: int = 0,
-    num_drafts: int = 0,
-) -> FullStepFunction:
-    """The function that a step program of the FULL mode compiles: `step_function`'s, which besides takes the slots'
-    `FullState` (donate it too) and the step's `FullInputs`, and returns the new state and its `FullResults`, with the
-    log-probabilities of the `num_logprobs` likeliest tokens where any are asked for. With `draft_rows`, a sequence has
-    at most `num_drafts` drafts.
-    """
-
-    def step(
-        leaves: tuple[jax.Array, ...],
-        state: DeviceState,
-        full: FullState,
-        buffer: Int[Array, " W"],
-        inputs: FullInputs,
-    ) -> tuple[DeviceState, FullState, FullResults]:
-        model = structure.merge(leaves)
-        batch = StepBatch.unpack(buffer, layout)
-        block_tables, sequences, tokens = take_batch(state, batch, layout)
-        cache, hidden = run_model(model, tokens, state.cache, sequences, row_block)
-
-        def draw(logits: Float[Array, "R V"], rows: FullRows) -> FullResults:
-            return sample_full(logits, rows, full, inputs.asks, num_logprobs=num_logprobs, processors=processors)
-
-        drafted = DraftRows.of(batch, draft_rows) if draft_rows else DraftRows.one_each(batch)
-        of, vocab_size = drafted.owners, full.counts.shape[1]
-        rows = FullRows(
-            drafted.sampling(batch),
-            batch.slots[of],
-            inputs.controlled[of],
-            inputs.masks,
-            inputs.logprobs[of],
-            drafted.before(tokens, num_drafts=num_drafts, no_token=vocab_size) if draft_rows else None,
-        )
-        results = draw_tokens(model, hidden[drafted.rows], batch, draw, rows, placement, row_block)
-        num_kept = jnp.where(inputs.controlled, drafted.num_kept(tokens, results.tokens, batch.num_draws), 0)
-        prompt = score_prompts(model, hidden, inputs.targets, placement, row_block, num_logprobs=num_logprobs)
-        vectors, pooled = pool_rows(
-            hidden, full.vectors, batch.slots, inputs.pooled_rows, in_order=row_block is not None
-        )
-        last_tokens = keep_tokens(state, batch, results.tokens[drafted.lasts])
-        new_state = replace(state, cache=cache, block_tables=block_tables, last_tokens=last_tokens)
-        new_full = full.with_drawn(batch.slots, results.tokens, of, drafted.firsts, num_kept)
-        return new_state, replace(new_full, vectors=vectors), replace(results, prompt=prompt, pooled=pooled)
-
-    return step
 
 
 def take_batch(
@@ -243,10 +199,12 @@ def take_batch(
     return block_tables, sequences, tokens
 
 
-def keep_tokens(state: DeviceState, batch: StepBatch, latest: Int[Array, " B"]) -> Int[Array, " slots"]:
+def keep_tokens(
+    last_tokens: Int[Array, " slots"], slots: Int[Array, " B"], num_draws: Int[Array, " B"], latest: Int[Array, " B"]
+) -> Int[Array, " slots"]:
     """The last tokens of all slots, with those that a step drew to be kept."""
-    kept = jnp.where(batch.num_draws > 0, batch.slots, state.last_tokens.shape[0])
-    return state.last_tokens.at[kept].set(latest, mode="drop")
+    kept = jnp.where(num_draws > 0, slots, last_tokens.shape[0])
+    return last_tokens.at[kept].set(latest, mode="drop")
 
 
 def run_model(
@@ -281,7 +239,7 @@ def run_model(
 def draw_tokens(
     model: LlamaForCausalLM,
     hidden: Float[Array, "B D"],
-    batch: StepBatch,
+    num_used: Int[Array, ""],
     draw: Callable[[Float[Array, "R V"], Rows], Results],
     rows: Rows,
     placement: Placement,
@@ -289,7 +247,7 @@ def draw_tokens(
     *,
     by_rows: bool = True,
 ) -> Results:
-    """What `draw` makes of each sequence's logits and its `rows`, from the hidden state of its last token.
+    """What `draw` makes of the logits of hidden states and their `rows`, of which the first `num_used` count.
 
     `by_rows` moves logits and rows so that each row is whole on one device of a mesh: no device holds the logits of all
     rows, nor the vocabulary of more than its share of them.
@@ -310,23 +268,4 @@ def draw_tokens(
         part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=row_block)
         return nothing, draw_rows(part(hidden), jax.tree.map(part, rows))
 
-    used = jnp.sum(batch.kv_lengths > 0)  # padding follows the sequences
-    return by_blocks(block, None, num_rows=hidden.shape[0], size=row_block, used=used)[1]
-
-
-def score_prompts(
-    model: LlamaForCausalLM,
-    hidden: Float[Array, "T D"],
-    targets: Int[Array, " T"],
-    placement: Placement,
-    row_block: int | None,
-    *,
-    num_logprobs: int,
-) -> RowLogprobs:
-    """Log-probabilities of the prompt tokens that are asked about, from the hidden states of those before them."""
-
-    def logits_of(hidden: Float[Array, "R D"]) -> Float[Array, "R V"]:
-        return placement.by_rows(model.compute_logits(hidden), (None, "vocab"))[:, : placement.vocab_size]
-
-    block = placement.whole_shares(row_block or prompt_block(hidden.shape[0], model.model.embed_tokens.weight.shape[0]))
-    return prompt_logprobs(logits_of, hidden, targets, num_top=num_logprobs, block=block)
+    return by_blocks(block, None, num_rows=hidden.shape[0], size=row_block, used=num_used)[1]

@@ -90,7 +90,7 @@ def core(folder: str) -> Iterator[InProcessCore]:
     core = engine(folder)
     yield core
     stats = core.stats()
-    assert (stats.programs_planned, stats.compiles_in_request_path_total) == (1, 0)
+    assert (stats.programs_planned, stats.compiles_in_request_path_total) == (2, 0)
     core.shutdown()
 
 

@@ -17,7 +17,7 @@ from jax_engine.core_client import InProcessCore
 from jax_engine.group import GroupError
 from jax_engine.group_leader import Leader
 from jax_engine.group_member import Member
-from jax_engine.orders import ORDERS, FullStep, Step, WriteAdapter
+from jax_engine.orders import ORDERS, Forward, Step, WriteAdapter
 
 
 def gathered(size: int, *, facts: Callable[[int], dict[str, object]] = lambda _: {}) -> tuple[Leader, list[Member]]:
@@ -39,7 +39,7 @@ def test_orders_come_to_all_in_order_with_their_arrays() -> None:
     rows = {"asks": np.array([True, False]), "counts": np.array(3, np.int32), "none": np.zeros((2, 0), np.uint32)}
     given = [Step(number, np.arange(2000, dtype=np.int32) * number) for number in range(500)]
     factors = {"a": np.linspace(-1, 1, 6).astype(ml_dtypes.bfloat16).reshape(2, 3)[:, ::2]}
-    for order in (*given, FullStep(7, given[0].buffer, rows), WriteAdapter(1, factors)):
+    for order in (*given, Forward(7, given[0].buffer, rows), WriteAdapter(1, factors)):
         leader.send(order)
     leader.close()
     for member in members:

@@ -254,7 +254,7 @@ def test_a_token_that_the_grammar_does_not_allow_ends_the_request_with_an_error(
     constraint = GrammarConstraint(new_matcher(grammar, vocabulary), asked, vocabulary)
     request = Request(asked, order=0, constraint=constraint)
     assert request.append(500) is None
-    constraint.make()
+    constraints.Constraints().make_masks([constraint])
     assert request.append(500) == "error"
     assert constraint.error
 

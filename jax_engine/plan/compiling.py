@@ -27,7 +27,7 @@ def programs_of_plan(blueprint: Blueprint) -> list[Program]:
     plain = sorted(
         program
         for program in blueprint.programs
-        if (program.num_steps, program.draft_rows, program.num_drafts) == (1, 0, 0)
+        if (program.num_steps, program.draft_rows, program.num_drafts) == (1, 0, 0) and not program.is_draw
     )
     most = blueprint.config.max_num_seqs
     by_mode = {mode: [program for program in plain if program.mode is mode] for mode in SamplingMode}

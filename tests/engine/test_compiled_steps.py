@@ -38,7 +38,9 @@ def test_the_largest_comes_first_and_then_the_middle_of_the_widest_gap():
     assert sizes(wide) == [64, 1, 12, 4, 24, 2, 8, 16, 32, 48]
     narrow, full = ([program for program in order if program.mode is mode] for mode in (GREEDY, FULL))
     assert order == [*wide, *narrow, *full], "one that serves both modes first, and one that few requests need last"
-    assert sizes(full) == [64, 1, 8, 4, 16]
+    assert sizes([program for program in full if not program.is_draw]) == [64, 1, 8, 4, 16]
+    draws = [program.is_draw for program in full]
+    assert draws == [False, True, False, True, False, False, True, False], "what draws behind one comes with it"
 
 
 def test_a_single_program_is_an_order():
@@ -59,6 +61,17 @@ def test_a_step_takes_the_smallest_program_that_is_ready():
     assert steps.num_in_request_path == 0
 
 
+def test_a_program_is_in_use_once_what_draws_behind_it_is_there():
+    steps = CompiledSteps(PROGRAMS, lower)
+    small, large = Program(Bucket(1, 1), FULL), Program(Bucket(16, 4), FULL)
+    for program in (small, *large.parts):
+        steps._compile(program)
+    assert steps.find(1, 1, FULL)[0] == large
+    steps._compile(small.draw)
+    assert steps.find(1, 1, FULL)[0] == small
+    assert steps.num_in_request_path == 0
+
+
 def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path():
     steps = compiled()
     steps.find(1, 1, GREEDY)
@@ -69,9 +82,9 @@ def test_a_step_before_the_largest_program_counts_as_compiled_in_a_requests_path
 
 def test_memory_is_planned_with_the_largest_program_of_each_kind():
     steps = CompiledSteps(step_programs(4, 16, num_steps=4), lower)
-    assert len(steps.compile_largest_of_each()) == 3
+    assert len(steps.compile_largest_of_each()) == 4
     ready = sorted((program.mode, program.num_steps) for program in steps._executables)
-    assert ready == [(FULL, 1), (SAMPLE, 1), (SAMPLE, 4)]
+    assert ready == [(FULL, 1), (FULL, 1), (SAMPLE, 1), (SAMPLE, 4)], "what draws is one of them"
 
 
 def test_what_is_left_out_is_not_compiled_and_its_steps_are_padded():
@@ -101,7 +114,8 @@ def test_a_mode_that_is_waited_for_comes_next():
     assert steps.is_coming(SAMPLE), "the thread is at it"
     go_on.set()
     steps.wait()
-    assert order[:2] == [steps.largest, Program(Bucket(16, 4), FULL)]
+    full = Program(Bucket(16, 4), FULL)
+    assert order[:3] == [steps.largest, full, full.draw]
     assert not steps.is_coming(FULL)
 
 
@@ -153,7 +167,7 @@ def test_stopping_ends_after_the_programs_at_hand():
 
 def test_a_program_that_does_not_compile_is_missed_in_the_background_and_an_error_before_serving(caplog):
     def broken(program: Program) -> jax.stages.Lowered:
-        if program.bucket.num_tokens == 4:
+        if program.bucket.num_tokens == 4 and not program.is_draw:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: this one is too large")
         return lower(program)
 

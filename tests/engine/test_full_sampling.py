@@ -186,7 +186,7 @@ def test_deterministic_engines_have_the_mode(make_core, model):
     together = run_requests(core, matrix())
     for request in matrix():
         assert run_requests(core, [request])[request.request_id] == together[request.request_id]
-    assert core.stats().programs_planned == 1
+    assert core.stats().programs_planned == 2
 
 
 def test_decodes_of_several_tokens_leave_controlled_requests_out(make_core):

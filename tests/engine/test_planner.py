@@ -46,7 +46,7 @@ MIB = 2**20
 def test_every_step_the_scheduler_may_plan_fits_one_of_few_programs(max_num_seqs, extra):
     budget = max_num_seqs + extra
     programs = step_programs(max_num_seqs, budget)
-    assert len(programs) == len(set(programs)) <= 26 + 6
+    assert len(programs) == len(set(programs)) <= 24 + 8
     assert max(programs).bucket.holds(budget, max_num_seqs)
     for num_tokens in {1, max_num_seqs, budget, (1 + budget) // 2}:
         num_sequences = min(num_tokens, max_num_seqs)
@@ -60,7 +60,8 @@ def test_at_usual_limits_padding_stays_under_60_percent_of_any_step(max_num_seqs
 
 def test_steps_with_a_chunk_have_one_program_and_decodes_one_for_each_mode():
     programs = step_programs(4, 16)
-    assert [(program.bucket.num_tokens, program.mode) for program in programs] == [
+    assert [program.bucket for program in programs if program.is_draw] == [Bucket(1, 1), Bucket(4, 4)]
+    assert [(program.bucket.num_tokens, program.mode) for program in programs if not program.is_draw] == [
         *((size, mode) for size in (1, 2, 4) for mode in LOOPING_MODES),
         *((size, SamplingMode.SAMPLE) for size in (8, 12, 16)),
         *((size, SamplingMode.FULL) for size in (1, 4, 16)),
@@ -126,8 +127,9 @@ def test_a_draft_model_has_programs_for_all_that_it_is_given_and_all_are_few(max
     assert len(set(programs_of(config, row_block=None, only_full=False))) <= 40
 
 
-def test_steps_in_blocks_of_rows_have_one_program():
-    assert step_programs(5, 48, row_block=32) == (Program(Bucket(64, 32), SamplingMode.FULL),)
+def test_steps_in_blocks_of_rows_have_one_program_and_its_draw():
+    step = Program(Bucket(64, 32), SamplingMode.FULL)
+    assert step_programs(5, 48, row_block=32) == (step, Program(Bucket(32, 32), SamplingMode.FULL, is_draw=True))
 
 
 def test_a_page_is_what_the_layout_says():

@@ -193,7 +193,7 @@ def write_model(folder: Path, hf: dict[str, Any]) -> Path:
 def report(folder: Path, names: Collection[str]) -> dict[str, Any]:
     """The answers of the cases of these names, and those of their models on one device."""
     # Steps of one size beside that of a single token: compiling is most of the time.
-    planner.MAX_PROGRAMS, planner.MAX_FULL_PROGRAMS = 4, 2
+    planner.MAX_PROGRAMS, planner.MAX_FULL_PROGRAMS = 4, 4
     chosen = [case for case in CASES if case.name in names]
     folders = {name: write_model(folder / name, MODELS[name]) for name in {case.model for case in chosen}}
     found = {name: answers(path, {}, scan_layers=True) for name, path in folders.items()}
