@@ -24,9 +24,16 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        self._decode = tokenizer.decode
+        # Where special tokens are skipped, the other setting says nothing.
+        as_decoded = skip_special_tokens or spaces_between_special_tokens
+        self._decode = tokenizer.decode if as_decoded else tokenizer.decode_without_spaces
         self._num_ids = tokenizer.num_ids
         self._skipped = tokenizer.skipped_ids(skip_special_tokens=skip_special_tokens)
         self._window = self._visible(prompt_token_ids[-WINDOW_TOKENS:])

@@ -183,7 +183,10 @@ class RequestState:
                 index,
                 params,
                 IncrementalDetokenizer(
-                    tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_token_ids=request.prompt_token_ids
+                    tokenizer,
+                    skip_special_tokens=params.skip_special_tokens,
+                    spaces_between_special_tokens=params.spaces_between_special_tokens,
+                    prompt_token_ids=request.prompt_token_ids,
                 ),
                 stops,
                 texts,

@@ -103,6 +103,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # False: where a decoder puts a space between two that are shown, none
     logprobs: int | None = None  # of each token drawn, and of so many of the likeliest beside it
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -242,6 +243,7 @@ class SamplingParams:
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "ignore_eos": self.ignore_eos,
             "skip_special_tokens": self.skip_special_tokens,
+            "spaces_between_special_tokens": self.spaces_between_special_tokens,
         }
         for name, value in switches.items():
             if not isinstance(value, bool):

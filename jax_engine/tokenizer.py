@@ -29,6 +29,7 @@ class Tokenizer:
     special_ids: frozenset[int]  # left out of the text with skip_special_tokens
     unknown_ids: frozenset[int]  # gaps among the ids
     num_ids: int  # the largest id plus one; a model's vocabulary is often padded past it
+    added_texts: Mapping[int, str]  # tokens that were added to the vocabulary as they stand, by id
 
     @classmethod
     def wrap(cls, hugging_face: "PreTrainedTokenizerBase") -> "Tokenizer":
@@ -40,6 +41,7 @@ class Tokenizer:
             special_ids=frozenset(hugging_face.all_special_ids) | {id for id, token in added if token.special},
             unknown_ids=frozenset(range(num_ids)).difference(known),
             num_ids=num_ids,
+            added_texts={id: token.content for id, token in added},
         )
 
     @property
@@ -83,6 +85,20 @@ class Tokenizer:
         if self.hugging_face.is_fast:
             return str(self.hugging_face.backend_tokenizer.decode(token_ids, skip_special_tokens=False))
         return str(self.hugging_face.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def decode_without_spaces(self, token_ids: list[int]) -> str:
+        """The same, but with nothing between two added tokens, special ones among them, that follow one another."""
+        added = self.added_texts
+        starts = [
+            index for index in range(1, len(token_ids)) if token_ids[index] in added and token_ids[index - 1] in added
+        ]
+        if not starts:
+            return self.decode(token_ids)
+        text = self.decode(token_ids[: starts[0]])
+        for start, end in zip(starts, (*starts[1:], len(token_ids)), strict=True):
+            alone = self.decode(token_ids[start : start + 1])
+            text += added[token_ids[start]] + self.decode(token_ids[start:end]).removeprefix(alone)
+        return text
 
     def token(self, token_id: int) -> str:
         """A known id's entry in the vocabulary, in the tokenizer's own writing."""

@@ -24,6 +24,7 @@ class ExtraFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     thinking_token_budget: int | None = None
     structured_outputs: dict[str, Any] | None = None
     vllm_xargs: dict[str, float] | None = None

@@ -23,7 +23,6 @@ from jax_engine.server.validation import check_neutral, checked_prompts, decode
 
 # Field -> the values, besides null, at which it asks for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "spaces_between_special_tokens": (True,),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "function_call": ("none", "auto"),
@@ -90,6 +89,7 @@ class SamplingFields(FormFields, kw_only=True, forbid_unknown_fields=True):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     thinking_token_budget: int | None = None
     truncate_prompt_tokens: int | None = None
     repetition_detection: dict[str, Any] | None = None
@@ -150,7 +150,6 @@ class GenerationRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
 
-    spaces_between_special_tokens: Any = None
     service_tier: Any = None
     store: Any = None
 

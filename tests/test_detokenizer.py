@@ -56,6 +56,21 @@ def one_by_one(token_ids: list[int]) -> list[list[int]]:
     return [[token] for token in token_ids]
 
 
+def test_added_tokens_that_follow_one_another_are_joined_if_that_is_asked():
+    """Of a decoder that puts spaces between all tokens; other spaces stay, and skipped tokens leave none."""
+    rust = RustTokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    rust.add_special_tokens(["<s>", "<t>"])
+    rust.add_tokens([AddedToken("<think>", special=False)])
+    spaced = Tokenizer.wrap(PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>"))
+    ids = spaced.hugging_face.convert_tokens_to_ids(["a", "<s>", "<t>", "b", "<think>", "<s>", "<think>", "a", "b"])
+    texts = {}
+    for skip in (False, True):
+        detokenizer = IncrementalDetokenizer(spaced, skip_special_tokens=skip, spaces_between_special_tokens=False)
+        texts[skip] = "".join([*(detokenizer.push([token]) for token in ids * 4), detokenizer.flush()])
+    assert texts[False] == " ".join(["a <s><t> b <think><s><think> a b"] * 4)
+    assert texts[True] == " ".join(["a b <think> <think> a b"] * 4)
+
+
 class Recorder:
     """A tokenizer that remembers how many tokens each decoding took."""
 
