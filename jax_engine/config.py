@@ -116,7 +116,7 @@ class EngineConfig:
     block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
     # How vectors are pooled unless a request says otherwise: {"pooling_type": "LAST", "normalize": true}, "dimensions".
     pooler_config: dict[str, Any] | None = None
-    max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for
+    max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: the whole vocabulary
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
     kv_cache_memory_bytes: int | None = None
@@ -240,10 +240,9 @@ class EngineConfig:
         integer(
             "max_logprobs",
             self.max_logprobs,
-            low=0,
+            low=-1,
             high=MAX_LOGPROBS,
-            remedy="20 is the default; every step that is asked for any finds that many, and the whole vocabulary "
-            "(-1) is not supported",
+            remedy="20 is the default, -1 the whole vocabulary; every step that is asked for any finds that many",
         )
         if not isinstance(self.generation_config, str) or not self.generation_config:
             raise ValueError(f"generation_config={self.generation_config!r} must be 'auto', 'vllm' or a folder")

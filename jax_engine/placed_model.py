@@ -118,7 +118,8 @@ class PlacedModel:
             page_shape=ops.page_shape,
             placement=placement,
         )
-        sizes = config.vocab_size, config.hidden_size, min(max_logprobs, config.vocab_size)
+        num_logprobs = config.vocab_size if max_logprobs < 0 else min(max_logprobs, config.vocab_size)
+        sizes = config.vocab_size, config.hidden_size, num_logprobs
         options: CompilerOptions = ()
         if platform == "gpu":
             devices = jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()

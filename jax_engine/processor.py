@@ -123,7 +123,7 @@ class InputProcessor:
         self.hidden_size = info.hidden_size
         self._seed = seed
         self._scheduling_policy = scheduling_policy
-        self.max_logprobs = max_logprobs
+        self.max_logprobs = info.vocab_size if max_logprobs < 0 else max_logprobs
         self._enable_lora = enable_lora
         self._numbers = itertools.count() if numbers is None else numbers
 
@@ -177,7 +177,7 @@ class InputProcessor:
                     cache_salt=cache_salt,
                     priority=priority,
                     needs_host=self._needs_host(params) or structured is not None or repetition is not None,
-                    controls=token_controls(params, bad_words, index=index),
+                    controls=token_controls(params, bad_words, index=index, vocab_size=self._info.vocab_size),
                     structured=structured,
                     lora=lora,
                     repetition=repetition,
@@ -292,10 +292,12 @@ class InputProcessor:
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.max_logprobs:
+            wanted = getattr(params, name) or 0
+            if wanted > self.max_logprobs or (wanted < 0 and self.max_logprobs < self._info.vocab_size):
                 raise ValueError(
-                    f"{name}={getattr(params, name)} must be at most max_logprobs={self.max_logprobs}; ask for fewer, "
-                    "or start the engine with a larger max_logprobs"
+                    f"{name}={wanted} must be at most max_logprobs={self.max_logprobs}, and -1 is the whole vocabulary "
+                    f"of {self._info.vocab_size} tokens; ask for fewer, or start the engine with a larger max_logprobs "
+                    "(-1: any number)"
                 )
 
     def _check_stop_ids(self, params: SamplingParams) -> None:

@@ -104,7 +104,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True  # False: where a decoder puts a space between two that are shown, none
-    logprobs: int | None = None  # of each token drawn, and of so many of the likeliest beside it
+    logprobs: int | None = None  # of each token drawn, and of so many of the likeliest beside it; -1: of all tokens
     prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     structured_outputs: StructuredOutputsParams | None = None  # the form of the output; a mapping of its fields will do
@@ -184,8 +184,8 @@ class SamplingParams:
             )
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
-                remedy = "0 is the token's own, None turns it off"
-                integer(name, value, low=0, high=2**31 - 1, remedy=remedy)
+                remedy = "-1 is the whole vocabulary, 0 the token's own, None turns it off"
+                integer(name, value, low=-1, high=2**31 - 1, remedy=remedy)
         if (kept := self.truncate_prompt_tokens) is not None and kept != -1:
             remedy = "it is how many of the prompt's last tokens are kept; -1 keeps what there is room for"
             integer("truncate_prompt_tokens", kept, low=1, high=2**31 - 1, remedy=remedy)

@@ -16,7 +16,7 @@ def check_controls(params: SamplingParams, info: Ready, eos_token_ids: tuple[int
 
 
 def token_controls(
-    params: SamplingParams, bad_words: tuple[tuple[int, ...], ...], *, index: int
+    params: SamplingParams, bad_words: tuple[tuple[int, ...], ...], *, index: int, vocab_size: int
 ) -> TokenControls | None:
     """What completion `index` of a prompt asks of the FULL sampling mode, None if nothing; the first one alone,
     log-probabilities of the prompt.
@@ -30,8 +30,8 @@ def token_controls(
         logit_bias=params.bias,
         bad_words=bad_words,
         processor_arguments={name: float(value) for name, value in (params.extra_args or {}).items()},
-        num_logprobs=params.logprobs,
-        num_prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+        num_logprobs=vocab_size if params.logprobs == -1 else params.logprobs,
+        num_prompt_logprobs=None if index else vocab_size if params.prompt_logprobs == -1 else params.prompt_logprobs,
     )
     return None if controls == NO_CONTROLS else controls
 

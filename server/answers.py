@@ -56,7 +56,7 @@ class ChatAnswers(Answers):
         count = self._params.logprobs or 0
         content = []
         for token, position in zip(completion.token_ids, completion.logprobs, strict=True):
-            likeliest = sorted(position, key=lambda other: -position[other].logprob)[:count]
+            likeliest = sorted(position, key=lambda other: -position[other].logprob)[: None if count < 0 else count]
             top = [self._entry(other, position) for other in likeliest]
             content.append({**self._entry(token, position), "top_logprobs": top})
         return {"content": content, "refusal": None}

@@ -211,7 +211,7 @@ STEP_FLAGS = (
     Flag("max_num_seqs", "sequences that run at once", type=count, metavar="N"),
     Flag("max_num_batched_tokens", "tokens one step processes, all sequences together", type=count, metavar="TOKENS"),
     Flag("num_scheduler_steps", "tokens a request draws in a step while nothing waits", type=count, metavar="N"),
-    Flag("max_logprobs", "log-probabilities of a position that a request may ask for", type=count, metavar="N"),
+    Flag("max_logprobs", "log-probabilities of a position that a request may ask for; -1: all", type=int, metavar="N"),
     Flag(
         "speculative_config",
         'guess tokens ahead and check several in a step, as JSON: {"method": "ngram", "num_speculative_tokens": 4, '

@@ -262,7 +262,8 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
         params = sampling_params(base, given, stream=bool(self.stream))
         if not self.echo or params.logprobs is None:
             return params
-        return replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
+        wanted = params.logprobs, params.prompt_logprobs or 0
+        return replace(params, prompt_logprobs=-1 if -1 in wanted else max(wanted))
 
     def prompts(self) -> list[Prompt]:
         """The prompts in order; each text or token ids, with what belongs to it."""

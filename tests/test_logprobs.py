@@ -1,7 +1,9 @@
 """Log-probabilities and beam searches: those of `transformers`, however the engine gets to them."""
 
+import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +204,28 @@ def test_more_than_max_logprobs_is_refused(llm: LLM) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         with pytest.raises(ValueError, match=rf"^{name}=21 must be at most max_logprobs=20"):
             generate(llm, "a", SamplingParams(**{name: 21}))
-        with pytest.raises(ValueError, match=rf"^{name}=-1 must be a whole number, at least 0"):
-            SamplingParams(**{name: -1})
-    with pytest.raises(ValueError, match=r"max_logprobs=-1 must be a whole number, between 0 and 1024"):
-        EngineConfig(max_logprobs=-1)
+        with pytest.raises(ValueError, match=rf"^{name}=-1 must be at most max_logprobs=20, and -1 is the whole"):
+            generate(llm, "a", SamplingParams(**{name: -1}))
+        with pytest.raises(ValueError, match=rf"^{name}=-2 must be a whole number, at least -1"):
+            SamplingParams(**{name: -2})
+    with pytest.raises(ValueError, match=r"max_logprobs=-2 must be a whole number, between -1 and 1024"):
+        EngineConfig(max_logprobs=-2)
+
+
+def test_minus_one_is_the_whole_vocabulary(settings: dict[str, Any]) -> None:
+    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "compile_before_ready": False}
+    with LLM(**(settings | sizes), max_logprobs=-1) as engine:
+        params = SamplingParams(temperature=0, max_tokens=2, logprobs=-1, prompt_logprobs=-1)
+        (output,) = generate(engine, PROMPTS[2], params)
+        few = generate(engine, PROMPTS[2], replace(params, logprobs=2, prompt_logprobs=None))[0].outputs[0]
+    assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None and few.logprobs is not None
+    for position in (*output.prompt_logprobs[1:], *output.outputs[0].logprobs):
+        assert position is not None
+        assert sorted(position) == list(range(VOCAB_SIZE))
+        assert abs(sum(math.exp(entry.logprob) for entry in position.values()) - 1) < 1e-5
+    for some, whole in zip(few.logprobs, output.outputs[0].logprobs, strict=True):
+        assert {token: whole[token] for token in some} == some
+        assert len(some) == 2
 
 
 SEARCHES = [
