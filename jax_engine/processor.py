@@ -295,9 +295,8 @@ class InputProcessor:
             wanted = getattr(params, name) or 0
             if wanted > self.max_logprobs or (wanted < 0 and self.max_logprobs < self._info.vocab_size):
                 raise ValueError(
-                    f"{name}={wanted} must be at most max_logprobs={self.max_logprobs}, and -1 is the whole vocabulary "
-                    f"of {self._info.vocab_size} tokens; ask for fewer, or start the engine with a larger max_logprobs "
-                    "(-1: any number)"
+                    f"{name}={wanted} must be at most max_logprobs={self.max_logprobs}, and -1 is the whole "
+                    "vocabulary; ask for fewer, or start the engine with a larger max_logprobs (-1: any number)"
                 )
 
     def _check_stop_ids(self, params: SamplingParams) -> None:
