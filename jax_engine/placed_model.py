@@ -118,8 +118,7 @@ class PlacedModel:
             page_shape=ops.page_shape,
             placement=placement,
         )
-        num_logprobs = config.vocab_size if max_logprobs < 0 else min(max_logprobs, config.vocab_size)
-        sizes = config.vocab_size, config.hidden_size, num_logprobs
+        sizes = config.vocab_size, config.hidden_size, _num_logprobs(max_logprobs, config.vocab_size)
         options: CompilerOptions = ()
         if platform == "gpu":
             devices = jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()
@@ -265,6 +264,11 @@ def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement
 
 def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _num_logprobs(most: int, vocab_size: int) -> int:
+    """Of how many of the likeliest tokens a step finds them; -1 is all."""
+    return vocab_size if most < 0 else min(most, vocab_size)
 
 
 def _shardings(shapes: Shapes) -> Shapes:
