@@ -142,7 +142,7 @@ def draw_by_candidates(logits: Float[Array, "B V"], rows: SamplingRows) -> Int[A
     needs_sum = is_drawn & is_top_p & ~is_whole[:, 0] & (rows.top_k == 0) & (rows.min_p == 0)
 
     def sum_all() -> Float[Array, " B"]:
-        return _sum(jnp.exp((logits - values[:, :1]) / temperature))
+        return jnp.sum(jnp.exp((logits - values[:, :1]) / temperature), axis=-1)
 
     total = jnp.where(needs_sum, lax.cond(jnp.any(needs_sum), sum_all, lambda: rows.top_p), jnp.sum(kept, axis=-1))
     reached = jnp.cumsum(kept, axis=-1) >= (rows.top_p * total)[:, None]
@@ -204,7 +204,7 @@ def keep_top_k(weights: Float[Array, "B V"], top_k: Int[Array, " B"]) -> Float[A
 
 def keep_top_p(weights: Float[Array, "B V"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
     """Keep the heaviest whose share of the sum reaches `top_p`, zero the rest; ties with the lightest kept stay."""
-    wanted = top_p * _sum(weights)
+    wanted = top_p * jnp.sum(weights, axis=-1)
     threshold = _largest_threshold(lambda low: _sum_where(weights >= low, weights) >= wanted, weights.shape[0])
     return jnp.where((weights >= threshold) | (top_p >= 1)[:, None], weights, 0)
 
@@ -218,14 +218,8 @@ def _skip_unless(
     return lax.cond(needed, keep, lambda weights, _: weights, weights, limits)
 
 
-def _sum(weights: Float[Array, "B V"]) -> Float[Array, " B"]:
-    """The sum of each row: of all blocks, token by token, and then of that, which a processor's vector units can."""
-    sums = lax.optimization_barrier(jnp.sum(_blocks(weights, 0), axis=1))  # or XLA makes one sum of both
-    return jnp.sum(sums, axis=-1)
-
-
 def _sum_where(condition: Bool[Array, "B V"], weights: Float[Array, "B V"]) -> Float[Array, " B"]:
-    return _sum(jnp.where(condition, weights, 0))
+    return jnp.sum(jnp.where(condition, weights, 0), axis=-1)
 
 
 def _bisect(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], bound: int, num_rows: int) -> Int[Array, " B"]:
