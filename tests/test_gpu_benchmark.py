@@ -51,7 +51,7 @@ def test_a_case_that_ends_its_process_fails_alone(tmp_path: Path) -> None:
 
 def test_what_a_job_had_when_its_time_was_over_is_kept(tmp_path: Path) -> None:
     runner = Runner(tmp_path, CHILD, budget_seconds=60)
-    good, hangs = runner.run(sample_job("good_then_hangs", seconds=3.0), least_seconds=0)
+    good, hangs = runner.run(sample_job("good_then_hangs", seconds=6.0), least_seconds=0)
     assert (good.case, good.value) == ("good", 1)
     assert (hangs.case, hangs.status, hangs.note) == ("hangs", "skipped", "no time was left for it")
 
