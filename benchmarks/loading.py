@@ -217,7 +217,7 @@ def rows(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             seconds = statistics.median(run["seconds"] for run in found)
             row[name] = {"seconds": seconds, "gigabytes_per_second": found[0]["bytes"] / 1e9 / seconds} | {
                 key: statistics.median(run[key] for run in found)
-                for key in ("peak_rss_bytes", "added_rss_bytes", "disk_bytes")
+                for key in ("processor_seconds", "peak_rss_bytes", "added_rss_bytes", "disk_bytes")
             }
         pairs = zip(*of_format.values(), strict=True)
         ratios = sorted(plain["seconds"] / converted["seconds"] for plain, converted in pairs)
@@ -225,14 +225,15 @@ def rows(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    header = ["devices", "cache", "format", "seconds", "GB/s", "peak RSS, GB", "from disk, GB", "times as fast (all)"]
+    header = ["devices", "cache", "format", "seconds", "GB/s", "processor s", "peak RSS, GB", "from disk, GB"]
+    header += ["times as fast (all)"]
     lines = []
     for row in found:
         spread = f"{row['ratio']:.2f} ({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f})"
         for name in FORMATS:
             figures = row[name]
             sizes = (figures[key] / 1e9 for key in ("peak_rss_bytes", "disk_bytes"))
-            speeds = figures["seconds"], figures["gigabytes_per_second"]
+            speeds = figures["seconds"], figures["gigabytes_per_second"], figures["processor_seconds"]
             lines.append([row["devices"], row["cache"], name, *speeds, *sizes, spread if name == "orbax" else ""])
     return format_table(header, lines)
 

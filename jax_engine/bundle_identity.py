@@ -98,6 +98,7 @@ def _devices(blueprint: Blueprint) -> dict[str, Any]:
         "platform": device.platform,
         "device_kind": device.device_kind,
         "num_devices": len(devices),
+        "num_processes": len({one.process_index for one in devices}),
         "mesh": "one device",
     }
     if mesh is not None and len(devices) > 1:

@@ -131,8 +131,6 @@ class Bundle:
             BundleError: it is damaged, or for something else; with what differs, here and there.
         """
         start = time.monotonic()
-        if (count := blueprint.config.nnodes) > 1:
-            raise _error(folder, f"is loaded by one process, and nnodes={count} needs {count}; leave one of them out")
         manifest = read_manifest(Path(folder))
         if found := differences(identity_of(blueprint), manifest.identity):
             more = f" (and {len(found) - _NUM_LISTED} more)" if len(found) > _NUM_LISTED else ""

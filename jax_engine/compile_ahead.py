@@ -45,7 +45,7 @@ def find_devices(name: str | None) -> tuple[Sequence[jax.Device], int | None]:
             f"device={name!r} is not what JAX runs on here, which is {devices[0].platform!r}; leave it out, or set "
             "JAX_PLATFORMS"
         )
-    return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
+    return devices, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def compile_ahead(

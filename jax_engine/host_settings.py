@@ -20,11 +20,6 @@ def check_hosts(config: "EngineConfig") -> None:
     number("distributed_timeout_seconds", timeout, low=0, high=86400, open_low=True, remedy=remedy)
     if address is not None and (nnodes == 1 or not address):
         raise ValueError(f"master_addr={address!r} must be an address, and needs nnodes above 1")
-    if config.compiled is not None and nnodes > 1:
-        raise ValueError(
-            f"compiled={config.compiled!r} holds executables for one process, and nnodes={nnodes} runs several; leave "
-            "it out: the compilation cache keeps what process 0 compiles"
-        )
     if config.data_parallel_size > 1 and nnodes > 1:
         raise ValueError(
             f"data_parallel_size={config.data_parallel_size} shares the devices of one host, and nnodes={nnodes} joins "

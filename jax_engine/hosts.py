@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jax_engine.checkpoint_manifest import is_converted, read_checkpoint_manifest
 from jax_engine.config import EngineConfig
 from jax_engine.gpu_settings import prepare_gpus
 from jax_engine.group import Facts
@@ -33,7 +34,7 @@ JAX_HEARTBEAT_SECONDS = 20
 JAX_CONNECT_SECONDS = 60
 JAX_SHUTDOWN_SECONDS = 5
 # Settings that may differ between processes: who they are, folders of theirs, and what the facts say better.
-OWN_SETTINGS = frozenset({"node_rank", "master_addr", "model", "compilation_cache_dir", "compile_threads"})
+OWN_SETTINGS = frozenset({"node_rank", "master_addr", "model", "compilation_cache_dir", "compile_threads", "compiled"})
 ADDRESS_BYTES = 256
 
 
@@ -149,6 +150,8 @@ def _facts(config: EngineConfig) -> Facts:
     folder = resolve_model_path(config.model, revision=config.revision)
     weights = sorted((file.name, file.stat().st_size) for file in folder.glob("*.safetensors"))
     contents = json.dumps([read_model_config(folder), weights], sort_keys=True)
+    if is_converted(folder):
+        contents += read_checkpoint_manifest(folder).sha256
     versions = {f"the version of {name}": metadata.version(name) for name in ("jax-engine", "jax", "jaxlib")}
     files = {"the model's config.json and sizes of weight files": _digest(contents.encode())}
     if config.sharding_rules is not None and (rules := Path(config.sharding_rules)).is_file():

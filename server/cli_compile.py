@@ -13,9 +13,11 @@ examples:
   jax-engine compile ./my-model --max-num-seqs 32 -o ./my-model-compiled
   jax-engine serve ./my-model --max-num-seqs 32 --compiled ./my-model-compiled
   jax-engine compile ./my-model --device v6e-8 --tensor-parallel-size 8 -o ./my-model-v6e-8
+  host-1$ jax-engine compile ./my-model --tensor-parallel-size 16 --nnodes 2 --node-rank 1 --master-addr host-0 -o DIR
 
 The folder holds every program that `serve` runs with the same settings, and a manifest of what they are for: versions,
-devices, model and settings must be equal when they are used. It is code: use only what comes from whom you trust.
+devices, model and settings must be equal when they are used. An engine over several hosts is compiled by a process on
+each, as it is served, and each writes a folder of its own. It is code: use only what comes from whom you trust.
 """
 
 COMPILE_FLAGS = (
@@ -44,13 +46,23 @@ def compile_command() -> Command:
 
 def run_compile(options: Options) -> int:
     config, folder = engine_config(options), options["output"]
+    if options["device"] is not None and config.nnodes > 1:
+        raise ValueError(
+            f"--device {options['device']} compiles in one process, and --nnodes {config.nnodes} has several compile "
+            "for the devices that they have; leave one of them out"
+        )
     set_up_logging("info")
     start = time.monotonic()
     from jax_engine.compile_ahead import compile_ahead, find_devices
+    from jax_engine.compile_group import compiling_group
     from jax_engine.gpu_settings import prepare_gpus
 
     prepare_gpus(config)
-    manifest = compile_ahead(config, folder, *find_devices(options["device"]))
+    with compiling_group(config) as group:
+        devices, memory_bytes = find_devices(options["device"])
+        if group is not None and memory_bytes is not None:
+            memory_bytes = group.least(memory_bytes)
+        manifest = compile_ahead(config, folder, devices, memory_bytes)
     entries = manifest.executables.values()
     print(
         f"{len(entries)} programs in {folder}: {sum(entry.num_bytes for entry in entries) / 1e6:.1f} MB, "

@@ -150,11 +150,10 @@ def test_other_settings_are_refused(
         open_bundle(compiled, replace(config, **changes))
 
 
-def test_an_engine_of_several_processes_is_refused(config: EngineConfig, compiled: Path) -> None:
-    blueprint = Blueprint.of(config, jax.devices())
-    several = replace(blueprint, config=replace(config, nnodes=2, tensor_parallel_size=2))
-    with pytest.raises(BundleError, match=r"is loaded by one process, and nnodes=2 needs 2; leave one of them out"):
-        Bundle.open(str(compiled), several)
+def test_a_bundle_of_several_processes_is_refused_by_one(config: EngineConfig, copied: Path) -> None:
+    claim(copied, num_processes=2)
+    with pytest.raises(BundleError, match=r"num_processes is 1 here and 2 there"):
+        open_bundle(copied, config)
 
 
 def test_settings_that_no_program_depends_on_are_free(config: EngineConfig, compiled: Path) -> None:

@@ -178,7 +178,6 @@ def test_a_program_is_used_once_all_have_it_and_never_if_one_does_not() -> None:
         ({"nnodes": 2, "node_rank": 2}, r"node_rank=2 must be .*nnodes=2 are numbered from 0"),
         ({"master_addr": "10.0.0.1"}, "master_addr='10.0.0.1' must be an address, and needs nnodes above 1"),
         ({"nnodes": 2, "master_port": 65535}, "master_port=65535 must be"),
-        ({"nnodes": 2, "compiled": "bundle"}, "compiled='bundle' holds executables for one process, and nnodes=2"),
         ({"nnodes": 2, "data_parallel_size": 2}, "data_parallel_size=2 shares the devices of one host, and nnodes=2"),
         ({"nnodes": 2, "distributed_timeout_seconds": 0}, "distributed_timeout_seconds=0 must be"),
     ],

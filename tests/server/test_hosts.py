@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from processes import END_SECONDS, HOST, Group, running_group
+from processes import END_SECONDS, HOST, SIZES, Group, free_port, running_group
 
 from jax_engine.model_files import resolve_model_path
 
@@ -47,6 +47,24 @@ def test_two_processes_sleep_and_wake_up(pair: Group) -> None:
         httpx.post(f"{pair.leader.url}/sleep", params={"level": level}, timeout=60).raise_for_status()
         httpx.post(f"{pair.leader.url}/wake_up", timeout=60).raise_for_status()
         assert texts(pair.leader) == before
+
+
+def assert_logprobs_and_forms_are_equal(one: Any, other: Any) -> None:
+    """Of both servers, in the FULL sampling mode: log-probabilities, and answers held to a pattern."""
+    asked: dict[str, Any] = {"model": "demo", "prompt": PROMPTS, "temperature": 0.0, "max_tokens": 8}
+    found = [server.client.completions.create(**asked, logprobs=2) for server in (one, other)]
+    for ours, theirs in zip(*(answers.choices for answers in found), strict=True):
+        assert ours.logprobs.tokens == theirs.logprobs.tokens
+        assert ours.logprobs.token_logprobs == pytest.approx(theirs.logprobs.token_logprobs, abs=1e-3)
+    form = {"structured_outputs": {"regex": "[0-9]{2}( [a-f]{3}){2}"}}
+    answers = [server.client.completions.create(**asked, extra_body=form) for server in (one, other)]
+    written = [[choice.text for choice in answer.choices] for answer in answers]
+    assert written[0] == written[1]
+    assert all(re.match("[0-9]{2}( |$)", text) for text in written[0]), written
+
+
+def test_two_processes_give_logprobs_and_follow_patterns(pair: Group, server: Any) -> None:
+    assert_logprobs_and_forms_are_equal(pair.leader, server)
 
 
 def bytes_read(log: str) -> int:
@@ -94,6 +112,29 @@ def test_four_processes_do_all_that_one_does_and_end_with_process_0(four: Group,
     assert four.wait_for_the_end() == [1, 1, 1, 1]
     for follower in four.followers:
         assert re.search(r"error: process 0 \(node_rank=0, at \S+\) is lost", follower.log()), follower.log()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_start_from_what_two_have_compiled(tmp_path: Path, launch_server: Any, server: Any) -> None:
+    """Each writes a bundle, and either will do for both."""
+    port, bundles = str(free_port()), [tmp_path / "bundle 0", tmp_path / "bundle 1"]
+    settings = (*SIZES, "--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", HOST, "--deterministic")
+    command = [sys.executable, "-m", "jax_engine.server.cli", "compile", *settings, "--master-port", port]
+    compiling = [
+        subprocess.Popen([*command, "--node-rank", str(rank), "-o", str(bundle)]) for rank, bundle in enumerate(bundles)
+    ]
+    assert [process.wait(400) for process in compiling] == [0, 0]
+
+    def start_from(bundle: Path) -> None:
+        with running_group(launch_server, tmp_path, 2, "--deterministic", "--compiled", str(bundle)) as group:
+            assert texts(group.leader) == texts(server)
+            assert group.leader.metric("jax_engine:compile_seconds_total") == 0
+            assert group.leader.stop() == 0
+            assert group.wait_for_the_end() == [0, 0]
+
+    for bundle in bundles:
+        start_from(bundle)
 
 
 @pytest.mark.slow

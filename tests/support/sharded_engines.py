@@ -26,6 +26,8 @@ from jax_engine.models.adapters import ADAPTED_MODULES
 # Two key and value heads: over four and eight devices, several hold the same one.
 HF = TINY | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
 MIXTURE = TINY_MIXTURE | {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 104}
+SIZES = 8, 8  # sequences and rows of a step
+NUM_DRAFTS = 3  # of a draft model
 MODELS: dict[str, dict[str, Any]] = {
     "plain": HF,
     "uneven": HF | {"vocab_size": 101, "tie_word_embeddings": True, "num_attention_heads": 6},
@@ -58,6 +60,7 @@ class Case:
     settings: dict[str, Any]
     model: str = "plain"
     counters: tuple[str, ...] = field(default=("prefix_cache_hits_total", "spec_draft_tokens_total"))  # above 0
+    drafts_itself: bool = False  # as a draft model of its own, not from what is known
     is_slow: bool = False  # left to `-m slow`: what others show together
 
 
@@ -86,6 +89,8 @@ CASES = (
     Case(
         "context 2 of tensor 2, windows", by("context", 4, mesh_shape={"data": 2, "tensor": 2}), "windows", is_slow=True
     ),
+    Case("context 4, a draft model", by("context", 4), drafts_itself=True, is_slow=True),
+    Case("data_attention 4, a draft model", by("data_attention", 4), drafts_itself=True, is_slow=True),
     Case("data_attention 8", by("data_attention", 8), is_slow=True),
     Case(
         "data_attention 2 of tensor 2, windows",
@@ -134,25 +139,33 @@ CASES = (
 
 
 def answers(
-    folder: Path, known: dict[str, list[int]], counters: tuple[str, ...] = (), **settings: Any
+    folder: Path,
+    known: dict[str, list[int]],
+    counters: tuple[str, ...] = (),
+    *,
+    drafts_itself: bool = False,
+    **settings: Any,
 ) -> dict[str, list[int]]:
     """What requests of all kinds are given: greedy and seeded, with an adapter and without, and, in a second round,
     behind a prefix that the pages hold. Drafts are of the answers that are `known`, some of them wrong.
 
     Prompts are longer than a step, so that chunks of some share steps with decodes of others.
     """
+    drafted: dict[str, Any] = {"method": "ngram", "num_speculative_tokens": 7}
+    if drafts_itself:
+        drafted = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": NUM_DRAFTS}
     config = EngineConfig(
         model=str(folder),
         load_format="dummy",
         compilation_cache_dir="",
-        max_num_seqs=8,
-        max_num_batched_tokens=8,
+        max_num_seqs=SIZES[0],
+        max_num_batched_tokens=SIZES[1],
         block_size=8,
         max_model_len=64,
         enable_lora=True,
         max_loras=1,
         max_lora_rank=4,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 7},
+        speculative_config=drafted,
         **settings,
     )
     core = InProcessCore(config)
@@ -160,7 +173,9 @@ def answers(
         time.sleep(0.05)
     drafts = core._core.scheduler.drafts
     assert drafts is not None
-    drafts.proposer, drafts.times = Oracle(core, known, 0.7, Random(0)), Untimed((), ())
+    drafts.times = Untimed((), ())
+    if not drafts_itself:
+        drafts.proposer = Oracle(core, known, 0.7, Random(0))
     lora = LoRARequest("adapter", 1, str(folder / "adapter"))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 100, size).tolist() for size in (1, 9, 20, 17)]
@@ -193,10 +208,15 @@ def write_model(folder: Path, hf: dict[str, Any]) -> Path:
 def report(folder: Path, names: Collection[str]) -> dict[str, Any]:
     """The answers of the cases of these names, and those of their models on one device."""
     # Steps of one size beside that of a single token: compiling is most of the time.
-    planner.MAX_PROGRAMS, planner.MAX_FULL_PROGRAMS = 4, 4
+    few, planner.MAX_FULL_PROGRAMS = 4, 4
+    planner.MAX_PROGRAMS = few
     chosen = [case for case in CASES if case.name in names]
     folders = {name: write_model(folder / name, MODELS[name]) for name in {case.model for case in chosen}}
     found = {name: answers(path, {}, scan_layers=True) for name, path in folders.items()}
     for case in chosen:
-        found[case.name] = answers(folders[case.model], found[case.model], case.counters, **case.settings)
+        of_draft_model = len(planner.draft_model_programs(*SIZES, NUM_DRAFTS)) if case.drafts_itself else 0
+        planner.MAX_PROGRAMS = few + of_draft_model
+        found[case.name] = answers(
+            folders[case.model], found[case.model], case.counters, drafts_itself=case.drafts_itself, **case.settings
+        )
     return found
