@@ -73,7 +73,7 @@ class Struct:
                 setattr(cls, name, dataclasses.field(default_factory=default.copy))
         # Not really frozen: writing the fields of a frozen dataclass takes several times as long.
         dataclasses.dataclass(kw_only=kw_only, unsafe_hash=frozen)(cls)
-        cls.__struct_fields__ = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[attr-defined]
+        cls.__struct_fields__ = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type, attr-defined]
 
 
 def as_dict(struct: Any) -> dict[str, Any]:

@@ -73,8 +73,12 @@ def _why_not_pallas(backend: str, shape: Shape) -> str | None:
         check_device(backend, platform=jax.default_backend(), partition=ONE_DEVICE, deterministic=False)
     except ValueError as error:
         return str(error)
-    heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
-    types = {"dtype": shape.dtype, "stored": shape.stored_dtype}
+    heads: dict[str, Any] = {
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+    }
+    types: dict[str, Any] = {"dtype": shape.dtype, "stored": shape.stored_dtype}
     return gpu.why_not_pages(page_size=shape.page_size, head_dim=shape.head_dim) or gpu.why_not(**heads, **types)
 
 
@@ -264,7 +268,7 @@ def time_all(report: Report, backend: str, *, seed: int, tiny: bool, ceilings: C
             case = attention_case(load.ranges, load.shape, seed=seed, num_layers=load.num_layers, poisoned=False)
             run = compiled_as_steps(partial(step, load=load, backend=backend), donate_argnames="pages")
             others = {key: value for key, value in case.items() if key != "pages"}
-            timing = time_calls(Chain(lambda pages, run=run, others=others: run(pages=pages, **others), case["pages"]))
+            timing = time_calls(Chain(partial(again, run, others), case["pages"]))
             seconds = timing.seconds
             report.add(
                 name,
@@ -281,6 +285,11 @@ def time_all(report: Report, backend: str, *, seed: int, tiny: bool, ceilings: C
             )
 
 
+def again(run: Callable[..., Array], others: Mapping[str, Array], pages: Array) -> Array:
+    """A step over pages that another step has left."""
+    return run(pages=pages, **others)
+
+
 def step(
     queries: Array,
     keys: Array,
@@ -290,7 +299,7 @@ def step(
     block_tables: Array,
     load: Load,
     backend: str,
-    **tables: Array,
+    **tables: Any,
 ) -> Array:
     """Attention of every layer, each with the results of the one before as its queries; returns the pages."""
     ops, _ = select_ops(backend, platform=jax.default_backend())
@@ -306,9 +315,10 @@ def step(
 
     def attend(layer: Array, carry: tuple[Array, KVPages]) -> tuple[Array, KVPages]:
         queries, cache = carry
-        return ops.attention(
-            queries, keys, values, cache, sequences, layer=layer, scale=shape.head_dim**-0.5, window=shape.window
-        )
+        options: dict[str, Any] = {"layer": layer, "scale": shape.head_dim**-0.5, "window": shape.window}
+        out, written = ops.attention(queries, keys, values, cache, sequences, **options)
+        assert written is not None
+        return out, written
 
     # A loop: compiled one after the other, dozens of layers would take longer than the case may.
     queries, cache = lax.fori_loop(0, load.num_layers, attend, (queries, cache))

@@ -57,7 +57,12 @@ def checks(*, seed: int, tiny: bool) -> Iterator[tuple[str, Callable[[], dict[st
     logits = 3 * jax.random.normal(jax.random.key(seed, impl="rbg"), logits_shape(tiny=tiny))
     for mode in (SamplingMode.GREEDY, SamplingMode.SAMPLE):
         yield f"sampling, {mode}, the likeliest", partial(check_greedy, logits, mode)
-    for name, given in {"top-k 50": {"top_k": 50}, "top-p 0.9": {"top_p": 0.9}, "min-p 0.1": {"min_p": 0.1}}.items():
+    kept: dict[str, Mapping[str, Any]] = {
+        "top-k 50": {"top_k": 50},
+        "top-p 0.9": {"top_p": 0.9},
+        "min-p 0.1": {"min_p": 0.1},
+    }
+    for name, given in kept.items():
         yield f"sampling, {name}, what is kept", partial(check_kept, logits, given)
     yield "sampling, full, controlled", partial(check_full, logits)
     yield "sampling, temperature, how often each", partial(check_distribution, seed=seed)
@@ -141,7 +146,7 @@ def check_distribution(*, seed: int) -> dict[str, Any]:
 
 def check_experts(kernel: Callable[..., Array], *, seed: int, tiny: bool) -> dict[str, Any]:
     given = mixture(16 if tiny else 64, tiny=tiny, seed=seed)
-    options = {"layer": 0, "activation": jax.nn.silu}
+    options: dict[str, Any] = {"layer": 0, "activation": jax.nn.silu}
     found = np.asarray(jax.jit(partial(kernel, **options))(**given), np.float32)
     with jax.default_matmul_precision("highest"):  # no TF32
         wanted = np.asarray(jax.jit(partial(reference.expert_feed_forward, **options))(**given), np.float32)

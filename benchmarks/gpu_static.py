@@ -93,7 +93,7 @@ def main() -> None:
         return
     if not compiler_is_installed():
         sys.exit("XLA for NVIDIA GPUs is not installed here; on Linux, pip install 'jax-engine[cuda]' brings it")
-    jobs = [*kernel_jobs(fast=options.fast), *step_jobs(fast=options.fast)]
+    jobs: list[Job] = [*kernel_jobs(fast=options.fast), *step_jobs(fast=options.fast)]
     outcomes = [(job, run_job(job)) for job in jobs]
     for kind, columns in (("kernel", KERNEL_COLUMNS), ("step", STEP_COLUMNS)):
         rows = [[found.get(name) for name in columns] for job, found in outcomes if job.kind == kind]
@@ -219,7 +219,7 @@ def _compile_kernel(job: KernelJob) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def attend(queries: Any, pages: Any, tables: Any, *batch: Any) -> Any:
-        heads = {"num_heads": job.num_heads, "num_kv_heads": job.num_kv_heads}
+        heads: dict[str, Any] = {"num_heads": job.num_heads, "num_kv_heads": job.num_kv_heads}
         work = gpu.step_work(*batch, **heads, window=job.window)
         options: dict[str, Any] = {"scale": job.head_dim**-0.5, "window": job.window, "soft_cap": job.soft_cap}
         return gpu.attend(queries, pages, tables, work, layer=1, **options)

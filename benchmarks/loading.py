@@ -93,7 +93,9 @@ def save_random(folder: Path, num_layers: int, shape: tuple[int, ...]) -> None:
     for layer in range(num_layers):
         shapes |= {f"model.layers.{layer}.{name}": size for name, size in layer_shapes(shape).items()}
     shapes["lm_head.weight"] = (vocabulary, hidden)
-    generator, files, held = np.random.default_rng(0), {}, {}
+    generator = np.random.default_rng(0)
+    files: dict[str, str] = {}
+    held: dict[str, Any] = {}
     for name, size in shapes.items():
         # Any sign and fraction, and an exponent that leaves values small.
         bits = generator.integers(0, 2**16, size, dtype=np.uint16) & 0x807F | 0x3C00
@@ -108,7 +110,7 @@ def save_random(folder: Path, num_layers: int, shape: tuple[int, ...]) -> None:
 
 def convert(source: Path, folder: Path) -> float:
     """Seconds that the command takes."""
-    command = [sys.executable, "-m", "jax_engine.server.cli", "convert", str(source), str(folder)]
+    command = [sys.executable, "-P", "-m", "jax_engine.server.cli", "convert", str(source), str(folder)]
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -147,7 +149,7 @@ def load_once(folder: Path, num_devices: int, cache: str) -> dict[str, Any]:
     }
     digest = xxhash.xxh3_64()
     for leaf in leaves:
-        digest.update(np.asarray(leaf).view(np.uint16))
+        digest.update(np.asarray(leaf).view(np.uint16).data)
     return figures | {"checksum": digest.hexdigest()}
 
 

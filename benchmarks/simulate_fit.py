@@ -96,6 +96,7 @@ def time_wave(core: EngineCore, sizes: Sequence[int]) -> Iterator[TimedStep]:
         assert plan is not None, "requests wait and nothing runs"
         start = time.perf_counter()
         pending = core.runner.launch(plan)
+        assert pending.tokens is not None, "nothing is held to a grammar"
         pending.tokens.block_until_ready()
         seconds = time.perf_counter() - start
         yield TimedStep(

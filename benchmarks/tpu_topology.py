@@ -23,7 +23,7 @@ CHIPS = {name: Target(name, chip, chip.sizes[0]) for name, chip in ALL_CHIPS.ite
 def compiler_environment(dump: Path | None) -> dict[str, str]:
     """Variables for a process that compiles; the compiler writes its schedules to `dump`."""
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_pass_label_regex=.*final.*" if dump else ""
-    return targets.TPU_COMPILER | {
+    return targets.COMPILERS | {
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # what it holds is not compiled again, and so not dumped
         "JAX_PLATFORMS": "cpu",
         "LIBTPU_INIT_ARGS": flags,

@@ -334,6 +334,7 @@ def test_masks_behind_drafts_are_those_of_the_tokens_one_by_one(vocabulary, chec
     assert ahead.error is None
 
 
+@pytest.mark.slow
 def test_drafts_change_no_token_of_what_follows_a_grammar(settings, llm):
     """The draft model is the model, which knows of no grammar: what it drafts is often allowed, and often not."""
     forms: list[dict[str, Any]] = [
