@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,8 +105,13 @@ def imported_modules(file: Path) -> dict[str, set[str]]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             modules.add(node.module.partition(".")[0])
     modules -= {*sys.stdlib_module_names, "jax_engine"}
-    providers = importlib.metadata.packages_distributions()
-    return {module: set(map(normalised, providers.get(module, [module]))) for module in modules}
+    return {module: set(map(normalised, providers_of_modules().get(module, [module]))) for module in modules}
+
+
+@cache
+def providers_of_modules() -> Mapping[str, Sequence[str]]:
+    """By module, the distributions that have a part of it. Found once: every installed file is looked at."""
+    return importlib.metadata.packages_distributions()
 
 
 def normalised(requirement: str) -> str:
