@@ -16,9 +16,9 @@ from statistics import fmean
 from typing import cast
 
 from jax_engine import LLM, SamplingParams
+from jax_engine.frontend.processor import Prompt
 from jax_engine.models.demo.generator import TASKS, held_out_samples, task_named
 from jax_engine.models.demo.samples import Sample
-from jax_engine.processor import Prompt
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_engine.group_leader import Leader
-from jax_engine.group_member import Member
-from jax_engine.orders import ORDERS, Step
-from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.execution.orders import ORDERS, Step
+from jax_engine.execution.step_batch import BatchLayout, Bucket
+from jax_engine.hosts.group_leader import Leader
+from jax_engine.hosts.group_member import Member
 
 HOST = "127.0.0.1"
 

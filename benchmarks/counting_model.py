@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_engine.model_files import resolve_model_path
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 
 PROJECTIONS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 NORMS = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm")

@@ -18,15 +18,15 @@ import checkout
 from gpu_jobs import Report, Skipped, first_line
 from gpu_models import Costs, Limits, Workload, cache_bytes, model_config, workloads, write_model
 from gpu_timing import Ceilings
-from jax_engine.compiled_steps import CompiledSteps
+from jax_engine.compilation.compiled_steps import CompiledSteps
+from jax_engine.compilation.gpu_settings import prepare_gpus
 from jax_engine.config import EngineConfig
-from jax_engine.engine_core import EngineCore
-from jax_engine.gpu_settings import prepare_gpus
-from jax_engine.messages import Abort, Add, CoreRequest
-from jax_engine.sampler import SamplingMode
+from jax_engine.core.engine_core import EngineCore
+from jax_engine.core.messages import Abort, Add, CoreRequest
+from jax_engine.core.stats import EngineStats
+from jax_engine.execution.step_program import Program
+from jax_engine.sampling.sampler import SamplingMode
 from jax_engine.server.bench_figures import WorkItem
-from jax_engine.stats import EngineStats
-from jax_engine.step_program import Program
 
 # Rows of the programs that the workloads have use for; other steps are padded to these.
 GREEDY_SIZES = {1, 2, 4, 16, 32, 64, 128, 256}

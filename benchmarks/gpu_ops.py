@@ -12,7 +12,7 @@ import sampling
 from gpu_jobs import Report, Skipped
 from gpu_ops_checks import EXPERTS, checks, draw_in, logits_shape, mixture
 from gpu_timing import Ceilings, compiled_as_steps, time_calls
-from jax_engine.sampler import SamplingMode
+from jax_engine.sampling.sampler import SamplingMode
 
 MAX_PRODUCTS = 64  # in a program
 LEAST_BYTES = 2**30  # of weights in a timed program, so that no cache holds them

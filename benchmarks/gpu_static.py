@@ -29,20 +29,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from jax_engine.execution.step_batch import BatchLayout, Bucket
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
 from jax_engine.pallas_kernels import gpu
-from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.plan.gpu_targets import GPUS, compiler_is_installed
 from jax_engine.plan.hlo_loops import trip_count
 from jax_engine.plan.hlo_text import Computation, Instruction, Module, parse_module
 from jax_engine.plan.models import CONFIGS
 from jax_engine.plan.targets import gpu_devices
-from jax_engine.sampler import SamplingMode
+from jax_engine.sampling.sampler import SamplingMode
 from jax_engine.server.bench_figures import format_table, write_json
-from jax_engine.sharding import make_mesh
-from jax_engine.step_batch import BatchLayout, Bucket
-from jax_engine.strategies import STRATEGIES
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
+from jax_engine.sharding.sharding import make_mesh
+from jax_engine.sharding.strategies import STRATEGIES
 
 JOB_TIMEOUT_SECONDS = 900
 MOST_LAUNCHES = {"pallas_gpu": 20, "xla": 65}  # of a layer, one trip of each loop on data counted

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_engine.gpu_settings import compiler_options
+from jax_engine.compilation.gpu_settings import compiler_options
 
 ROUNDS = 7
 ROUND_SECONDS = 0.03  # that a round takes at least, where calls allow it

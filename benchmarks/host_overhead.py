@@ -26,10 +26,10 @@ import uvloop
 
 from counting_model import CountingModel
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Abort, Add, CoreRequest, StepOutputs
-from jax_engine.output_processor import OutputProcessor, RequestState
-from jax_engine.processor import InputProcessor, ModelText
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, CoreRequest, StepOutputs
+from jax_engine.frontend.output_processor import OutputProcessor, RequestState
+from jax_engine.frontend.processor import InputProcessor, ModelText
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.bench_client import Target
 from jax_engine.server.bench_figures import format_table, write_json

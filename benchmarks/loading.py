@@ -122,9 +122,9 @@ def load_once(folder: Path, num_devices: int, cache: str) -> dict[str, Any]:
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
-    from jax_engine.blueprint import Blueprint
+    from jax_engine.compilation.blueprint import Blueprint
     from jax_engine.config import EngineConfig
-    from jax_engine.loader import load_leaves
+    from jax_engine.loading.loader import load_leaves
 
     config = EngineConfig(
         model=str(folder), dtype="bfloat16", tensor_parallel_size=num_devices, max_model_len=256, max_num_seqs=4

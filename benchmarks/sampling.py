@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_engine.bitmasks import num_words
-from jax_engine.full_sampling import Ask, FullRows, FullState, sample_full
-from jax_engine.sampler import SamplingMode, SamplingRows, sample
+from jax_engine.grammar.bitmasks import num_words
+from jax_engine.sampling.full_sampling import Ask, FullRows, FullState, sample_full
+from jax_engine.sampling.sampler import SamplingMode, SamplingRows, sample
 
 PEER = "XLA's argmax"  # what greedy decoding usually does
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from jax_engine.step_plan import Chunk
+from jax_engine.scheduling.step_plan import Chunk
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from jax_engine.messages import CoreOutput, CoreRequest
-from jax_engine.planner import step_sizes
-from jax_engine.scheduler import Scheduler
+from jax_engine.compilation.planner import step_sizes
+from jax_engine.core.messages import CoreOutput, CoreRequest
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import SchedulerLimits, StepPlan
 from jax_engine.server.bench_figures import RequestTiming
-from jax_engine.step_plan import SchedulerLimits, StepPlan
 from simulate_cost import StepCost
 from simulate_load import END, FILLER, Conversation
 

@@ -19,8 +19,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from jax_engine.config import EngineConfig
-from jax_engine.engine_core import EngineCore
-from jax_engine.messages import CoreRequest
+from jax_engine.core.engine_core import EngineCore
+from jax_engine.core.messages import CoreRequest
 from jax_engine.server.bench_figures import Percentiles
 from simulate_cost import StepCost
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax_engine import LLM
+from jax_engine.core.stats import EngineStats
 from jax_engine.outputs import RequestMetrics, RequestOutput
 from jax_engine.server.bench_figures import (
     Latencies,
@@ -31,7 +32,6 @@ from jax_engine.server.bench_figures import (
     write_json,
 )
 from jax_engine.server.bench_offline import prompts_and_params
-from jax_engine.stats import EngineStats
 from measure import add_workload_arguments, workload_from
 
 if TYPE_CHECKING:

@@ -4,18 +4,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from jax_engine.model_files import read_model_config
+from jax_engine.compilation.planner import memory_for_pages
+from jax_engine.execution.step_batch import BatchLayout, Bucket
+from jax_engine.loading.model_files import read_model_config
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel, StateSize
 from jax_engine.plan.hlo_costs import COLLECTIVES
 from jax_engine.plan.hlo_text import Computation, Instruction, parse_module
 from jax_engine.plan.models import model_folder
-from jax_engine.planner import memory_for_pages
-from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import make_mesh
-from jax_engine.step_batch import BatchLayout, Bucket
-from jax_engine.strategies import STRATEGIES
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
+from jax_engine.sharding.sharding import make_mesh
+from jax_engine.sharding.strategies import STRATEGIES
 from tpu_topology import CHIPS, Moment, topology_devices, traced_for
 
 BUCKET = Bucket(num_tokens=2048, num_sequences=256)  # the largest step of a busy server

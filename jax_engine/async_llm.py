@@ -7,24 +7,24 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jax_engine.admin_client import is_named
-from jax_engine.beam_run import BeamRun
-from jax_engine.beam_search import BeamSearchParams
-from jax_engine.beam_stream import BeamStream
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreConnection, EngineDeadError, OnProgress
+from jax_engine.core.admin_client import is_named
+from jax_engine.core.core_client import CoreConnection, EngineDeadError, OnProgress
+from jax_engine.core.messages import AbortNamed
+from jax_engine.core.replicas import Replicas, end_cores, start_cores, wait_until_ready
+from jax_engine.core.stats import EngineStats, total
+from jax_engine.frontend.beam_run import BeamRun
+from jax_engine.frontend.beam_search import BeamSearchParams
+from jax_engine.frontend.beam_stream import BeamStream
+from jax_engine.frontend.output_processor import OutputProcessor, RequestState
+from jax_engine.frontend.pooling_requests import prepare_request
+from jax_engine.frontend.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
+from jax_engine.frontend.request_stream import RequestStream
+from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import AbortNamed
-from jax_engine.model_files import resolve_model_path
-from jax_engine.output_processor import OutputProcessor, RequestState
 from jax_engine.outputs import RequestOutput
 from jax_engine.pooling_params import RequestParams
-from jax_engine.pooling_requests import prepare_request
-from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt, TextPrompt
-from jax_engine.replicas import Replicas, end_cores, start_cores, wait_until_ready
-from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.stats import EngineStats, total
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

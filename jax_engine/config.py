@@ -7,12 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from jax_engine.host_settings import check_hosts
+from jax_engine.hosts.host_settings import check_hosts
 from jax_engine.lora_request import split_module
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
-from jax_engine.speculative_config import SpeculativeConfig, check_speculation
-from jax_engine.strategies import check_sharding
+from jax_engine.sharding.strategies import check_sharding
+from jax_engine.speculation.speculative_config import SpeculativeConfig, check_speculation
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting

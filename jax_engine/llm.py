@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
-from jax_engine.admin_client import checked_level, checked_tags, raise_for
-from jax_engine.beam_run import BeamRun
-from jax_engine.beam_search import BeamSearchOutput, BeamSearchParams
-from jax_engine.core_client import InProcessCore
-from jax_engine.interrupts import interrupts_between_steps
-from jax_engine.llm_settings import engine_config, prompt_list
-from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Abort, Add, AdminReply, IsSleeping, Profile, Sleep, StepOutputs, WakeUp
-from jax_engine.output_processor import EngineAsleepError, OutputProcessor
-from jax_engine.outputs import RequestOutput
-from jax_engine.pooling_params import PoolingParams
-from jax_engine.pooling_requests import (
+from jax_engine.core.admin_client import checked_level, checked_tags, raise_for
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, AdminReply, IsSleeping, Profile, Sleep, StepOutputs, WakeUp
+from jax_engine.core.stats import EngineStats
+from jax_engine.frontend.beam_run import BeamRun
+from jax_engine.frontend.beam_search import BeamSearchOutput, BeamSearchParams
+from jax_engine.frontend.interrupts import interrupts_between_steps
+from jax_engine.frontend.llm_settings import engine_config, prompt_list
+from jax_engine.frontend.output_processor import EngineAsleepError, OutputProcessor
+from jax_engine.frontend.pooling_requests import (
     EmbeddingRequestOutput,
     PoolingRequestOutput,
     ScoringRequestOutput,
     paired,
     prepare_pooling,
 )
-from jax_engine.processor import InputProcessor, ModelText, PreparedRequest, Prompt
-from jax_engine.progress import Progress
+from jax_engine.frontend.processor import InputProcessor, ModelText, PreparedRequest, Prompt
+from jax_engine.frontend.progress import Progress
+from jax_engine.lora_request import LoRARequest
+from jax_engine.outputs import RequestOutput
+from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams, integer
-from jax_engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

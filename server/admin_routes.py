@@ -6,9 +6,9 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jax_engine.admin_client import EngineBusyError
 from jax_engine.async_llm import AsyncLLM
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core.admin_client import EngineBusyError
+from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.body import read_body
 from jax_engine.server.errors import ApiError, bad_request, unavailable
 from jax_engine.server.openai_routes import json_response

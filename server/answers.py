@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jax_engine.frontend.token_texts import TokenTexts
+from jax_engine.frontend.tokenizer import Tokenizer
 from jax_engine.outputs import CompletionOutput, LogprobsAtPosition, RequestOutput
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.token_texts import TokenTexts
-from jax_engine.tokenizer import Tokenizer
 
 LOWEST = -9999.0  # in place of minus infinity, which JSON lacks
 

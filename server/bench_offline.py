@@ -10,8 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from jax_engine.config import EngineConfig
+from jax_engine.frontend.processor import TokensPrompt
 from jax_engine.llm import LLM
-from jax_engine.processor import TokensPrompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.bench_figures import Rates, WorkItem, format_table, mixed_workload, percentiles, write_json
 

@@ -4,7 +4,8 @@ import logging
 import re
 from dataclasses import dataclass
 
-from jax_engine.chat_templates import content_format_of
+from jax_engine.frontend.chat_templates import content_format_of
+from jax_engine.frontend.tokenizer import Tokenizer
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.message_parts import MessageFormat
 from jax_engine.server.parsers.names import (
@@ -19,7 +20,6 @@ from jax_engine.server.parsers.reasoning import ReasoningFormat
 from jax_engine.server.parsers.tool_parser import ToolParser
 from jax_engine.server.protocol import ChatCompletionRequest
 from jax_engine.server.settings import ServerSettings
-from jax_engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

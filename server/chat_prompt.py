@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from jax_engine.async_llm import LONG_TEXT_CHARACTERS, AsyncLLM
-from jax_engine.processor import TokensPrompt
+from jax_engine.frontend.processor import TokensPrompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.chat_routes import PreparedChat
 from jax_engine.server.errors import ApiError

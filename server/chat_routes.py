@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from jax_engine.beam_search import BeamSearchParams
-from jax_engine.processor import TextPrompt
+from jax_engine.frontend.beam_search import BeamSearchParams
+from jax_engine.frontend.processor import TextPrompt
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import ChatAnswers
 from jax_engine.server.body import read_body

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.partners import Chunks, LocalPartner, Partner, RemotePartner
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.terminal import display

@@ -53,9 +53,9 @@ def run_compile(options: Options) -> int:
         )
     set_up_logging("info")
     start = time.monotonic()
-    from jax_engine.compile_ahead import compile_ahead, find_devices
-    from jax_engine.compile_group import compiling_group
-    from jax_engine.gpu_settings import prepare_gpus
+    from jax_engine.compilation.compile_ahead import compile_ahead, find_devices
+    from jax_engine.compilation.compile_group import compiling_group
+    from jax_engine.compilation.gpu_settings import prepare_gpus
 
     prepare_gpus(config)
     with compiling_group(config) as group:

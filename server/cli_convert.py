@@ -41,8 +41,8 @@ def run_convert(options: Options) -> int:
     if len(folders) != 2:
         raise ValueError(f"convert takes two folders, HF_DIR and OUT, and {len(folders)} were given")
     set_up_logging("info")
-    from jax_engine.convert import convert, prepare
-    from jax_engine.model_files import resolve_model_path
+    from jax_engine.loading.convert import convert, prepare
+    from jax_engine.loading.model_files import resolve_model_path
 
     prepare()
     model, out = folders

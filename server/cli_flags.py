@@ -15,7 +15,7 @@ from jax_engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
-from jax_engine.strategies import STRATEGIES
+from jax_engine.sharding.strategies import STRATEGIES
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

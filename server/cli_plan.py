@@ -67,7 +67,7 @@ def run_plan(options: Options) -> int:
     for name, value in lengths.items():
         integer(name, value, low=1, high=2**30, remedy="it is a number of tokens")
     set_up_logging("warning")
-    from jax_engine.memory_check import host_memory_bytes
+    from jax_engine.compilation.memory_check import host_memory_bytes
     from jax_engine.plan.chips import parse_target
     from jax_engine.plan.drawing import check_plot
     from jax_engine.plan.models import model_folder

@@ -13,7 +13,7 @@ import msgspec
 from tqdm import tqdm
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core.core_client import EngineDeadError
 from jax_engine.sampling_params import integer
 from jax_engine.server.batch_files import (
     BatchError,

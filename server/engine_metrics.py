@@ -8,11 +8,11 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from jax_engine.config import EngineConfig
+from jax_engine.core.stats import STEP_TOKEN_BOUNDS, EngineStats
 from jax_engine.outputs import RequestMetrics
 from jax_engine.pooling_params import RequestParams
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.histogram import Histogram, one_two_five
-from jax_engine.stats import STEP_TOKEN_BOUNDS, EngineStats
 
 FIRST_TOKEN_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),

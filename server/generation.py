@@ -11,14 +11,14 @@ from msgspec.structs import replace
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jax_engine.beam_search import BeamSearchParams
-from jax_engine.beam_stream import BeamStream
-from jax_engine.core_client import EngineDeadError
-from jax_engine.output_processor import EngineAsleepError, QueueOverflowError, RequestFailedError
+from jax_engine.core.core_client import EngineDeadError
+from jax_engine.frontend.beam_search import BeamSearchParams
+from jax_engine.frontend.beam_stream import BeamStream
+from jax_engine.frontend.output_processor import EngineAsleepError, QueueOverflowError, RequestFailedError
+from jax_engine.frontend.processor import PreparedRequest, Prompt
+from jax_engine.frontend.request_stream import RequestStream
 from jax_engine.outputs import CompletionOutput, RequestOutput
 from jax_engine.pooling_params import RequestParams
-from jax_engine.processor import PreparedRequest, Prompt
-from jax_engine.request_stream import RequestStream
 from jax_engine.sampling_params import SamplingParams
 from jax_engine.server.answers import Answers
 from jax_engine.server.errors import ApiError, bad_request, unavailable

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import epitaph
+from jax_engine.core.core_client import epitaph
 from jax_engine.log_lines import log_format
 from jax_engine.server.service import BACKSTOP_SECONDS, EXIT_ENGINE_DEAD, EXIT_OK
 
@@ -29,7 +29,7 @@ class Follower:
         self._grace = grace
         self._deadline: float | None = None  # since a signal
         # As with the engine core: -P for a user's folder of that name; its standard input ends with this process.
-        self._child = subprocess.Popen((sys.executable, "-P", "-m", "jax_engine.follower"), stdin=subprocess.PIPE)
+        self._child = subprocess.Popen((sys.executable, "-P", "-m", "jax_engine.hosts.follower"), stdin=subprocess.PIPE)
         level = logging.getLogger("jax_engine").getEffectiveLevel()
         logs = {"name": f"process {config.node_rank}", "log_level": level, "log_format": log_format()}
         settings = {"config": asdict(config), **logs}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Scope
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.app import build_app
 from jax_engine.server.service import EXIT_USER_ERROR, Service, State
 from jax_engine.server.settings import ServerSettings

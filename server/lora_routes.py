@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
 from jax_engine.async_llm import AsyncLLM
-from jax_engine.core_client import EngineDeadError
+from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.body import read_body
 from jax_engine.server.errors import ApiError, bad_request, unavailable
 from jax_engine.server.schemas import body_schema

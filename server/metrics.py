@@ -7,11 +7,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jax_engine.config import EngineConfig
+from jax_engine.core.stats import EngineStats, total
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.engine_metrics import EngineMetrics
 from jax_engine.server.http_metrics import HttpMetrics
 from jax_engine.server.process_figures import ProcessFigures
-from jax_engine.stats import EngineStats, total
 
 
 class Metrics(Collector):

@@ -9,8 +9,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import jax_engine
-from jax_engine.core_client import EngineDeadError
-from jax_engine.engine_view import EngineView
+from jax_engine.core.core_client import EngineDeadError
+from jax_engine.core.engine_view import EngineView
+from jax_engine.core.stats import EngineStats
 from jax_engine.server.admin_routes import query
 from jax_engine.server.errors import ApiError
 from jax_engine.server.openai_routes import json_response
@@ -18,7 +19,6 @@ from jax_engine.server.operations_routes import condition
 from jax_engine.server.page_files import page_files
 from jax_engine.server.schemas import query_schema
 from jax_engine.server.service import Service
-from jax_engine.stats import EngineStats
 
 VIEW_SECONDS = 2.0  # how long the core may take to answer, which a step that is long holds up
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from jax_engine.frontend.processor import Prompt, TextPrompt
 from jax_engine.pooling_params import PoolingParams
-from jax_engine.processor import Prompt, TextPrompt
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.protocol import PromptField
 from jax_engine.server.tokenizer_routes import ChatFields

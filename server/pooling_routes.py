@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from jax_engine.frontend.pooling_requests import Vector, paired, similarity, vector_of
+from jax_engine.frontend.processor import Prompt
 from jax_engine.pooling_params import PoolingParams
-from jax_engine.pooling_requests import Vector, paired, similarity, vector_of
-from jax_engine.processor import Prompt
 from jax_engine.server.body import read_body
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.generation import generation

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Self
 
 import msgspec
 
-from jax_engine.beam_search import BeamSearchParams
-from jax_engine.processor import Prompt, TextPrompt
+from jax_engine.frontend.beam_search import BeamSearchParams
+from jax_engine.frontend.processor import Prompt, TextPrompt
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.conversation import checked_tools, plain_messages, shown_tool
 from jax_engine.server.errors import ApiError, bad_request

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from jax_engine.frontend.token_texts import TokenTexts
 from jax_engine.server.message_parts import MessageFormat, MessageParser
-from jax_engine.token_texts import TokenTexts
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Protocol
 import jax_engine
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import EngineDeadError, OnProgress
+from jax_engine.core.core_client import EngineDeadError, OnProgress
+from jax_engine.core.messages import Starting
+from jax_engine.core.stats import EngineStats
+from jax_engine.frontend.progress import CompileBar
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Starting
-from jax_engine.progress import CompileBar
 from jax_engine.server.cells import CellMemory
 from jax_engine.server.chat_format import ChatFormat, chat_format
 from jax_engine.server.errors import ApiError, unavailable
@@ -25,7 +26,6 @@ from jax_engine.server.metrics import Metrics
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.throughput_log import log_throughput
 from jax_engine.server.tracing import make_tracer
-from jax_engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 

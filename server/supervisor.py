@@ -18,10 +18,10 @@ from collections.abc import Sequence
 import msgspec
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreProcess, EngineDeadError, epitaph
-from jax_engine.model_files import resolve_model_path
-from jax_engine.progress import CompileBar
-from jax_engine.replicas import end_cores, spawn_cores, wait_until_ready
+from jax_engine.core.core_client import CoreProcess, EngineDeadError, epitaph
+from jax_engine.core.replicas import end_cores, spawn_cores, wait_until_ready
+from jax_engine.frontend.progress import CompileBar
+from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.server.cells import row_bytes
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToSupervisor, line
 from jax_engine.server.listening import log_address

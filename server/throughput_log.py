@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from jax_engine.stats import EngineStats
+from jax_engine.core.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 

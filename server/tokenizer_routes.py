@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from jax_engine.async_llm import AsyncLLM
+from jax_engine.frontend.tokenizer import Tokenizer
 from jax_engine.server.body import read_body
 from jax_engine.server.chat_format import rendered_chat
 from jax_engine.server.errors import ApiError, bad_request
@@ -18,7 +19,6 @@ from jax_engine.server.schemas import body_schema
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.validation import decode
-from jax_engine.tokenizer import Tokenizer
 
 # Where the server keeps its files is nobody's business.
 PATHS = frozenset({"is_local", "local_files_only", "merges_file", "name_or_path", "tokenizer_file", "vocab_file"})

@@ -9,7 +9,7 @@ import pytest
 from adapters import write_adapter
 from safetensors.numpy import load_file, save_file
 
-from jax_engine.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
+from jax_engine.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME, AdapterError, read_adapter
 from jax_engine.models.demo import DEMO_DIR
 
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -18,18 +18,18 @@ from adapters import ADAPTABLE, write_adapter, write_base, write_merged
 from slow_adapters import slow_adapter
 from tiny_engine import core_request, run_requests
 
-from jax_engine.adapter_store import AdapterStore
+from jax_engine.adapters.adapter_store import AdapterStore
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.loader import load_config, load_leaves
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Add, CoreRequest
+from jax_engine.execution.step_batch import BatchLayout, Bucket
+from jax_engine.execution.step_program import run_model
+from jax_engine.loading.loader import load_config, load_leaves
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import Add, CoreRequest
 from jax_engine.models.adapters import NO_ADAPTER, AdapterShape
 from jax_engine.models.kv_pages import KVPages, SequenceTable
-from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import BatchLayout, Bucket
-from jax_engine.step_program import run_model
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
 
 PROMPTS = [[5, 17, 80, 3, 3, 41, 9], [60, 2, 77], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]]
 NUM_TOKENS = 10

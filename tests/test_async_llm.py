@@ -16,7 +16,7 @@ import pytest_asyncio
 from tiny_engine import TINY
 
 from jax_engine import AsyncLLM, EngineConfig, EngineDeadError, RequestOutput, RequestOutputKind, SamplingParams
-from jax_engine.model_files import resolve_model_path
+from jax_engine.loading.model_files import resolve_model_path
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

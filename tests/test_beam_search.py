@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jax_engine.beam_search import BeamSearch, BeamSearchParams
+from jax_engine.frontend.beam_search import BeamSearch, BeamSearchParams
 from jax_engine.outputs import Logprob, LogprobsAtPosition
 
 VOCAB_SIZE, END = 4, 3

@@ -13,14 +13,14 @@ import msgspec
 import pytest
 from tiny_engine import TINY, core_request, run_requests
 
-from jax_engine.blueprint import Blueprint
-from jax_engine.bundle_identity import FREE_SETTINGS
-from jax_engine.bundles import FORMAT, MANIFEST, Bundle, BundleError, Manifest, read_manifest, write_bundle
-from jax_engine.compile_ahead import compile_ahead, find_devices
+from jax_engine.compilation.blueprint import Blueprint
+from jax_engine.compilation.bundle_identity import FREE_SETTINGS
+from jax_engine.compilation.bundles import FORMAT, MANIFEST, Bundle, BundleError, Manifest, read_manifest, write_bundle
+from jax_engine.compilation.compile_ahead import compile_ahead, find_devices
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import TokenControls
-from jax_engine.new_folders import UNFINISHED, new_folder
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import TokenControls
+from jax_engine.loading.new_folders import UNFINISHED, new_folder
 
 # Steps of one token: three programs, one a sampling mode.
 SMALLEST = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 32, "block_size": 8, "scan_layers": True}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jax_engine.compilation_cache import machine_name
+from jax_engine.compilation.compilation_cache import machine_name
 
 SCRIPT = """
 import logging, sys, warnings
 logging.basicConfig()
-from jax_engine.compilation_cache import use_compilation_cache
+from jax_engine.compilation.compilation_cache import use_compilation_cache
 import jax
 warnings.simplefilter("error")
 hits = []

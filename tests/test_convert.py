@@ -15,17 +15,17 @@ import orbax.checkpoint
 import pytest
 from checkpoints import EXPERTS, HF, SHARED, UP_PROJ, Leaves, load, load_copies, random_tensors, write
 
-from jax_engine.checkpoint_manifest import (
+from jax_engine.loading.checkpoint_manifest import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_MANIFEST,
     WEIGHTS,
     StoredTensor,
     read_checkpoint_manifest,
 )
-from jax_engine.convert import convert
-from jax_engine.model_files import ModelLoadError, read_model_config
-from jax_engine.model_structure import ModelStructure
-from jax_engine.new_folders import UNFINISHED, new_folder
+from jax_engine.loading.convert import convert
+from jax_engine.loading.model_files import ModelLoadError, read_model_config
+from jax_engine.loading.model_structure import ModelStructure
+from jax_engine.loading.new_folders import UNFINISHED, new_folder
 
 # More than one chunk in a tensor, and more than one group.
 SMALL_CHUNKS = {"MAX_CHUNK_BYTES": 1024, "GROUP_BYTES": 16 * 1024}
@@ -47,7 +47,7 @@ def converted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted_from(source: Path, folder: Path, **options: Any) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, size in SMALL_CHUNKS.items():
-            patch.setattr(f"jax_engine.convert.{name}", size)
+            patch.setattr(f"jax_engine.loading.convert.{name}", size)
         convert(source, folder, **options)
     return folder
 
@@ -136,8 +136,8 @@ from pathlib import Path
 import jax, numpy as np
 from checkpoints import load
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax_engine.convert import convert
-import jax_engine.convert as module
+from jax_engine.loading.convert import convert
+import jax_engine.loading.convert as module
 
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
 module.MIN_CHUNK_BYTES = 1
@@ -271,7 +271,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_valid(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jax_engine.convert._chunk_shapes", fail)
+        patch.setattr("jax_engine.loading.convert._chunk_shapes", fail)
         with pytest.raises(OSError, match="no space left"):
             convert(source, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []

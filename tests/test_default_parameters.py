@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Ready
-from jax_engine.processor import InputProcessor, ModelText
+from jax_engine.core.messages import Ready
+from jax_engine.frontend.processor import InputProcessor, ModelText
 
 INFO = Ready(max_model_len=32, vocab_size=300, num_pages=8, page_size=16)
 

@@ -21,14 +21,14 @@ from jax import lax
 from tiny_engine import TINY, TINY_MIXTURE, VOCAB_SIZE, core_request, placed_model
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.loader import load_leaves
-from jax_engine.messages import Add, CoreRequest
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Add, CoreRequest
+from jax_engine.execution.row_blocks import by_blocks
+from jax_engine.execution.step_program import run_model
+from jax_engine.loading.loader import load_leaves
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
-from jax_engine.placed_model import StateSize
-from jax_engine.row_blocks import by_blocks
-from jax_engine.step_program import run_model
+from jax_engine.sharding.placed_model import StateSize
 
 PAGE = 8
 NUM_PAGES = 20  # of the engine: as many as one request of full length takes

@@ -7,8 +7,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jax_engine.detokenizer import WINDOW_TOKENS, IncrementalDetokenizer, StopMatcher, StopStrings
-from jax_engine.tokenizer import Tokenizer
+from jax_engine.frontend.detokenizer import WINDOW_TOKENS, IncrementalDetokenizer, StopMatcher, StopStrings
+from jax_engine.frontend.tokenizer import Tokenizer
 
 TEXTS = ["the quick brown fox jumps", "日本語のテキスト", "привет мир", "👩‍👩‍👧‍👦 😀😀 é e\u0301", "x\n\n  y\t"]
 

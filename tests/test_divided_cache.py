@@ -7,13 +7,13 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny_engine import TINY
 
+from jax_engine.execution.page_copies import read_page, write_page
+from jax_engine.kv_cache.page_partitions import PagePartitions
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import KVPages
 from jax_engine.models.ops import select_ops
-from jax_engine.page_copies import read_page, write_page
-from jax_engine.page_partitions import PagePartitions
-from jax_engine.sharding import Placement, place
-from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy
+from jax_engine.sharding.sharding import Placement, place
+from jax_engine.sharding.strategies import MESH_AXES, STRATEGIES, Strategy
 
 
 def placed(strategy: str, data: int, tensor: int) -> Placement:

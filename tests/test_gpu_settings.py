@@ -6,8 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_engine.gpu_settings import COMMANDS, HIDING, WITH_LOOPS, compiler_options, is_known, loops_work
-from jax_engine.gpu_settings import memory_variables as variables
+from jax_engine.compilation.gpu_settings import COMMANDS, HIDING, WITH_LOOPS, compiler_options, is_known, loops_work
+from jax_engine.compilation.gpu_settings import memory_variables as variables
 
 
 def test_the_engine_takes_the_memory_at_once_unless_it_shares_the_gpu() -> None:
@@ -54,6 +54,6 @@ def test_what_a_version_does_not_know_is_left_out_with_a_warning(caplog: pytest.
 def test_a_loop_that_counts_wrong_stays_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     (device,) = jax.devices()
     assert loops_work.__wrapped__(device)
-    monkeypatch.setattr("jax_engine.gpu_settings._count", lambda start, trips: start)
+    monkeypatch.setattr("jax_engine.compilation.gpu_settings._count", lambda start, trips: start)
     assert not loops_work.__wrapped__(device)
     assert "loops stay out of command buffers" in caplog.text

@@ -13,11 +13,11 @@ import pytest
 from processes import HOST, free_port
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.group import GroupError
-from jax_engine.group_leader import Leader
-from jax_engine.group_member import Member
-from jax_engine.orders import ORDERS, Forward, Step, WriteAdapter
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.execution.orders import ORDERS, Forward, Step, WriteAdapter
+from jax_engine.hosts.group import GroupError
+from jax_engine.hosts.group_leader import Leader
+from jax_engine.hosts.group_member import Member
 
 
 def gathered(size: int, *, facts: Callable[[int], dict[str, object]] = lambda _: {}) -> tuple[Leader, list[Member]]:

@@ -14,9 +14,9 @@ import pytest
 from tiny_engine import TINY
 
 from jax_engine import LLM, RequestOutput, SamplingParams
-from jax_engine.interrupts import interrupts_between_steps
-from jax_engine.llm_settings import engine_config
-from jax_engine.model_files import resolve_model_path
+from jax_engine.frontend.interrupts import interrupts_between_steps
+from jax_engine.frontend.llm_settings import engine_config
+from jax_engine.loading.model_files import resolve_model_path
 
 MAX_MODEL_LEN = 96
 PROMPTS = [

@@ -15,7 +15,7 @@ import pytest
 from checkpoints import HF, UP_PROJ, Leaves, dummy, load, random_tensors, structure_of, write
 from safetensors.numpy import load_file, save_file
 
-from jax_engine.model_files import (
+from jax_engine.loading.model_files import (
     ModelLoadError,
     WeightFiles,
     read_generation_config,
@@ -263,7 +263,7 @@ def test_generation_settings_are_optional(folder: Path) -> None:
 
 
 def test_reading_model_files_needs_no_jax() -> None:
-    script = "import sys; sys.modules['jax'] = None; import jax_engine.model_files"
+    script = "import sys; sys.modules['jax'] = None; import jax_engine.loading.model_files"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

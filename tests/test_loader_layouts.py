@@ -24,9 +24,9 @@ from checkpoints import (
     write,
 )
 
-from jax_engine.model_files import ModelLoadError
-from jax_engine.model_structure import ModelStructure
-from jax_engine.stacked_leaves import _set_layer
+from jax_engine.loading.model_files import ModelLoadError
+from jax_engine.loading.model_structure import ModelStructure
+from jax_engine.loading.stacked_leaves import _set_layer
 
 # Runs of one layer kind and of two, a layer that is in no run, and an axis of layers in every leaf of the runs.
 MIXED = SQUARE | {

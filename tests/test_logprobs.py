@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from jax_engine import LLM, BeamSearchParams, EngineConfig, Logprob, RequestOutput, SamplingParams
-from jax_engine.model_files import resolve_model_path
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 
 VOCAB_SIZE = 1024
 TOLERANCE = 1e-4

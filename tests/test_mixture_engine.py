@@ -8,9 +8,9 @@ import transformers
 from adapters import write_adapter, write_base, write_merged
 from tiny_engine import TINY_MIXTURE, core_request, placed_model, run_requests
 
-from jax_engine.adapter_store import AdapterStore
+from jax_engine.adapters.adapter_store import AdapterStore
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
+from jax_engine.core.core_client import InProcessCore
 from jax_engine.lora_request import LoRARequest
 from jax_engine.models.adapters import AdapterShape
 

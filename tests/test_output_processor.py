@@ -10,10 +10,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jax_engine import CompletionOutput, Logprob, RequestOutput, RequestOutputKind, SamplingParams
-from jax_engine.messages import CoreOutput, Ready, TokenLogprobs
-from jax_engine.output_processor import OutputProcessor, QueueOverflowError, RequestFailedError, RequestState
-from jax_engine.processor import InputProcessor, ModelText, PreparedRequest
-from jax_engine.tokenizer import Tokenizer
+from jax_engine.core.messages import CoreOutput, Ready, TokenLogprobs
+from jax_engine.frontend.output_processor import OutputProcessor, QueueOverflowError, RequestFailedError, RequestState
+from jax_engine.frontend.processor import InputProcessor, ModelText, PreparedRequest
+from jax_engine.frontend.tokenizer import Tokenizer
 
 DELTA, CUMULATIVE, FINAL_ONLY = RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE, RequestOutputKind.FINAL_ONLY
 

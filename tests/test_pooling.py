@@ -10,10 +10,10 @@ import transformers
 from adapters import write_adapter, write_base, write_merged
 
 from jax_engine import LLM, LoRARequest, PoolingParams, RequestOutput, SamplingParams
-from jax_engine.messages import Add, CoreOutput
+from jax_engine.core.messages import Add, CoreOutput
+from jax_engine.frontend.pooling_requests import finished, prepare_pooling, similarity, vector_of
+from jax_engine.frontend.processor import PreparedRequest
 from jax_engine.pooling_params import POOLING_TYPES
-from jax_engine.pooling_requests import finished, prepare_pooling, similarity, vector_of
-from jax_engine.processor import PreparedRequest
 
 BUDGET, PAGE, VOCABULARY = 16, 8, 101
 SHARED = [(7 * i + 3) % VOCABULARY for i in range(30)]

@@ -10,7 +10,7 @@ import pytest
 from tiny_engine import TINY
 
 from jax_engine import LLM, AsyncLLM, EngineConfig, EngineDeadError, RequestOutput, SamplingParams
-from jax_engine.model_files import resolve_model_path
+from jax_engine.loading.model_files import resolve_model_path
 
 PAGE = 8
 VOCAB_SIZE = 1024

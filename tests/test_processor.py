@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from jax_engine import SamplingParams
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Ready
-from jax_engine.processor import InputProcessor, ModelText, Prompt
-from jax_engine.tokenizer import Tokenizer, load_tokenizer
+from jax_engine.core.messages import Ready
+from jax_engine.frontend.processor import InputProcessor, ModelText, Prompt
+from jax_engine.frontend.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'robot' %}"
@@ -345,7 +345,7 @@ def test_text_needs_neither_jax_nor_torch(tmp_path: Path) -> None:
         "sys.modules['jax'] = sys.modules['torch'] = None  # from here on, importing one raises ImportError\n"
         "import jax_engine.async_llm\n"
         "assert 'transformers' not in sys.modules\n"
-        "from jax_engine.processor import ModelText\n"
+        "from jax_engine.frontend.processor import ModelText\n"
         "text = ModelText.load(jax_engine.EngineConfig())\n"
         "print(text.tokenizer.decode(text.tokenizer.encode('one two')))"
     )

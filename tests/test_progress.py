@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from jax_engine.progress import CompileBar, reports_of_start
+from jax_engine.frontend.progress import CompileBar, reports_of_start
 
 
 class Terminal(io.StringIO):
@@ -44,7 +44,7 @@ def test_nothing_is_shown_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_start_is_reported_until_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax_engine.progress.REPORT_SECONDS", 0.01)
+    monkeypatch.setattr("jax_engine.frontend.progress.REPORT_SECONDS", 0.01)
     told: list[tuple[int, int, float]] = []
     heard = threading.Event()
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
+from jax_engine.execution.step_batch import BatchLayout, Bucket, StepBatch
 from jax_engine.models.layers import RMSNorm
-from jax_engine.sampler import keep_top_k
-from jax_engine.step_batch import BatchLayout, Bucket, StepBatch
+from jax_engine.sampling.sampler import keep_top_k
 
 
 def test_a_wrong_shape_is_caught_where_it_is_passed():

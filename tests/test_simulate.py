@@ -13,7 +13,7 @@ import pytest
 import simulate
 import simulate_plot
 from jax_engine.config import SCHEDULING_POLICIES
-from jax_engine.step_plan import SchedulerLimits
+from jax_engine.scheduling.step_plan import SchedulerLimits
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Outcome, Simulation
 from simulate_fit import TimedStep, fit

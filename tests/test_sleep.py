@@ -8,7 +8,7 @@ import pytest
 from adapters import write_adapter, write_base
 
 from jax_engine import LLM, EngineAsleepError, EngineBusyError, LoRARequest, SamplingParams
-from jax_engine.admin_client import is_named
+from jax_engine.core.admin_client import is_named
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PENALIZED = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, repetition_penalty=1.3)

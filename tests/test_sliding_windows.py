@@ -16,10 +16,10 @@ import pytest
 from tiny_engine import TINY, core_request, run_requests
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Add, CoreRequest
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Add, CoreRequest
 from jax_engine.models.kv_pages import KVPages
-from jax_engine.scheduler import Scheduler
+from jax_engine.scheduling.scheduler import Scheduler
 
 PAGE = 8
 STEPS = {"qwen3": 4}  # tokens that a step may draw

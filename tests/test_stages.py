@@ -20,14 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from tiny_engine import TINY
 
 from jax_engine.config import EngineConfig
+from jax_engine.execution.step_batch import BatchLayout, Bucket
+from jax_engine.loading.stacked_leaves import stack_layers
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.llama import LlamaForCausalLM
-from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import make_mesh
-from jax_engine.stacked_leaves import stack_layers
-from jax_engine.step_batch import BatchLayout, Bucket
-from jax_engine.strategies import STRATEGIES, Strategy
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
+from jax_engine.sharding.sharding import make_mesh
+from jax_engine.sharding.strategies import STRATEGIES, Strategy
 
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 HF = TINY | {"num_hidden_layers": 5, "vocab_size": 104}

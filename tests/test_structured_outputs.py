@@ -23,14 +23,14 @@ from jax_engine import (
     constraints,
     grammar_checker,
 )
-from jax_engine.bitmasks import ALL_TOKENS, has_bit, ids_of
-from jax_engine.constraints import GrammarConstraint
-from jax_engine.grammar_checker import GrammarChecker
-from jax_engine.grammars import new_matcher
-from jax_engine.messages import StructuredRequest, Vocabulary
-from jax_engine.model_files import resolve_model_path
-from jax_engine.request import Request
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.core.messages import StructuredRequest, Vocabulary
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.grammar.bitmasks import ALL_TOKENS, has_bit, ids_of
+from jax_engine.grammar.constraints import GrammarConstraint
+from jax_engine.grammar.grammar_checker import GrammarChecker
+from jax_engine.grammar.grammars import new_matcher
+from jax_engine.loading.model_files import resolve_model_path
+from jax_engine.scheduling.request import Request
 from random_schemas import is_met, random_schema
 
 EOS = 3  # of the built-in tokenizer

@@ -3,10 +3,10 @@
 import pytest
 
 from jax_engine import StructuredOutputsParams
-from jax_engine.grammars import grammar_text, new_matcher, special_token_ids
-from jax_engine.messages import Vocabulary
-from jax_engine.model_files import resolve_model_path
-from jax_engine.tokenizer import Tokenizer, load_tokenizer
+from jax_engine.core.messages import Vocabulary
+from jax_engine.frontend.tokenizer import Tokenizer, load_tokenizer
+from jax_engine.grammar.grammars import grammar_text, new_matcher, special_token_ids
+from jax_engine.loading.model_files import resolve_model_path
 
 CALL = {
     "type": "tag",

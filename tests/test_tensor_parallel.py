@@ -22,16 +22,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from sharded_engines import HF, MIXTURE
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.execution.step_batch import BatchLayout, Bucket
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.sampler import SamplingMode
-from jax_engine.sharding import make_mesh, place
-from jax_engine.sharding_rules import read_strategy, strategy_of
-from jax_engine.step_batch import BatchLayout, Bucket
-from jax_engine.strategies import MESH_AXES, STRATEGIES, Strategy
-from jax_engine.widening import Spread, Widening
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
+from jax_engine.sharding.sharding import make_mesh, place
+from jax_engine.sharding.sharding_rules import read_strategy, strategy_of
+from jax_engine.sharding.strategies import MESH_AXES, STRATEGIES, Strategy
+from jax_engine.sharding.widening import Spread, Widening
 
 # How often each strategy moves a layer's values over the devices, in a step whose rows they divide.
 PER_LAYER = {

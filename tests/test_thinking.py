@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from jax_engine import ReasoningParams, SamplingParams
-from jax_engine.bitmasks import ids_of, pack_bits
-from jax_engine.messages import ThinkingRequest
-from jax_engine.model_files import resolve_model_path
-from jax_engine.thinking import Thinking, thinking_request
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.core.messages import ThinkingRequest
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.grammar.bitmasks import ids_of, pack_bits
+from jax_engine.grammar.thinking import Thinking, thinking_request
+from jax_engine.loading.model_files import resolve_model_path
 
 EOS, START, END, BLANK, FORM, WORD = 3, 4, 5, 6, 7, 8
 VOCAB = 64

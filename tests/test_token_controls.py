@@ -6,9 +6,9 @@ import pytest
 
 from jax_engine import SamplingParams
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Ready, TokenControls
-from jax_engine.processor import InputProcessor, ModelText
-from jax_engine.token_controls import bad_word_tokens
+from jax_engine.core.messages import Ready, TokenControls
+from jax_engine.frontend.processor import InputProcessor, ModelText
+from jax_engine.frontend.token_controls import bad_word_tokens
 
 DEMO = ModelText.load(EngineConfig(load_format="dummy"))
 EOS = DEMO.tokenizer.eos_token_id

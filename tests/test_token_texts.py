@@ -5,9 +5,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from jax_engine.model_files import resolve_model_path
-from jax_engine.token_texts import TokenTexts
-from jax_engine.tokenizer import Tokenizer, load_tokenizer
+from jax_engine.frontend.token_texts import TokenTexts
+from jax_engine.frontend.tokenizer import Tokenizer, load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 
 
 def sentencepiece() -> Tokenizer:

@@ -12,7 +12,7 @@ from jax_engine.config import EngineConfig
 from jax_engine.plan.chips import Target
 from jax_engine.plan.figures import Plan, Question
 from jax_engine.plan.planning import make_plan
-from jax_engine.strategies import STRATEGIES, Strategy, shape_text
+from jax_engine.sharding.strategies import STRATEGIES, Strategy, shape_text
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 
-from jax_engine.blueprint import Blueprint
-from jax_engine.memory_check import DeviceMemory, bytes_of
+from jax_engine.compilation.blueprint import Blueprint
+from jax_engine.compilation.memory_check import DeviceMemory, bytes_of
+from jax_engine.compilation.planner import MemoryPlan
+from jax_engine.execution.step_batch import Bucket
+from jax_engine.execution.step_program import Program
 from jax_engine.models.pipeline import microbatch_rows, num_microbatches
 from jax_engine.plan.figure_cache import FigureCache
 from jax_engine.plan.figures import CompiledProgram
 from jax_engine.plan.hlo_costs import program_costs
-from jax_engine.planner import MemoryPlan
-from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import Bucket
-from jax_engine.step_program import Program
+from jax_engine.sampling.sampler import SamplingMode
 
 logger = logging.getLogger(__name__)
 

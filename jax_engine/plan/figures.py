@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from jax_engine.compilation.memory_check import DeviceMemory
 from jax_engine.config import EngineConfig
-from jax_engine.memory_check import DeviceMemory
 from jax_engine.plan.chips import Target
 from jax_engine.plan.hlo_costs import Costs
 from jax_engine.plan.roofline import Load, StepTime

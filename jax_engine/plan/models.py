@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jax_engine.model_files import ModelLoadError, resolve_model_path
+from jax_engine.loading.model_files import ModelLoadError, resolve_model_path
 
 CONFIGS = Path(__file__).parent / "configs"
 

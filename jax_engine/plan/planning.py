@@ -5,10 +5,19 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from jax_engine.blueprint import Blueprint
+from jax_engine.compilation.blueprint import Blueprint
+from jax_engine.compilation.memory_check import (
+    DeviceMemory,
+    bytes_of,
+    expert_bytes,
+    gib,
+    shortage,
+    shorter,
+    split_weights,
+)
+from jax_engine.compilation.planner import longest_sequence, most_pages_of_use
 from jax_engine.config import EngineConfig
-from jax_engine.memory_check import DeviceMemory, bytes_of, expert_bytes, gib, shortage, shorter, split_weights
-from jax_engine.page_copies import staging_pages
+from jax_engine.execution.page_copies import staging_pages
 from jax_engine.plan.chips import Target, next_sizes
 from jax_engine.plan.compiling import compile_program, programs_of_plan
 from jax_engine.plan.figure_cache import FigureCache
@@ -16,7 +25,6 @@ from jax_engine.plan.figures import ANALYTIC, Bounds, CompiledProgram, Plan, Pla
 from jax_engine.plan.hlo_costs import Costs
 from jax_engine.plan.roofline import Load, attention_work, expert_work, step_time
 from jax_engine.plan.targets import devices_of
-from jax_engine.planner import longest_sequence, most_pages_of_use
 
 CONTEXTS = tuple(2**power for power in range(10, 21))
 _COMPILERS = {"cpu": "XLA:CPU", "gpu": "XLA:GPU", "tpu": "XLA:TPU"}

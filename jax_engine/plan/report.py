@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jax_engine.memory_check import gib
+from jax_engine.compilation.memory_check import gib
 from jax_engine.plan.compare import Impossible
 from jax_engine.plan.figures import ANALYTIC, Plan, PlannedStep
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.experts import expert_axes
-from jax_engine.placed_model import PlacedModel
 from jax_engine.plan.chips import HOP_SECONDS, Chip
 from jax_engine.plan.hlo_costs import Costs
+from jax_engine.sharding.placed_model import PlacedModel
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from jax_engine.server.parsers.reader import Reader, Reading
 
-Form = dict[str, Any]  # in the terms of `jax_engine/tag_formats.py`
+Form = dict[str, Any]  # in the terms of `jax_engine/grammar/tag_formats.py`
 Schemas = Sequence[tuple[str, Mapping[str, Any]]]  # of functions that may be called, by name
 
 

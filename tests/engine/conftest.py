@@ -10,7 +10,7 @@ import pytest
 from tiny_engine import TINY
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
+from jax_engine.core.core_client import InProcessCore
 
 CoreFactory = Callable[..., InProcessCore]
 

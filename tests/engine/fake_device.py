@@ -5,9 +5,9 @@ from itertools import product
 
 from plans import drawn_by, token_at
 
-from jax_engine.cache_records import held
-from jax_engine.scheduler import Scheduler
-from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
+from jax_engine.kv_cache.cache_records import held
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import Chunk, SchedulerLimits, StepPlan
 
 
 class FakeDevice:

@@ -4,14 +4,14 @@ from random import Random
 
 from tiny_engine import VOCAB_SIZE, core_request
 
-from jax_engine.core_client import InProcessCore
-from jax_engine.drafting import Drafts
-from jax_engine.messages import CoreRequest
-from jax_engine.proposers import Proposal, Proposer
-from jax_engine.scheduler import Scheduler
-from jax_engine.speculative_config import SpeculativeConfig
-from jax_engine.step_plan import Chunk, SchedulerLimits, StepPlan
-from jax_engine.step_times import StepTimes
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import CoreRequest
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import Chunk, SchedulerLimits, StepPlan
+from jax_engine.speculation.drafting import Drafts
+from jax_engine.speculation.proposers import Proposal, Proposer
+from jax_engine.speculation.speculative_config import SpeculativeConfig
+from jax_engine.speculation.step_times import StepTimes
 
 NONSENSE = -7  # no token
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny_engine import core_request
 
-from jax_engine.adapter_slots import AdapterSlots
+from jax_engine.adapters.adapter_slots import AdapterSlots
+from jax_engine.core.messages import CoreRequest
 from jax_engine.lora_request import LoRARequest
-from jax_engine.messages import CoreRequest
-from jax_engine.scheduler import Scheduler
-from jax_engine.step_plan import SchedulerLimits, StepPlan
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import SchedulerLimits, StepPlan
 
 
 def lora(number: int) -> LoRARequest:

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from jax_engine.block_pool import BlockPool
+from jax_engine.kv_cache.block_pool import BlockPool
 
 NUM_PAGES = 12
 CONTENTS = [bytes([number]) for number in range(8)]  # few, so that equal ones meet

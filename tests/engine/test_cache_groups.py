@@ -3,10 +3,10 @@
 import pytest
 from tiny_engine import core_request
 
-from jax_engine.cache_records import NO_PAGE, CachedPrefix
-from jax_engine.kv_cache_manager import KVCacheManager
-from jax_engine.page_claims import PageClaims
-from jax_engine.request import Request
+from jax_engine.kv_cache.cache_records import NO_PAGE, CachedPrefix
+from jax_engine.kv_cache.kv_cache_manager import KVCacheManager
+from jax_engine.scheduling.page_claims import PageClaims
+from jax_engine.scheduling.request import Request
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import asyncio
 from tiny_engine import core_request
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreConnection, CoreProcess
-from jax_engine.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache, StepOutputs
+from jax_engine.core.core_client import CoreConnection, CoreProcess
+from jax_engine.core.messages import Abort, Add, PrefixCacheReset, ResetPrefixCache, StepOutputs
 
 
 async def tokens_of(core: CoreConnection, count: int) -> dict[str, list[int]]:

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_engine.compiled_steps import CompiledSteps, compile_order
+from jax_engine.compilation.compiled_steps import CompiledSteps, compile_order
+from jax_engine.compilation.planner import step_programs
 from jax_engine.config import EngineConfig
-from jax_engine.planner import step_programs
-from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import Bucket
-from jax_engine.step_program import Program
+from jax_engine.execution.step_batch import Bucket
+from jax_engine.execution.step_program import Program
+from jax_engine.sampling.sampler import SamplingMode
 
 PROGRAMS = step_programs(4, 16)
 GREEDY, SAMPLE, FULL = SamplingMode

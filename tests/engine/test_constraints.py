@@ -2,7 +2,7 @@
 
 from plans import asked, limits, ranges, tokens_of
 
-from jax_engine.scheduler import Scheduler
+from jax_engine.scheduling.scheduler import Scheduler
 
 
 class Slow:

@@ -15,16 +15,16 @@ from plans import Untimed, limits, token_at, tokens_of
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.draft_proposer import ModelProposer
-from jax_engine.drafting import Drafts
-from jax_engine.loader import load_leaves
-from jax_engine.messages import Abort, Add, CoreRequest, TokenControls
-from jax_engine.proposers import Proposal
-from jax_engine.request import Request
-from jax_engine.scheduler import Scheduler
-from jax_engine.speculative_config import SpeculativeConfig
-from jax_engine.step_plan import Chunk, StepPlan
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, CoreRequest, TokenControls
+from jax_engine.loading.loader import load_leaves
+from jax_engine.scheduling.request import Request
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import Chunk, StepPlan
+from jax_engine.speculation.draft_proposer import ModelProposer
+from jax_engine.speculation.drafting import Drafts
+from jax_engine.speculation.proposers import Proposal
+from jax_engine.speculation.speculative_config import SpeculativeConfig
 
 PAGE = 8
 SEEDED = {"temperature": 1.0, "top_p": 0.9}

@@ -13,9 +13,9 @@ from msgspec import structs
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, run_requests
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import CoreProcess, EngineDeadError, InProcessCore
-from jax_engine.messages import Abort, Add, TokenControls
-from jax_engine.replicas import start_cores
+from jax_engine.core.core_client import CoreProcess, EngineDeadError, InProcessCore
+from jax_engine.core.messages import Abort, Add, TokenControls
+from jax_engine.core.replicas import start_cores
 
 
 def prompts(count: int, *, seed: int = 0, longest: int = 60) -> list[list[int]]:

@@ -7,15 +7,15 @@ import pytest
 from plans import asked
 from tiny_engine import core_request
 
-from jax_engine.block_pool import BlockPool
-from jax_engine.core_client import EngineDeadError
-from jax_engine.engine_view import NUM_CELLS, NUM_STEPS, PAGES_LOOKED_AT, EngineView, StepLog, page_map
-from jax_engine.messages import Add, Inspect
-from jax_engine.request import Request
-from jax_engine.stats import EngineStats
-from jax_engine.step_plan import Chunk
-from jax_engine.view_client import ViewClient
-from jax_engine.waiting_queue import WaitingQueue
+from jax_engine.core.core_client import EngineDeadError
+from jax_engine.core.engine_view import NUM_CELLS, NUM_STEPS, PAGES_LOOKED_AT, EngineView, StepLog, page_map
+from jax_engine.core.messages import Add, Inspect
+from jax_engine.core.stats import EngineStats
+from jax_engine.core.view_client import ViewClient
+from jax_engine.kv_cache.block_pool import BlockPool
+from jax_engine.scheduling.request import Request
+from jax_engine.scheduling.step_plan import Chunk
+from jax_engine.scheduling.waiting_queue import WaitingQueue
 
 
 def test_the_steps_account_for_every_row(make_core):

@@ -11,14 +11,14 @@ import pytest
 from sampling_reference import controlled_logits, distribution, drawn_tokens, uniform
 from tiny_engine import TINY, VOCAB_SIZE, core_request, placed_model, run_requests
 
-from jax_engine.bitmasks import pack_bits
-from jax_engine.core_client import InProcessCore
-from jax_engine.full_sampling import unpack_bits
-from jax_engine.loader import load_leaves
-from jax_engine.messages import NO_CONTROLS, CoreRequest, TokenControls
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import NO_CONTROLS, CoreRequest, TokenControls
+from jax_engine.execution.step_program import run_model
+from jax_engine.grammar.bitmasks import pack_bits
+from jax_engine.loading.loader import load_leaves
 from jax_engine.models.kv_pages import SequenceTable
-from jax_engine.placed_model import StateSize
-from jax_engine.step_program import run_model
+from jax_engine.sampling.full_sampling import unpack_bits
+from jax_engine.sharding.placed_model import StateSize
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "presence": {"presence_penalty": 1.7},

@@ -8,11 +8,11 @@ import pytest
 from tiny_engine import TINY, collect, core_request, run_requests
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.host_pool import HostPool, LoadRule, PageCopies
-from jax_engine.messages import Abort, Add, CoreRequest
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, CoreRequest
+from jax_engine.execution.page_copies import STAGED_PAGES, PageCopier
+from jax_engine.kv_cache.host_pool import HostPool, LoadRule, PageCopies
 from jax_engine.models.kv_pages import KVPages
-from jax_engine.page_copies import STAGED_PAGES, PageCopier
 
 PAGE = 8
 PAGE_BYTES = TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * PAGE * TINY["head_dim"] * 4

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tiny_engine import core_request
 
-from jax_engine.kv_cache_manager import KVCacheManager
-from jax_engine.page_partitions import PagePartitions
-from jax_engine.request import Request
+from jax_engine.kv_cache.kv_cache_manager import KVCacheManager
+from jax_engine.kv_cache.page_partitions import PagePartitions
+from jax_engine.scheduling.request import Request
 
 PAGE = 3
 NUM_PAGES = 8

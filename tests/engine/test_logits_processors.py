@@ -4,8 +4,8 @@ import pytest
 from tiny_engine import core_request, run_requests
 
 from jax_engine.config import EngineConfig
-from jax_engine.logits_processors import argument_defaults, load_processors
-from jax_engine.messages import TokenControls
+from jax_engine.core.messages import TokenControls
+from jax_engine.sampling.logits_processors import argument_defaults, load_processors
 
 PATHS = tuple(f"token_processors:{name}" for name in ("never_again", "in_turn", "from_the_prompt"))
 PROMPT = [5, 9, 2, 77]

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request, placed_model, run_requests
 
-from jax_engine.compiled_steps import CompiledSteps
+from jax_engine.compilation.compiled_steps import CompiledSteps
+from jax_engine.compilation.planner import step_programs
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Abort, Add, CoreRequest
-from jax_engine.model_structure import ModelStructure
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, CoreRequest
+from jax_engine.execution.step_batch import NO_TOKEN, BatchLayout, Bucket, SlotParameters, pack_batch, page_updates_of
+from jax_engine.execution.step_program import step_function
+from jax_engine.loading.model_structure import ModelStructure
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import select_ops
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import StateSize
-from jax_engine.planner import step_programs
-from jax_engine.sampler import SamplingMode
-from jax_engine.scheduler import Scheduler
-from jax_engine.step_batch import NO_TOKEN, BatchLayout, Bucket, SlotParameters, pack_batch, page_updates_of
-from jax_engine.step_plan import SchedulerLimits
-from jax_engine.step_program import step_function
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import SchedulerLimits
+from jax_engine.sharding.placed_model import StateSize
 
 PAGE = 8
 

@@ -4,8 +4,8 @@ import pytest
 from plans import asked, finish, limits, ranges, tokens_of
 from tiny_engine import core_request
 
-from jax_engine.page_partitions import UNCUT, PagePartitions
-from jax_engine.scheduler import Scheduler
+from jax_engine.kv_cache.page_partitions import UNCUT, PagePartitions
+from jax_engine.scheduling.scheduler import Scheduler
 
 STRIPED, OWNED = PagePartitions(3, striped=True), PagePartitions(3)
 

@@ -10,12 +10,7 @@ from hypothesis import strategies as st
 from plans import asked, limits, ranges
 from tiny_engine import TINY
 
-from jax_engine.config import EngineConfig
-from jax_engine.models.config import ModelConfig
-from jax_engine.models.llama import LlamaForCausalLM
-from jax_engine.models.qwen3 import Qwen3ForCausalLM
-from jax_engine.page_partitions import PagePartitions
-from jax_engine.planner import (
+from jax_engine.compilation.planner import (
     CacheGeometry,
     draft_model_programs,
     draft_programs,
@@ -26,13 +21,18 @@ from jax_engine.planner import (
     step_programs,
     step_sizes,
 )
-from jax_engine.sampler import LOOPING_MODES, SamplingMode
-from jax_engine.scheduler import Scheduler
+from jax_engine.config import EngineConfig
+from jax_engine.execution.step_batch import Bucket
+from jax_engine.execution.step_program import Program
+from jax_engine.kv_cache.page_partitions import PagePartitions
+from jax_engine.models.config import ModelConfig
+from jax_engine.models.llama import LlamaForCausalLM
+from jax_engine.models.qwen3 import Qwen3ForCausalLM
+from jax_engine.sampling.sampler import LOOPING_MODES, SamplingMode
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import SchedulerLimits
 from jax_engine.server.bench_figures import mixed_workload
 from jax_engine.server.bench_load import Load
-from jax_engine.step_batch import Bucket
-from jax_engine.step_plan import SchedulerLimits
-from jax_engine.step_program import Program
 from simulate_cost import StepCost
 from simulate_engine import Simulation
 from simulate_load import Conversation, Turn

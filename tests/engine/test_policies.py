@@ -10,10 +10,10 @@ from plans import asked, finish, limits, ranges, tokens_of
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
-from jax_engine.page_claims import PageClaims
-from jax_engine.request import Request
-from jax_engine.scheduler import Scheduler
-from jax_engine.waiting_queue import AGING_TOKENS_PER_SECOND, POLICIES, WaitingQueue
+from jax_engine.scheduling.page_claims import PageClaims
+from jax_engine.scheduling.request import Request
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.waiting_queue import AGING_TOKENS_PER_SECOND, POLICIES, WaitingQueue
 
 
 def waiting(scheduler: Scheduler) -> list[str]:

@@ -4,9 +4,9 @@ import pytest
 from plans import asked, finish, limits, ranges, tokens_of
 from tiny_engine import core_request, run_requests
 
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import CoreRequest
-from jax_engine.scheduler import Scheduler
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import CoreRequest
+from jax_engine.scheduling.scheduler import Scheduler
 
 PROMPT = list(range(1, 11))  # two pages of four tokens and a half
 

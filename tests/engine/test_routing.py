@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_engine import core_request
 
+from jax_engine.core.replica_devices import device_environment
+from jax_engine.core.routing import ADAPTER_TOKENS, COMPUTED_TOKENS, SEQUENCE_TOKENS, Router
+from jax_engine.core.stats import EngineStats, HostTime, total
 from jax_engine.lora_request import LoRARequest
-from jax_engine.replica_devices import device_environment
-from jax_engine.routing import ADAPTER_TOKENS, COMPUTED_TOKENS, SEQUENCE_TOKENS, Router
-from jax_engine.stats import EngineStats, HostTime, total
 
 PAGE = 16
 NAMES = count()

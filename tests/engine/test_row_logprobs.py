@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_engine.logprobs import prompt_block, prompt_logprobs, row_logprobs
+from jax_engine.sampling.logprobs import prompt_block, prompt_logprobs, row_logprobs
 
 VOCAB_SIZE = 40
 RNG = np.random.default_rng(5)

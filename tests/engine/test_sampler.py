@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sampling_reference import distribution
 from scipy import stats
 
-from jax_engine.sampler import (
+from jax_engine.sampling.sampler import (
     SamplingMode,
     SamplingRows,
     draw_by_bisection,

@@ -12,11 +12,11 @@ from plans import RandomProposer, asked, finish, limits, ranges, token_at, token
 from tiny_engine import core_request
 
 from jax_engine.config import SCHEDULING_POLICIES
-from jax_engine.messages import CoreOutput
-from jax_engine.page_partitions import UNCUT, PagePartitions
-from jax_engine.request import Request
-from jax_engine.scheduler import Scheduler
-from jax_engine.step_plan import StepPlan
+from jax_engine.core.messages import CoreOutput
+from jax_engine.kv_cache.page_partitions import UNCUT, PagePartitions
+from jax_engine.scheduling.request import Request
+from jax_engine.scheduling.scheduler import Scheduler
+from jax_engine.scheduling.step_plan import StepPlan
 
 
 def test_a_prompt_longer_than_the_budget_is_cut_and_decodes_go_on():
@@ -363,5 +363,5 @@ def test_hashing_is_linear_in_the_length():
 
 
 def test_scheduling_needs_no_jax():
-    code = "import sys, jax_engine.scheduler, jax_engine.block_pool; sys.exit('jax' in sys.modules)"
+    code = "import sys, jax_engine.scheduling.scheduler, jax_engine.kv_cache.block_pool; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,8 +2,8 @@
 
 from tiny_engine import core_request, run_requests
 
-from jax_engine.core_client import InProcessCore
-from jax_engine.step_plan import SchedulerLimits
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.scheduling.step_plan import SchedulerLimits
 from simulate_cost import PRESETS
 from simulate_engine import Simulation
 from simulate_load import Lengths, Synthetic

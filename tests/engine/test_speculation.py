@@ -13,14 +13,14 @@ from plans import Oracle, Untimed
 from tiny_engine import TINY, VOCAB_SIZE, collect, core_request
 
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
-from jax_engine.drafting import Drafts
-from jax_engine.messages import Abort, Add, CoreOutput, CoreRequest, TokenControls, TokenLogprobs
-from jax_engine.ngram import NgramHistory
-from jax_engine.proposers import NgramProposer
-from jax_engine.request import Request
-from jax_engine.speculative_config import SpeculativeConfig
-from jax_engine.step_times import StepTimes
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Abort, Add, CoreOutput, CoreRequest, TokenControls, TokenLogprobs
+from jax_engine.scheduling.request import Request
+from jax_engine.speculation.drafting import Drafts
+from jax_engine.speculation.ngram import NgramHistory
+from jax_engine.speculation.proposers import NgramProposer
+from jax_engine.speculation.speculative_config import SpeculativeConfig
+from jax_engine.speculation.step_times import StepTimes
 
 PAGE = 8
 PAGE_BYTES = TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * PAGE * TINY["head_dim"] * 4

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_engine.core_client import InProcessCore
-from jax_engine.messages import Add, CoreOutput, CoreRequest
+from jax_engine.core.core_client import InProcessCore
+from jax_engine.core.messages import Add, CoreOutput, CoreRequest
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel
+from jax_engine.sharding.placed_model import PlacedModel
 
 VOCAB_SIZE = 101
 TINY = {

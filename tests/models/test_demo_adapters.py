@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jax_engine import LLM, LoRARequest, SamplingParams
-from jax_engine.adapter_files import read_adapter
-from jax_engine.beam_search import BeamSearchParams
+from jax_engine.adapters.adapter_files import read_adapter
+from jax_engine.frontend.beam_search import BeamSearchParams
 from jax_engine.models.demo.samples import ExactAnswer, Sample
 from jax_engine.models.demo.train_adapters import MANNERS, adapter_samples, export, in_manner, merged, new_factors
 

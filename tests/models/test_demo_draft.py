@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from jax_engine.loader import load_config
+from jax_engine.loading.loader import load_config
 from jax_engine.models.demo import DEMO_DIR, DEMO_DRAFT_DIR
 from jax_engine.models.demo.generator import TASKS, held_out_samples
 from jax_engine.models.demo.packing import Packer, RowShape

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 from tiny_engine import TINY
 
+from jax_engine.execution.step_batch import BatchLayout, Bucket
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import CacheLayout
 from jax_engine.models.layers import layer_runs
 from jax_engine.models.registry import resolve_model
-from jax_engine.placed_model import PlacedModel, StateSize
-from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import PlacedModel, StateSize
 
 
 @pytest.mark.parametrize(

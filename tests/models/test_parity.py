@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from jax_engine.loader import load_config, load_model
+from jax_engine.loading.loader import load_config, load_model
 from jax_engine.models.ops import dense_ops
 from jax_engine.models.registry import MODELS
 

@@ -6,14 +6,14 @@ import pytest
 from jax import lax
 from tiny_engine import TINY_MIXTURE, placed_model
 
+from jax_engine.execution.step_batch import BatchLayout, Bucket
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.experts import EXPERTS_SCOPE
 from jax_engine.models.kv_pages import ATTENTION_SCOPE
-from jax_engine.placed_model import StateSize
 from jax_engine.plan.hlo_costs import Collective, Costs, group_size, program_costs
 from jax_engine.plan.hlo_text import Array, bits, parse_module
-from jax_engine.sampler import SamplingMode
-from jax_engine.step_batch import BatchLayout, Bucket
+from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.placed_model import StateSize
 
 
 def compiled_text(function, *shapes: tuple[int, ...], dtype: str = "float32") -> str:

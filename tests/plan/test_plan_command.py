@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_engine import TINY
 
-from jax_engine.model_files import ModelLoadError, read_model_config
+from jax_engine.loading.model_files import ModelLoadError, read_model_config
 from jax_engine.models.config import ModelConfig
 from jax_engine.plan.models import built_in_models, model_folder
 from jax_engine.server.cli import main

@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny_engine import TINY, placed_model
 
-from jax_engine.blueprint import Blueprint
+from jax_engine.compilation.blueprint import Blueprint
+from jax_engine.compilation.memory_check import DeviceMemory, check_memory
 from jax_engine.config import EngineConfig
-from jax_engine.memory_check import DeviceMemory, check_memory
 from jax_engine.models.config import ModelConfig
 from jax_engine.plan.chips import Target, cpu, parse_target
 from jax_engine.plan.compare import Candidate, Impossible, candidates_of, compare
@@ -21,8 +21,8 @@ from jax_engine.plan.planning import make_plan
 from jax_engine.plan.plot import comparison_drawing
 from jax_engine.plan.report import comparison_text, plan_text
 from jax_engine.plan.targets import devices_of
-from jax_engine.sharding import place
-from jax_engine.strategies import MESH_AXES, Strategy
+from jax_engine.sharding.sharding import place
+from jax_engine.sharding.strategies import MESH_AXES, Strategy
 
 GIB = 2**30
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, "scan_layers": True}

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AbstractMesh
 from tiny_engine import TINY, TINY_MIXTURE, placed_model
 
+from jax_engine.compilation.planner import CacheGeometry
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.qwen2 import Qwen2ForCausalLM
-from jax_engine.placed_model import PlacedModel
 from jax_engine.plan.chips import CHIPS, HOP_SECONDS
 from jax_engine.plan.hlo_costs import Collective, Costs
 from jax_engine.plan.roofline import (
@@ -21,9 +21,9 @@ from jax_engine.plan.roofline import (
     expert_work,
     step_time,
 )
-from jax_engine.planner import CacheGeometry
-from jax_engine.sharding import place
-from jax_engine.strategies import MESH_AXES, STRATEGIES
+from jax_engine.sharding.placed_model import PlacedModel
+from jax_engine.sharding.sharding import place
+from jax_engine.sharding.strategies import MESH_AXES, STRATEGIES
 
 NOTHING = Work(0.0, 0.0)
 

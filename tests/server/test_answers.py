@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from jax_engine import CompletionOutput, Logprob, RequestOutput, SamplingParams
-from jax_engine.model_files import resolve_model_path
+from jax_engine.frontend.token_texts import TokenTexts
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.server.answers import Answers, ChatAnswers, CompletionAnswers
-from jax_engine.token_texts import TokenTexts
-from jax_engine.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(resolve_model_path("demo"))
 TEXTS = TokenTexts(TOKENIZER)

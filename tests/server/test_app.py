@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from jax_engine.config import EngineConfig
-from jax_engine.messages import Starting
+from jax_engine.core.messages import Starting
 from jax_engine.server.app import build_app
 from jax_engine.server.service import EXIT_ENGINE_DEAD, EXIT_OK, Service
 from jax_engine.server.settings import ServerSettings

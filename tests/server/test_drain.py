@@ -3,10 +3,10 @@
 import httpx
 
 from jax_engine.config import EngineConfig
+from jax_engine.core.stats import EngineStats
 from jax_engine.server.app import build_app
 from jax_engine.server.service import Service, State
 from jax_engine.server.settings import ServerSettings
-from jax_engine.stats import EngineStats
 
 
 class ReadyEngine:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from processes import END_SECONDS, HOST, SIZES, Group, free_port, running_group
 
-from jax_engine.model_files import resolve_model_path
+from jax_engine.loading.model_files import resolve_model_path
 
 PROMPTS = ["Once upon a time", "What is 17 + 25?", "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 2]
 

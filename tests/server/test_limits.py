@@ -120,7 +120,7 @@ def test_a_real_server_on_a_unix_socket_ends_requests_that_take_too_long(start_s
     assert not path.exists()
     # The core's lines and the requests' are of one form; only what native libraries print is not.
     lines = [json.loads(line) for line in server.log().splitlines() if line.startswith("{")]
-    assert {"jax_engine.server.gate", "jax_engine.server.serve", "jax_engine.start_log"} <= {
+    assert {"jax_engine.server.gate", "jax_engine.server.serve", "jax_engine.compilation.start_log"} <= {
         line["logger"] for line in lines
     }
     assert [line["status"] for line in lines if line.get("path", "").endswith("/completions")] == [504, 200]

@@ -7,7 +7,7 @@ import openai
 import pytest
 from slow_adapters import slow_adapter
 
-from jax_engine.adapter_files import adapter_folder
+from jax_engine.adapters.adapter_files import adapter_folder
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 PLAIN = "Hello! How can I help you?"

@@ -10,10 +10,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import jax_engine.server
 from jax_engine.config import EngineConfig
+from jax_engine.core.stats import EngineStats
 from jax_engine.server.app import build_app
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
-from jax_engine.stats import EngineStats
 
 DASHBOARDS = Path(jax_engine.server.__file__).parent / "dashboards"
 STATS = EngineStats(

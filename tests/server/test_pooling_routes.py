@@ -8,8 +8,8 @@ import numpy as np
 import openai
 import pytest
 
-from jax_engine.model_files import resolve_model_path
-from jax_engine.tokenizer import load_tokenizer
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 
 TEXTS = ["The cat sat on the mat.", "Water boils at 100 degrees.", "The cat sat on the mat"]
 HELLO = [{"role": "user", "content": "Hello!"}]

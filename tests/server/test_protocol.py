@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from jax_engine.beam_search import BeamSearchParams
+from jax_engine.frontend.beam_search import BeamSearchParams
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.errors import ApiError, bad_request
 from jax_engine.server.forms import FormFields

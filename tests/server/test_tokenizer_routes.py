@@ -5,9 +5,9 @@ import json
 import httpx
 import pytest
 
-from jax_engine.model_files import resolve_model_path
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.server.tokenizer_routes import described
-from jax_engine.tokenizer import load_tokenizer
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 

@@ -6,15 +6,15 @@ import random
 import pytest
 
 from jax_engine import StructuredOutputsParams
-from jax_engine.bitmasks import ids_of
-from jax_engine.grammars import grammar_text, make_mask, new_matcher, special_token_ids
-from jax_engine.messages import Vocabulary
-from jax_engine.model_files import resolve_model_path
+from jax_engine.core.messages import Vocabulary
+from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.grammar.bitmasks import ids_of
+from jax_engine.grammar.grammars import grammar_text, make_mask, new_matcher, special_token_ids
+from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.server.errors import ApiError
 from jax_engine.server.message_parts import MessageFormat, whole_message
 from jax_engine.server.parsers.names import TOOL_PARSERS
 from jax_engine.server.parsers.schema_values import types_of
-from jax_engine.tokenizer import load_tokenizer
 
 TRIP = {
     "type": "object",

@@ -9,7 +9,7 @@ from checkpoints import random_tensors, write
 from safetensors.numpy import load_file, save_file
 from tiny_engine import TINY
 
-from jax_engine.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from jax_engine.adapters.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from jax_engine.models.adapters import ADAPTED_MODULES
 
 # A model to adapt; at this scale a random adapter changes most greedy tokens.

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_engine.loader import load_config, load_leaves, load_model
-from jax_engine.model_structure import ModelStructure
+from jax_engine.loading.loader import load_config, load_leaves, load_model
+from jax_engine.loading.model_structure import ModelStructure
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.ops import dense_ops
 from jax_engine.models.registry import resolve_model
-from jax_engine.widening import Widening
+from jax_engine.sharding.widening import Widening
 
 HF: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

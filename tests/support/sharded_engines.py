@@ -17,9 +17,9 @@ from adapters import write_adapter
 from plans import Oracle, Untimed
 from tiny_engine import TINY, TINY_MIXTURE, core_request, run_requests
 
-from jax_engine import planner
+from jax_engine.compilation import planner
 from jax_engine.config import EngineConfig
-from jax_engine.core_client import InProcessCore
+from jax_engine.core.core_client import InProcessCore
 from jax_engine.lora_request import LoRARequest
 from jax_engine.models.adapters import ADAPTED_MODULES
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from jax_engine.logits_processors import ProcessorState
+from jax_engine.sampling.logits_processors import ProcessorState
 
 
 def never_again(logits: Array, state: ProcessorState, *, repeats: float = 1.0) -> Array:

@@ -1,0 +1,1 @@
+"""What becomes of a step's logits: the draw, what changes it, log-probabilities, and pooled vectors."""

@@ -1,0 +1,1 @@
+"""Speculative decoding: what is guessed, by whom, whether it pays, and what came of it."""
