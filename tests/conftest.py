@@ -21,7 +21,7 @@ if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # which has no 
 os.environ["XLA_FLAGS"] = f"{QUICK_COMPILES} {os.environ.get('XLA_FLAGS', '')}"
 
 # Shapes are checked where arrays are handled; the hook has to be there before those modules are imported.
-SHAPED = ("models", "pallas_kernels", "cuda_fallback", "sampler", "step_batch", "step_program")
+SHAPED = ("models", "pallas_kernels", "cuda_fallback", "sampling", "execution.step_batch", "execution.step_program")
 install_import_hook([f"jax_engine.{name}" for name in SHAPED], "shape_checks.check_arrays")
 
 
