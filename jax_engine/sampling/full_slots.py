@@ -50,7 +50,7 @@ class FullSlots:
         num_rows, slots = program.bucket.num_sequences, [chunk.slot for chunk in chunks]
         controlled = np.zeros(num_rows, bool)
         controlled[: len(slots)] = self._is_controlled[slots]
-        asks: NDArray[np.bool_] = np.logical_or.reduce(self._asks[slots], axis=0)
+        asks: NDArray[np.bool_] = np.any(self._asks[slots], axis=0)
         masks: Fields = {}
         if any(map(needs_mask, chunks)):
             masks, asks[Ask.MASKS] = {"masks": self._fill_masks(chunks, program)}, True

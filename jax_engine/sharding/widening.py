@@ -33,7 +33,7 @@ class Spread:
             return start, stop
         found = self._sources(start, stop)
         found = found[found >= 0]
-        return (int(found.min()), int(found.max()) + 1) if found.size else (0, 1)
+        return (int(np.min(found)), int(np.max(found)) + 1) if found.size else (0, 1)
 
     def fill(self, values: NDArray[Any], axis: int, start: int, stop: int) -> NDArray[Any]:
         """What lies at places `start .. stop - 1` of a dimension, from the values of `stored_range`."""

@@ -85,8 +85,9 @@ class Call:
     def tiles(self, *shape: int, dtype: Any = None) -> Any:
         """Tiles of rows in shared memory, as the copies and the matrix unit want them."""
         dtype = jnp.dtype(dtype or self.dtype)
-        transforms = plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS * dtype.itemsize)
-        return plgpu.SMEM((*shape, self.head_dim), dtype, transforms=transforms)
+        tiling = plgpu.TilingTransform((8, COLUMNS))  # type: ignore[abstract, unused-ignore]  # so typed in jax 0.11
+        swizzle = plgpu.SwizzleTransform(COLUMNS * dtype.itemsize)  # type: ignore[abstract, unused-ignore]
+        return plgpu.SMEM((*shape, self.head_dim), dtype, transforms=(tiling, swizzle))
 
 
 class Inputs(NamedTuple):
