@@ -320,7 +320,7 @@ def test_a_strategy_of_ones_own_is_a_file(tmp_path):
 
 
 def test_the_rules_that_are_shown_are_those_that_are_tested():
-    shown = (Path(__file__).parents[1] / "jax_engine" / "README.md").read_text()
+    shown = (Path(__file__).parents[1] / "jax_engine" / "sharding" / "README.md").read_text()
     assert (Path(__file__).parent / "support" / "hybrid.toml").read_text() in shown
 
 
