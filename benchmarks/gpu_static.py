@@ -68,6 +68,7 @@ class KernelJob:
     stored: str = ""  # type of the pages; none: `dtype`
     window: int | None = None
     soft_cap: float | None = None
+    num_tokens: int = 512
     kind: str = field(default="kernel", init=False)
 
 
@@ -124,6 +125,7 @@ def kernel_jobs(*, fast: bool) -> list[KernelJob]:
         KernelJob("h200", head_dim=256, num_heads=16),
         KernelJob("h200", num_heads=64),
         KernelJob("h200", num_heads=28, num_kv_heads=4),
+        KernelJob("h200", num_heads=28, num_kv_heads=4, num_tokens=1),
         KernelJob("h200", page_size=16),
         KernelJob("h200", page_size=128),
         KernelJob("h200", dtype="float16"),
@@ -148,7 +150,7 @@ def step_jobs(*, fast: bool) -> list[StepJob]:
 
 KERNEL_COLUMNS = (
     "chip", "num_heads", "num_kv_heads", "head_dim", "page_size", "dtype", "stored", "window", "soft_cap",
-    "compile_seconds", "registers", "spilled_bytes", "stages", "shared_kib", "temporaries_mib", "verdict",
+    "num_tokens", "compile_seconds", "registers", "spilled_bytes", "stages", "shared_kib", "temporaries_mib", "verdict",
 )  # fmt: skip
 STEP_COLUMNS = (
     "chip", "model", "backend", "num_tokens", "scan_layers", "trace_seconds", "compile_seconds", "temporaries_mib",
@@ -212,7 +214,7 @@ def figures_of(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile_kernel(job: KernelJob) -> dict[str, Any]:
-    """Attention of 512 rows of up to 256 sequences."""
+    """Attention of up to 256 sequences."""
     sharding, dtype = SingleDeviceSharding(gpu_devices(GPUS[job.chip])[0]), jnp.dtype(job.dtype)
 
     def shaped(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -226,8 +228,10 @@ def _compile_kernel(job: KernelJob) -> dict[str, Any]:
 
     stored = jnp.dtype(job.stored or job.dtype)
     pages = shaped(2, NUM_PAGES, 2, job.num_kv_heads, job.page_size, job.head_dim, dtype=stored)
-    batch = shaped(256, CONTEXT_TOKENS // job.page_size), shaped(257), shaped(512), shaped(512)
-    queries = shaped(512, job.num_heads, job.head_dim, dtype=dtype)
+    num_sequences = min(job.num_tokens, 256)
+    tables = shaped(num_sequences, CONTEXT_TOKENS // job.page_size)
+    batch = tables, shaped(num_sequences + 1), shaped(job.num_tokens), shaped(job.num_tokens)
+    queries = shaped(job.num_tokens, job.num_heads, job.head_dim, dtype=dtype)
     start = time.monotonic()
     executable = jax.jit(attend).trace(queries, pages, *batch).lower(lowering_platforms=("cuda",)).compile()
     seconds, stages = time.monotonic() - start, gpu.num_stages(job.head_dim, stored.itemsize)

@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_engine.pallas_kernels.gpu.lanes import COLUMNS, Lanes, Ref, across
 from jax_engine.pallas_kernels.gpu.work_list import (
+    ALIGNMENT,
     CHUNK,
     END_KEY,
     FIRST_KEY,
@@ -36,6 +37,7 @@ from jax_engine.pallas_kernels.gpu.work_list import (
     OUTPUT,
     ROWS,
     SEQUENCE,
+    SKIPPED,
 )
 
 LOG2_E = log2(e)
@@ -48,9 +50,9 @@ COMPUTING_REGISTERS, COPYING_REGISTERS = 232, 40  # a thread
 class Call:
     """The static facts of one call."""
 
-    num_tokens: int
+    num_tokens: int  # rows of tokens for each kv head
     num_kv_heads: int
-    heads_a_group: int
+    rows_a_token: int
     head_dim: int
     page_size: int
     num_pages: int
@@ -66,8 +68,8 @@ class Call:
 
     @property
     def decode_rows(self) -> int:
-        """That are copied for a single token: whole rows of the tiles that shared memory is arranged in."""
-        return min(-(-self.heads_a_group // 8) * 8, GROUP_ROWS)
+        """That are copied for a single token: whole tiles of shared memory's arrangement."""
+        return min(max(self.rows_a_token, ALIGNMENT), GROUP_ROWS)
 
     @property
     def rows_a_copy(self) -> int:
@@ -85,7 +87,7 @@ class Call:
     def tiles(self, *shape: int, dtype: Any = None) -> Any:
         """Tiles of rows in shared memory, as the copies and the matrix unit want them."""
         dtype = jnp.dtype(dtype or self.dtype)
-        tiling = plgpu.TilingTransform((8, COLUMNS))  # type: ignore[abstract, unused-ignore]  # so typed in jax 0.11
+        tiling = plgpu.TilingTransform((ALIGNMENT, COLUMNS))  # type: ignore[abstract, unused-ignore]  # typed in jax 0.11
         swizzle = plgpu.SwizzleTransform(COLUMNS * dtype.itemsize)  # type: ignore[abstract, unused-ignore]
         return plgpu.SMEM((*shape, self.head_dim), dtype, transforms=(tiling, swizzle))
 
@@ -93,7 +95,7 @@ class Call:
 class Inputs(NamedTuple):
     """In HBM."""
 
-    queries: Ref  # [K * T * G + ROWS, H]
+    queries: Ref  # [K * T * rows a token + ROWS, H]
     pages: Ref  # [L * P * 2 * K * S, H]
     block_tables: Ref  # [B, M]
     items: Ref  # [W, C]
@@ -122,7 +124,8 @@ class Item(NamedTuple):
     head: jax.Array
     first_row: jax.Array
     num_rows: jax.Array
-    first_position: jax.Array
+    first_position: jax.Array  # of the first row, also if it is skipped
+    own_position: jax.Array  # of the first that is not
     first_key: jax.Array
     end_key: jax.Array
     output: jax.Array
@@ -186,8 +189,9 @@ class _Program:
                 column(SEQUENCE),
                 lax.rem(number, heads),
                 column(FIRST_ROW),
-                column(NUM_TOKENS) * self.call.heads_a_group,
+                column(NUM_TOKENS) * self.call.rows_a_token,
                 column(FIRST_POSITION),
+                column(FIRST_POSITION) + column(SKIPPED),
                 column(FIRST_KEY),
                 column(END_KEY),
                 column(OUTPUT),
@@ -218,11 +222,16 @@ class _Program:
         call, (keys, values), full = self.call, self.scratch[1:3], self.scratch.full.at[slot]
         size, rows = call.page_size, call.rows_a_copy
         last = lax.div(item.end_key - 1, size)  # the table has no more pages than the sequence needs
-        for index in range(call.copies_a_chunk):
+
+        def first_key(index: int) -> jax.Array:
             place = chunk * CHUNK + index * rows
             page = self.inputs.block_tables[item.sequence, jnp.minimum(lax.div(place, size), last)]
             number = (self.inputs.layer[0] * call.num_pages + page) * 2 * call.num_kv_heads + item.head
-            first = number * size + lax.rem(place, size)
+            return number * size + lax.rem(place, size)
+
+        # All before the first copy, behind which none of these loads would be moved up.
+        starts = [first_key(index) for index in range(call.copies_a_chunk)]
+        for index, first in enumerate(starts):
             part = pl.ds(index * rows, rows)
             for target, start in ((keys, first), (values, first + call.num_kv_heads * size)):
                 plgpu.copy_gmem_to_smem(self.inputs.pages.at[pl.ds(start, rows)], target.at[slot, part], full)
@@ -244,9 +253,9 @@ class _Program:
 
     def _is_masked(self, item: Item, chunk: jax.Array) -> jax.Array:
         """Whether some row of the tile does not see all of a chunk."""
-        masked = (chunk + 1) * CHUNK > item.first_position + 1
+        masked = (chunk + 1) * CHUNK > item.own_position + 1
         if self.call.window is not None:
-            last = item.first_position + lax.div(item.num_rows - 1, self.call.heads_a_group)
+            last = item.first_position + lax.div(item.num_rows - 1, self.call.rows_a_token)
             masked |= chunk * CHUNK < last - self.call.window + 1
         return masked
 
@@ -285,7 +294,8 @@ class _Program:
 
     def _fetch_queries(self, item: Item, turn: Turn) -> None:
         tile, is_here = self.scratch.tiles.at[turn.group], self.scratch.tile_is_here.at[turn.group]
-        row = (item.head * self.call.num_tokens + item.first_row) * self.call.heads_a_group + turn.first_row
+        row = (item.head * self.call.num_tokens + item.first_row) * self.call.rows_a_token + turn.first_row
+        row = Lanes(self.call.interpret is not None).aligned(row)
 
         def fetch(rows: int) -> None:
             plgpu.copy_gmem_to_smem(self.inputs.queries.at[pl.ds(row, rows)], tile.at[pl.ds(0, rows)], is_here)
@@ -366,7 +376,7 @@ class _Program:
         """Scores of what a row does not see, out of the way."""
         rows = lanes.iota(scores.shape, 0) + first_row
         place = lanes.iota(scores.shape, 1) + chunk * CHUNK
-        position = lax.div(rows, jnp.full_like(rows, self.call.heads_a_group)) + item.first_position
+        position = lax.div(rows, jnp.full_like(rows, self.call.rows_a_token)) + item.first_position
         visible = place <= position
         if self.call.window is not None:
             visible &= place > position - self.call.window
@@ -377,7 +387,7 @@ class _Program:
         place = lanes.iota((CHUNK, COLUMNS), 0) + chunk * CHUNK
         seen = place < item.end_key
         if self.call.window is not None:
-            seen &= place > item.first_position - self.call.window
+            seen &= place > item.own_position - self.call.window
         for first in range(0, self.call.head_dim, COLUMNS):  # few registers at a time
             columns = slice(None), pl.ds(first, COLUMNS)
             here = lanes.laid_out(values[columns])
@@ -398,9 +408,9 @@ def attend_items(
 ) -> tuple[jax.Array, jax.Array]:
     """Every item's tile [W * K, ROWS, H], divided by its own sum, and the base-2 logarithm of that sum [W * K, ROWS].
 
-    `queries` are [K * T * G + ROWS, H], rows of zeros at the end; `pages` [L * P * 2 * K * S, H]. The rows of a narrow
-    item are there twice, from row `GROUP_ROWS` on a second time, each over a part of the keys. Tiles of rows beyond an
-    item's own, and of items beyond `num_items`, are anything.
+    `queries` are [K * T * rows a token + ROWS, H], rows of zeros at the end; `pages` [L * P * 2 * K * S, H]. The rows
+    of a narrow item are there twice, from row `GROUP_ROWS` on a second time, each over a part of the keys. Tiles of
+    rows beyond an item's own, and of items beyond `num_items`, are anything.
     """
 
     def body(*refs: Any) -> None:

@@ -13,10 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jax_engine.pallas_kernels.gpu.work_list import ALIGNMENT
+
 Ref = Any  # a `jax.Ref`, which Pallas's own signatures call otherwise
 
 
 COLUMNS = 64  # that are swizzled together in shared memory
+NOWHERE = 2**30  # a row past the end of all
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class Lanes:
     """One warpgroup's arithmetic on tiles in the layout of its matrix unit."""
 
     interpreted: bool
+
+    def aligned(self, row: jax.Array) -> jax.Array:
+        """The first row of a copy of queries. The interpreter would copy from anywhere; the chip does not, and so what
+        such a copy brings there is no number here.
+        """
+        return jnp.where(lax.rem(row, ALIGNMENT) == 0, row, NOWHERE) if self.interpreted else row
 
     def rows(self, num_rows: int, value: float) -> jax.Array:
         """A float32 number for each row of a tile."""

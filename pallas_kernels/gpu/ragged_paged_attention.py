@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_engine.pallas_kernels.gpu.kernel import LOG2_E, LOWEST, NUM_GROUPS, Call, attend_items
-from jax_engine.pallas_kernels.gpu.work_list import CHUNK, GROUP_ROWS, ROWS, Work, WorkShape, build_work
+from jax_engine.pallas_kernels.gpu.work_list import (
+    CHUNK,
+    GROUP_ROWS,
+    ROWS,
+    Work,
+    WorkShape,
+    build_work,
+    rows_a_token,
+)
 
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
@@ -94,11 +102,13 @@ def attend(
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = pages.shape[3:5]
     _check_rows(pages)
+    shape = WorkShape.of(num_tokens, block_tables.shape[0], num_heads, num_kv_heads, multiprocessors)
+    padded_tokens = -(-num_tokens // shape.aligned_tokens) * shape.aligned_tokens
     heads_a_group = num_heads // num_kv_heads
     call = Call(
-        num_tokens=num_tokens,
+        num_tokens=padded_tokens,
         num_kv_heads=num_kv_heads,
-        heads_a_group=heads_a_group,
+        rows_a_token=rows_a_token(heads_a_group),
         head_dim=head_dim,
         page_size=page_size,
         num_pages=pages.shape[1],
@@ -115,12 +125,13 @@ def attend(
     if kv_scales is not None:
         queries = _scaled(queries, kv_scales[layer, 0])
     by_head = queries.reshape(num_tokens, num_kv_heads, heads_a_group, head_dim).swapaxes(0, 1)
-    rows = jnp.pad(by_head.reshape(-1, head_dim), ((0, ROWS), (0, 0)))  # a tile may reach past the last row
+    padding = (0, 0), (0, padded_tokens - num_tokens), (0, call.rows_a_token - heads_a_group), (0, 0)
+    rows = jnp.pad(by_head, padding).reshape(-1, head_dim)
+    rows = jnp.pad(rows, ((0, ROWS), (0, 0)))  # a tile may reach past the last row
     of_layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inputs = rows, pages.reshape(-1, head_dim), block_tables, work.items, work.num_items, of_layer
     tiles, sums = attend_items(*inputs, call)
-    sizes = num_tokens, block_tables.shape[0], num_heads, num_kv_heads, multiprocessors
-    out = _merge(tiles, sums, work, sinks, num_kv_heads, heads_a_group, WorkShape.of(*sizes).max_parts)
+    out = _merge(tiles, sums, work, sinks, num_kv_heads, heads_a_group, shape.max_parts)
     return out if kv_scales is None else _scaled(out, kv_scales[layer, 1])
 
 
@@ -165,8 +176,9 @@ def _merge(
     A part of a narrow tile has two results, of a warpgroup each.
     """
     head = jnp.arange(num_kv_heads)[None, :, None]
-    rows = (work.places[:, None] * heads_a_group + jnp.arange(heads_a_group))[:, None, :]  # [T, 1, G]
-    is_narrow = work.num_tokens * heads_a_group <= GROUP_ROWS
+    rows_each = rows_a_token(heads_a_group)
+    rows = (work.places[:, None] * rows_each + jnp.arange(heads_a_group))[:, None, :]  # [T, 1, G]
+    is_narrow = work.num_tokens * rows_each <= GROUP_ROWS
 
     def results(part: int) -> tuple[Array, Array, Array]:
         """The tiles that have a part's results, the rows within them, and whose there are."""

@@ -3,6 +3,10 @@
 A tile is up to `ROWS` rows of queries: tokens of one sequence, each with all query heads of a kv head. Its keys are cut
 into parts, so that few sequences keep all multiprocessors busy too (split-K, as in Flash-Decoding, Dao et al. 2023). An
 item is one part of one tile; every kv head does it by itself.
+
+A tile begins where a bulk tensor copy can: that moves whole tiles of shared memory's arrangement, `ALIGNMENT` rows
+each, and where one begins within such a tile, zeros come instead of the rows behind its edge. So a token's query heads
+are padded to fill them, and a range's first tile may begin with tokens before the range, whose results nobody sees.
 """
 
 from dataclasses import dataclass
@@ -15,10 +19,17 @@ GROUP_ROWS = 64  # of the matrix unit, which a warpgroup drives
 ROWS = 2 * GROUP_ROWS  # of a tile: two warpgroups' worth
 CHUNK = 64  # tokens of keys and values that are read at a time
 LEAST_PART = 4 * CHUNK  # shorter parts are not worth a merge
+ALIGNMENT = 8  # rows: copies of queries begin at multiples
 
-# Columns of an item.
-SEQUENCE, FIRST_ROW, NUM_TOKENS, FIRST_POSITION, FIRST_KEY, END_KEY, OUTPUT = range(7)
-NUM_COLUMNS = 8  # a power of two
+# Columns of an item. The first row and position and the number of tokens count `SKIPPED` tokens before the range in.
+SEQUENCE, FIRST_ROW, NUM_TOKENS, FIRST_POSITION, FIRST_KEY, END_KEY, OUTPUT, SKIPPED = range(8)
+
+
+def rows_a_token(heads_a_group: int) -> int:
+    """Rows that a token takes of a tile: a divisor or a multiple of `ALIGNMENT`."""
+    if heads_a_group >= ALIGNMENT:
+        return -(-heads_a_group // ALIGNMENT) * ALIGNMENT
+    return 1 << (heads_a_group - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,8 @@ class WorkShape:
     num_tokens: int
     num_sequences: int
     tile_tokens: int
+    aligned_tokens: int  # tiles begin at multiples
+    most_tiles: int
     max_parts: int  # of one tile
     num_items: int  # room for them
 
@@ -35,12 +48,15 @@ class WorkShape:
     def of(
         cls, num_tokens: int, num_sequences: int, num_heads: int, num_kv_heads: int, multiprocessors: int
     ) -> "WorkShape":
-        tile_tokens = max(1, ROWS // (num_heads // num_kv_heads))
-        most_tiles = min(num_tokens, num_tokens // tile_tokens + num_sequences)
+        rows = rows_a_token(num_heads // num_kv_heads)
+        tile_tokens, aligned_tokens = ROWS // rows, max(1, ALIGNMENT // rows)
+        skipped = (aligned_tokens - 1) * num_sequences  # at most
+        most_tiles = min(num_tokens, (num_tokens + skipped) // tile_tokens + num_sequences)
         # Two items for each multiprocessor even out their lengths. Large steps fill the chip without parts.
         wanted = -(-2 * multiprocessors // num_kv_heads)
         max_parts = min(16, max(2, -(-2 * wanted // most_tiles)))
-        return cls(num_tokens, num_sequences, tile_tokens, max_parts, most_tiles + min(wanted, most_tiles * max_parts))
+        num_items = most_tiles + min(wanted, most_tiles * max_parts)
+        return cls(num_tokens, num_sequences, tile_tokens, aligned_tokens, most_tiles, max_parts, num_items)
 
 
 class Work(NamedTuple):
@@ -50,7 +66,7 @@ class Work(NamedTuple):
     num_items: Int[Array, " one"]
     first_items: Int[Array, " T"]  # the output of the first part of each token row's tile; the others follow
     num_parts: Int[Array, " T"]  # 0 for padding rows
-    num_tokens: Int[Array, " T"]  # of each token row's tile
+    num_tokens: Int[Array, " T"]  # of each token row's tile, those skipped included
     places: Int[Array, " T"]  # of the token in its tile
 
 
@@ -65,18 +81,21 @@ def build_work(
     """The items of a step whose sequences' ranges are `query_starts`."""
     tokens = shape.tile_tokens
     starts, ends = query_starts[:-1], query_starts[1:]
-    tiles_of = -(-(ends - starts) // tokens)
+    aligned = starts - starts % shape.aligned_tokens
+    tiles_of = jnp.where(ends > starts, -(-(ends - aligned) // tokens), 0)
     tile_ends = jnp.cumsum(tiles_of)
-    tile = jnp.arange(min(shape.num_tokens, shape.num_tokens // tokens + shape.num_sequences))
+    tile = jnp.arange(shape.most_tiles)
     sequence = jnp.minimum(
         jnp.searchsorted(tile_ends, tile, side="right", method="compare_all"), shape.num_sequences - 1
     )
     is_tile = tile < tile_ends[-1]
-    first_row = jnp.where(is_tile, starts[sequence] + (tile - (tile_ends - tiles_of)[sequence]) * tokens, 0)
+    first_row = jnp.where(is_tile, aligned[sequence] + (tile - (tile_ends - tiles_of)[sequence]) * tokens, 0)
     num_tokens = jnp.where(is_tile, jnp.minimum(tokens, ends[sequence] - first_row), 0)
-    first_position = positions[first_row]
+    skipped = jnp.where(is_tile, jnp.maximum(starts[sequence] - first_row, 0), 0)
+    own_position = positions[first_row + skipped]
+    first_position = own_position - skipped
     end_key = first_position + num_tokens
-    first_key = jnp.zeros_like(end_key) if window is None else jnp.maximum(first_position - window + 1, 0)
+    first_key = jnp.zeros_like(end_key) if window is None else jnp.maximum(own_position - window + 1, 0)
     first_chunk = first_key // CHUNK
     num_chunks = jnp.where(is_tile, -(-end_key // CHUNK) - first_chunk, 0)
 
@@ -90,11 +109,11 @@ def build_work(
     begin = (first_chunk[own] + (item - (item_ends - parts_of)[own]) * part[own]) * CHUNK
     end = jnp.minimum(begin + part[own] * CHUNK, end_key[own])
     is_item = item < item_ends[-1]
-    columns = (sequence[own], first_row[own], num_tokens[own], first_position[own], begin, end, item)
-    items = jnp.stack([*columns, jnp.zeros_like(item)], axis=1)
+    columns = (sequence[own], first_row[own], num_tokens[own], first_position[own], begin, end, item, skipped[own])
+    items = jnp.stack(columns, axis=1)
     order = jnp.argsort(jnp.where(is_item, begin - end, 1))
     owner = jnp.minimum(token_sequences, shape.num_sequences - 1)
-    in_range = jnp.arange(shape.num_tokens) - starts[owner]
+    in_range = jnp.arange(shape.num_tokens) - aligned[owner]
     tile_of = jnp.clip((tile_ends - tiles_of)[owner] + in_range // tokens, 0, tile.shape[0] - 1)
     is_real = token_sequences < shape.num_sequences
     return Work(

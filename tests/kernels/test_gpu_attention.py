@@ -1,9 +1,10 @@
 """The GPU kernel, interpreted on a CPU with race detection, against the float32 specification; its work list; and what
 it refuses.
 
-The interpreter has copies, barriers and races as on the chip; matrix products and register layouts it does not know
-(see `lanes.py`). Those are checked by compilation for a chip that is not here: `benchmarks/gpu_static.py`. Its
-warpgroups wait for each other in threads of XLA's, of which a small machine has too few, hence a process of its own.
+The interpreter has copies, barriers and races as on the chip; matrix products and register layouts it does not know,
+and of copies that begin within a tile only what `lanes.py` tells it. Those are checked by compilation for a chip
+that is not here: `benchmarks/gpu_static.py`. Its warpgroups wait for each other in threads of XLA's, of which a small
+machine has too few, hence a process of its own.
 """
 
 import json
@@ -31,6 +32,7 @@ from jax_engine.models.ops import select_ops
 from jax_engine.models.partition import ONE_DEVICE, Partition
 from jax_engine.pallas_kernels import gpu, reference
 from jax_engine.pallas_kernels.gpu.work_list import (
+    ALIGNMENT,
     CHUNK,
     END_KEY,
     FIRST_KEY,
@@ -39,9 +41,11 @@ from jax_engine.pallas_kernels.gpu.work_list import (
     NUM_TOKENS,
     OUTPUT,
     SEQUENCE,
+    SKIPPED,
     Work,
     WorkShape,
     build_work,
+    rows_a_token,
 )
 
 LAYER, SCALE, MULTIPROCESSORS = 1, 0.3, 3
@@ -58,6 +62,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "large": ({"ranges": [(1, 140), (30, 50)], "heads": (2, 2), "head_dim": 256, "page_size": 128}, {"window": 70}),
     "odd group": ({"ranges": [(1, 140), (30, 50)], "heads": (7, 1), "page_size": 8, "dtype": "float16"}, {}),
     "wide decode": ({"ranges": [(1, 140), (2, 1)], "heads": (80, 1)}, {}),
+    "no groups": ({"ranges": [(1, 140), (2, 90), (70, 3)], "heads": (2, 2), "page_size": 32}, {"window": 60}),
     "eight bits": ({"ranges": [(1, 300), (70, 20)], "stored": "float8_e4m3fn"}, {"window": 280}),
 }
 
@@ -158,7 +163,7 @@ def test_the_interpreted_kernel_does_what_is_specified(name):
 @settings(max_examples=40, deadline=None)
 @given(
     ranges=st.lists(st.tuples(st.sampled_from([1, 1, 1, 2, 9, 40, 130]), st.integers(0, 3000)), max_size=6),
-    model=st.sampled_from([((8, 2), None), ((28, 4), 100), ((16, 1), 1000)]),
+    model=st.sampled_from([((8, 2), None), ((28, 4), 100), ((16, 1), 1000), ((4, 4), 300)]),
 )
 def test_items_cover_each_row_and_key_once_and_no_part_is_lost(ranges, model):
     (heads, window), num_tokens, num_sequences = model, 800, 8
@@ -176,6 +181,10 @@ def test_items_cover_each_row_and_key_once_and_no_part_is_lost(ranges, model):
         assert 1 <= count <= shape.max_parts
         parts = [by_output[first + number] for number in range(count)]
         for part in parts:
+            assert part[FIRST_ROW] * rows_a_token(heads[0] // heads[1]) % ALIGNMENT == 0, (
+                "copies begin with whole tiles"
+            )
+            assert part[SKIPPED] <= place
             assert part[SEQUENCE] == sequences[token]
             assert part[FIRST_ROW] + place == token
             assert place < part[NUM_TOKENS] == tokens <= shape.tile_tokens
