@@ -27,7 +27,7 @@ import checkout
 from gpu_jobs import Job, Record, Runner, run_child
 from gpu_models import MODELS
 from gpu_peers import PEERS
-from jax_engine.server.bench_figures import format_cell, format_table, write_json
+from jax_engine.server.bench.figures import format_cell, format_table, write_json
 
 SECTIONS = ("checks", "kernels", "engine", "peers")
 BUDGET_SECONDS = 480.0

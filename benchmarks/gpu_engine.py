@@ -26,7 +26,7 @@ from jax_engine.core.messages import Abort, Add, CoreRequest
 from jax_engine.core.stats import EngineStats
 from jax_engine.execution.step_program import Program
 from jax_engine.sampling.sampler import SamplingMode
-from jax_engine.server.bench_figures import WorkItem
+from jax_engine.server.bench.figures import WorkItem
 
 # Rows of the programs that the workloads have use for; other steps are padded to these.
 GREEDY_SIZES = {1, 2, 4, 16, 32, 64, 128, 256}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine.plan.models import CONFIGS
-from jax_engine.server.bench_figures import WorkItem, mixed_workload
+from jax_engine.server.bench.figures import WorkItem, mixed_workload
 
 MODELS = ("qwen3-0.6b", "llama-3.2-1b", "llama-3-8b")
 # The same families, in sizes for a dry run.

@@ -15,7 +15,7 @@ from typing import Any
 
 from gpu_jobs import Report, Skipped, first_line
 from gpu_models import Limits, Workload, model_config, workloads, write_model
-from jax_engine.server.bench_figures import WorkItem
+from jax_engine.server.bench.figures import WorkItem
 
 PEERS = ("vllm", "transformers continuous", "transformers generate")
 WARM_UP_TOKENS = 4

@@ -39,7 +39,7 @@ from jax_engine.plan.hlo_text import Computation, Instruction, Module, parse_mod
 from jax_engine.plan.models import CONFIGS
 from jax_engine.plan.targets import gpu_devices
 from jax_engine.sampling.sampler import SamplingMode
-from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench.figures import format_table, write_json
 from jax_engine.sharding.placed_model import PlacedModel, StateSize
 from jax_engine.sharding.sharding import make_mesh
 from jax_engine.sharding.strategies import STRATEGIES

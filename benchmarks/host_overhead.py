@@ -31,12 +31,12 @@ from jax_engine.core.messages import Abort, Add, CoreRequest, StepOutputs
 from jax_engine.frontend.output_processor import OutputProcessor, RequestState
 from jax_engine.frontend.processor import InputProcessor, ModelText
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
-from jax_engine.server.bench_client import Target
-from jax_engine.server.bench_figures import format_table, write_json
-from jax_engine.server.bench_metrics import metrics
-from jax_engine.server.bench_process import running_server
-from jax_engine.server.frames import CompletionFrames, Piece
-from jax_engine.server.metrics import Metrics
+from jax_engine.server.bench.client import Target
+from jax_engine.server.bench.figures import format_table, write_json
+from jax_engine.server.bench.metrics import metrics
+from jax_engine.server.bench.process import running_server
+from jax_engine.server.metrics.metrics import Metrics
+from jax_engine.server.openai.frames import CompletionFrames, Piece
 from jax_engine.server.tracking import PromptTracker
 from light_client import streamed_texts
 

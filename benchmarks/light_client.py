@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jax_engine.server.bench_client import RequestError, Target
+from jax_engine.server.bench.client import RequestError, Target
 
 END_OF_HEAD = b"\r\n\r\n"
 

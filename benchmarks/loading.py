@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench.figures import format_table, write_json
 
 FORMATS = ("safetensors", "orbax")
 CACHES = ("warm", "cold")

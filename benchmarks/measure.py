@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from jax_engine.server.bench_figures import WorkItem, mixed_workload
+from jax_engine.server.bench.figures import WorkItem, mixed_workload
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine import LLM, AsyncLLM, EngineConfig, SamplingParams, TokensPrompt
-from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench.figures import format_table, write_json
 
 PROMPT_TOKENS = 16
 

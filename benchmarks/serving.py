@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_engine.server.bench_client import Target, get
-from jax_engine.server.bench_figures import (
+from jax_engine.server.bench.client import Target, get
+from jax_engine.server.bench.figures import (
     Latencies,
     Rates,
     RequestTiming,
@@ -29,9 +29,9 @@ from jax_engine.server.bench_figures import (
     latency_rows,
     write_json,
 )
-from jax_engine.server.bench_load import Asking, Load, offer
-from jax_engine.server.bench_metrics import metrics, server_figures
-from jax_engine.server.bench_process import running_server
+from jax_engine.server.bench.load import Asking, Load, offer
+from jax_engine.server.bench.metrics import metrics, server_figures
+from jax_engine.server.bench.process import running_server
 from measure import add_workload_arguments, workload_from
 
 WARM_UP_REQUESTS = 4

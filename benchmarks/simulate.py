@@ -25,7 +25,7 @@ from typing import Any
 from jax_engine.compilation.planner import step_sizes
 from jax_engine.config import SCHEDULING_POLICIES, EngineConfig
 from jax_engine.scheduling.step_plan import SchedulerLimits
-from jax_engine.server.bench_figures import write_json
+from jax_engine.server.bench.figures import write_json
 from simulate_cost import PRESETS, StepCost, find_cost
 from simulate_engine import Simulation
 from simulate_load import Conversation, Lengths, Synthetic, read_recorded

@@ -16,7 +16,7 @@ from jax_engine.compilation.planner import step_sizes
 from jax_engine.core.messages import CoreOutput, CoreRequest
 from jax_engine.scheduling.scheduler import Scheduler
 from jax_engine.scheduling.step_plan import SchedulerLimits, StepPlan
-from jax_engine.server.bench_figures import RequestTiming
+from jax_engine.server.bench.figures import RequestTiming
 from simulate_cost import StepCost
 from simulate_load import END, FILLER, Conversation
 

@@ -21,7 +21,7 @@ from scipy.optimize import nnls
 from jax_engine.config import EngineConfig
 from jax_engine.core.engine_core import EngineCore
 from jax_engine.core.messages import CoreRequest
-from jax_engine.server.bench_figures import Percentiles
+from jax_engine.server.bench.figures import Percentiles
 from simulate_cost import StepCost
 
 REWEIGHTED = 10  # rounds of least squares

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jax_engine.server.bench_figures import Percentiles, Rates, format_table
+from jax_engine.server.bench.figures import Percentiles, Rates, format_table
 from simulate_engine import Life, Outcome
 
 RANKS = ("p50", "p90", "p99")

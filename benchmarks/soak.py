@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine import LLM, SamplingParams
-from jax_engine.server.bench_client import Target, post, stream
-from jax_engine.server.bench_figures import format_table, write_json
-from jax_engine.server.bench_metrics import metrics
-from jax_engine.server.bench_process import running_server
+from jax_engine.server.bench.client import Target, post, stream
+from jax_engine.server.bench.figures import format_table, write_json
+from jax_engine.server.bench.metrics import metrics
+from jax_engine.server.bench.process import running_server
 
 PRESSURE = (
     *("--kv-cache-memory-bytes", "4M", "--max-num-seqs", "48", "--max-model-len", "512"),

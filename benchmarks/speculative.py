@@ -26,7 +26,7 @@ from accuracy import prompt_ids
 from jax_engine import LLM, SamplingParams, TokensPrompt
 from jax_engine.models.demo.generator import TASKS, held_out_samples, task_named
 from jax_engine.models.demo.samples import Sample
-from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench.figures import format_table, write_json
 
 REPEATED = ("small talk", "stories", "JSON", "facts", "word lists", "opposites", "month lengths")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine import LLM, SamplingParams, StructuredOutputsParams, TokensPrompt
-from jax_engine.server.bench_figures import format_table, write_json
+from jax_engine.server.bench.figures import format_table, write_json
 from random_schemas import is_met, random_schema
 
 PROMPTS = ("Describe a person as JSON:", "What is the capital of France?", "List three colours.", "{")

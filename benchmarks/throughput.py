@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jax_engine import LLM
 from jax_engine.core.stats import EngineStats
 from jax_engine.outputs import RequestMetrics, RequestOutput
-from jax_engine.server.bench_figures import (
+from jax_engine.server.bench.figures import (
     Latencies,
     Percentiles,
     Rates,
@@ -31,7 +31,7 @@ from jax_engine.server.bench_figures import (
     workload_rates,
     write_json,
 )
-from jax_engine.server.bench_offline import prompts_and_params
+from jax_engine.server.bench.offline import prompts_and_params
 from measure import add_workload_arguments, workload_from
 
 if TYPE_CHECKING:

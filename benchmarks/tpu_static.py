@@ -27,7 +27,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jax_engine.server.bench_figures import format_cell, format_table, write_json
+from jax_engine.server.bench.figures import format_cell, format_table, write_json
 from tpu_compile import HEADS, LOADS, KernelJob
 from tpu_step import StepJob
 from tpu_topology import CHIPS, compiler_environment

@@ -26,7 +26,7 @@ import numpy as np
 from jax_engine.models.kv_pages import SequenceTable
 from jax_engine.pallas_kernels import tpu
 from jax_engine.pallas_kernels.tpu.blocks import tuning_key, vmem_budget
-from jax_engine.server.bench_figures import format_table
+from jax_engine.server.bench.figures import format_table
 
 SIZES_FILE = Path(__file__).parents[1] / "pallas_kernels" / "tpu" / "block_sizes.json"
 INTERPRETED = "TPU v6 lite"

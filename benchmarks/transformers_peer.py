@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jax_engine.server.bench_figures import Rates, WorkItem, median_run, workload_rates
+from jax_engine.server.bench.figures import Rates, WorkItem, median_run, workload_rates
 
 
 @dataclass(frozen=True)

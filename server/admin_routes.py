@@ -11,7 +11,7 @@ from jax_engine.core.admin_client import EngineBusyError
 from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.body import read_body
 from jax_engine.server.errors import ApiError, bad_request, unavailable
-from jax_engine.server.openai_routes import json_response
+from jax_engine.server.openai.openai_routes import json_response
 from jax_engine.server.schemas import body_schema, query_schema
 from jax_engine.server.service import Service
 from jax_engine.server.validation import decode, unknown_parameter

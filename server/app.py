@@ -15,26 +15,26 @@ from starlette.responses import Response
 
 import jax_engine
 from jax_engine.server.admin_routes import AbortRequests, admin_router
-from jax_engine.server.anthropic_protocol import CountTokensRequest, MessagesRequest
-from jax_engine.server.anthropic_routes import anthropic_router
-from jax_engine.server.chat_routes import chat_router
+from jax_engine.server.anthropic.protocol import CountTokensRequest, MessagesRequest
+from jax_engine.server.anthropic.routes import anthropic_router
 from jax_engine.server.errors import ApiError
 from jax_engine.server.gate import Gate
 from jax_engine.server.lora_routes import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest, lora_router
-from jax_engine.server.openai_routes import openai_router
+from jax_engine.server.openai.chat_routes import chat_router
+from jax_engine.server.openai.openai_routes import openai_router
+from jax_engine.server.openai.plain_routes import plain_router
+from jax_engine.server.openai.pooling_protocol import ClassifyRequest, EmbeddingRequest, RerankRequest, ScoreRequest
+from jax_engine.server.openai.pooling_routes import pooling_router
+from jax_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
+from jax_engine.server.openai.tokenizer_routes import DetokenizeRequest, TokenizeRequest, tokenizer_router
 from jax_engine.server.operations_routes import operations_router
 from jax_engine.server.page_routes import page_router
-from jax_engine.server.plain_routes import plain_router
-from jax_engine.server.pooling_protocol import ClassifyRequest, EmbeddingRequest, RerankRequest, ScoreRequest
-from jax_engine.server.pooling_routes import pooling_router
-from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, PlainRequest
 from jax_engine.server.response_schemas import describe_answers
-from jax_engine.server.responses_protocol import ResponsesRequest
-from jax_engine.server.responses_routes import responses_router
+from jax_engine.server.responses.protocol import ResponsesRequest
+from jax_engine.server.responses.routes import responses_router
 from jax_engine.server.schemas import add_components
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
-from jax_engine.server.tokenizer_routes import DetokenizeRequest, TokenizeRequest, tokenizer_router
 
 ROUTERS = (
     openai_router,

@@ -19,9 +19,9 @@ import msgspec
 from jax_engine.async_llm import AsyncLLM
 from jax_engine.config import EngineConfig
 from jax_engine.core.core_client import CoreConnection, OnProgress
-from jax_engine.server.cells import CellMemory
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToFrontEnd, line
 from jax_engine.server.logs import set_up_logging
+from jax_engine.server.metrics.cells import CellMemory
 from jax_engine.server.serve import EngineServer
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings

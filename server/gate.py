@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jax_engine.server.connection import too_slow
 from jax_engine.server.errors import ApiError, is_anthropic, unavailable
-from jax_engine.server.http_metrics import HttpMetrics
 from jax_engine.server.in_flight import ClientGoneError, ShuttingDownError
+from jax_engine.server.metrics.http_metrics import HttpMetrics
 from jax_engine.server.page_files import page_files
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tracing import Tracer

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 from starlette.types import Receive
 
-from jax_engine.server.cells import Cells
 from jax_engine.server.errors import ApiError
+from jax_engine.server.metrics.cells import Cells
 
 
 class ClientGoneError(Exception):

@@ -10,7 +10,7 @@ from starlette.responses import Response
 import jax_engine
 from jax_engine.core.core_client import EngineDeadError
 from jax_engine.server.errors import ApiError, unavailable
-from jax_engine.server.openai_routes import json_response
+from jax_engine.server.openai.openai_routes import json_response
 from jax_engine.server.service import Service, State
 
 

@@ -14,7 +14,7 @@ from jax_engine.core.engine_view import EngineView
 from jax_engine.core.stats import EngineStats
 from jax_engine.server.admin_routes import query
 from jax_engine.server.errors import ApiError
-from jax_engine.server.openai_routes import json_response
+from jax_engine.server.openai.openai_routes import json_response
 from jax_engine.server.operations_routes import condition
 from jax_engine.server.page_files import page_files
 from jax_engine.server.schemas import query_schema

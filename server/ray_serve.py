@@ -18,8 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 from jax_engine.config import EngineConfig
 from jax_engine.sampling_params import integer, number
 from jax_engine.server.app import build_app
-from jax_engine.server.cli import HTTP_GROUPS, command_line, server_settings
-from jax_engine.server.cli_flags import Options, engine_config
+from jax_engine.server.cli.flags import Options, engine_config
+from jax_engine.server.cli.root import HTTP_GROUPS, command_line, server_settings
 from jax_engine.server.service import Service, State
 from jax_engine.server.settings import ServerSettings
 

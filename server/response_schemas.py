@@ -5,7 +5,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import msgspec
 
 from jax_engine.server.errors import is_anthropic
-from jax_engine.server.frames import EVENT_STREAM, JSON_LINES
+from jax_engine.server.openai.frames import EVENT_STREAM, JSON_LINES
 from jax_engine.server.schemas import REF_TEMPLATE
 
 JSON, TEXT = "application/json", "text/plain"

@@ -18,13 +18,13 @@ from jax_engine.core.messages import Starting
 from jax_engine.core.stats import EngineStats
 from jax_engine.frontend.progress import CompileBar
 from jax_engine.lora_request import LoRARequest
-from jax_engine.server.cells import CellMemory
-from jax_engine.server.chat_format import ChatFormat, chat_format
 from jax_engine.server.errors import ApiError, unavailable
 from jax_engine.server.in_flight import InFlight
-from jax_engine.server.metrics import Metrics
+from jax_engine.server.metrics.cells import CellMemory
+from jax_engine.server.metrics.metrics import Metrics
+from jax_engine.server.metrics.throughput_log import log_throughput
+from jax_engine.server.openai.chat_format import ChatFormat, chat_format
 from jax_engine.server.settings import ServerSettings
-from jax_engine.server.throughput_log import log_throughput
 from jax_engine.server.tracing import make_tracer
 
 logger = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from jax_engine.core.core_client import CoreProcess, EngineDeadError, epitaph
 from jax_engine.core.replicas import end_cores, spawn_cores, wait_until_ready
 from jax_engine.frontend.progress import CompileBar
 from jax_engine.loading.model_files import resolve_model_path
-from jax_engine.server.cells import row_bytes
 from jax_engine.server.control import Connect, Connected, Fail, Serve, Setup, ToSupervisor, line
 from jax_engine.server.listening import log_address
+from jax_engine.server.metrics.cells import row_bytes
 from jax_engine.server.service import BACKSTOP_SECONDS, EXIT_ENGINE_DEAD, EXIT_OK, EXIT_USER_ERROR
 from jax_engine.server.settings import ServerSettings
 

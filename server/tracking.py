@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from jax_engine.lora_request import LoRARequest
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.pooling_params import RequestParams
-from jax_engine.server.engine_metrics import EngineMetrics
-from jax_engine.server.metrics import Metrics
-from jax_engine.server.reasoning_tokens import ReasoningCounter
+from jax_engine.server.metrics.engine_metrics import EngineMetrics
+from jax_engine.server.metrics.metrics import Metrics
+from jax_engine.server.openai.reasoning_tokens import ReasoningCounter
 
 
 class HasReplica(Protocol):

@@ -18,8 +18,8 @@ import pytest
 
 import jax_engine.models.demo
 from host_overhead import CORE_STAGES, TEXT_STAGES
-from jax_engine.server.bench_client import RequestError, Target, get, stream
-from jax_engine.server.bench_figures import (
+from jax_engine.server.bench.client import RequestError, Target, get, stream
+from jax_engine.server.bench.figures import (
     Latencies,
     Percentiles,
     Rates,
@@ -30,8 +30,8 @@ from jax_engine.server.bench_figures import (
     mixed_workload,
     write_json,
 )
-from jax_engine.server.bench_load import Asking, Load, complete, offer
-from jax_engine.server.bench_metrics import HOST_PARTS, parse_metrics, server_figures
+from jax_engine.server.bench.load import Asking, Load, complete, offer
+from jax_engine.server.bench.metrics import HOST_PARTS, parse_metrics, server_figures
 from measure import add_workload_arguments, workload_from
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

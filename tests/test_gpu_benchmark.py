@@ -138,7 +138,7 @@ assert checkout.absent_packages() == ["msgspec", "zmq", "zmq.asyncio", "xxhash"]
 import msgspec
 from jax_engine.core.messages import NO_CONTROLS, CoreOutput, TokenControls
 from jax_engine.outputs import RequestOutput
-from jax_engine.server.bench_figures import format_cell
+from jax_engine.server.bench.figures import format_cell
 from jax_engine.core.stats import EngineStats
 one, other = TokenControls(), TokenControls(num_logprobs=3)
 one.logit_bias[5] = 1.0

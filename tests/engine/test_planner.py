@@ -31,8 +31,8 @@ from jax_engine.models.qwen3 import Qwen3ForCausalLM
 from jax_engine.sampling.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.scheduling.scheduler import Scheduler
 from jax_engine.scheduling.step_plan import SchedulerLimits
-from jax_engine.server.bench_figures import mixed_workload
-from jax_engine.server.bench_load import Load
+from jax_engine.server.bench.figures import mixed_workload
+from jax_engine.server.bench.load import Load
 from simulate_cost import StepCost
 from simulate_engine import Simulation
 from simulate_load import Conversation, Turn

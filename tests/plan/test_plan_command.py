@@ -12,7 +12,7 @@ from tiny_engine import TINY
 from jax_engine.loading.model_files import ModelLoadError, read_model_config
 from jax_engine.models.config import ModelConfig
 from jax_engine.plan.models import built_in_models, model_folder
-from jax_engine.server.cli import main
+from jax_engine.server.cli.root import main
 
 LIMITS = (
     "--max-num-seqs",

@@ -80,7 +80,8 @@ class RunningServer:
 def launch(folder: Path, *options: str) -> RunningServer:
     """Start a server on a free port and return once it listens, which is before its engine is ready."""
     log_file = Path(tempfile.mkstemp(dir=folder, suffix=".log")[1])
-    command = [sys.executable, "-m", "jax_engine.server.cli", "serve", "--host", "127.0.0.1", "--port", "0", *options]
+    address = ("--host", "127.0.0.1", "--port", "0")
+    command = [sys.executable, "-m", "jax_engine.server.cli", "serve", *address, *options]
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     server = RunningServer(process, "", log_file)

@@ -8,7 +8,7 @@ from jax_engine import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from jax_engine.frontend.token_texts import TokenTexts
 from jax_engine.frontend.tokenizer import load_tokenizer
 from jax_engine.loading.model_files import resolve_model_path
-from jax_engine.server.answers import Answers, ChatAnswers, CompletionAnswers
+from jax_engine.server.openai.answers import Answers, ChatAnswers, CompletionAnswers
 
 TOKENIZER = load_tokenizer(resolve_model_path("demo"))
 TEXTS = TokenTexts(TOKENIZER)

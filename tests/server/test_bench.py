@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from jax_engine.server.bench_client import Target
-from jax_engine.server.bench_figures import RequestTiming, percentiles
-from jax_engine.server.bench_load import Asking, Load, piece_of
-from jax_engine.server.bench_serve import ServeBenchmark, busiest_second, figures, most_at_once
-from jax_engine.server.cli import main
-from jax_engine.server.cli_bench import workload
+from jax_engine.server.bench.client import Target
+from jax_engine.server.bench.figures import RequestTiming, percentiles
+from jax_engine.server.bench.load import Asking, Load, piece_of
+from jax_engine.server.bench.serve import ServeBenchmark, busiest_second, figures, most_at_once
+from jax_engine.server.cli.bench import workload
+from jax_engine.server.cli.root import main
 
 FIRST = RequestTiming(sent=0.0, arrivals=(0.1, 0.2, 0.4), prompt_tokens=10, output_tokens=3, text="abc")
 SECOND = RequestTiming(sent=0.3, arrivals=(1.3,), prompt_tokens=20, output_tokens=1, text="d")

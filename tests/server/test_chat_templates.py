@@ -7,10 +7,10 @@ import pytest
 from jax_engine.frontend.chat_templates import content_format_of
 from jax_engine.frontend.tokenizer import load_tokenizer
 from jax_engine.loading.model_files import resolve_model_path
-from jax_engine.server.chat_format import rendered_chat
-from jax_engine.server.cli import read_template
+from jax_engine.server.cli.root import read_template
 from jax_engine.server.errors import ApiError
-from jax_engine.server.protocol import ChatCompletionRequest
+from jax_engine.server.openai.chat_format import rendered_chat
+from jax_engine.server.openai.protocol import ChatCompletionRequest
 from jax_engine.server.settings import ServerSettings
 
 TOKENIZER = load_tokenizer(resolve_model_path("demo"))

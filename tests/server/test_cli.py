@@ -9,9 +9,9 @@ from importlib import metadata
 import pytest
 
 from jax_engine.config import EngineConfig
-from jax_engine.server.cli import command_line, main
-from jax_engine.server.cli_flags import COMPILE_FIRST, ENGINE_GROUPS, as_flags, count, engine_config
-from jax_engine.server.cli_parser import run_command_line
+from jax_engine.server.cli.flags import COMPILE_FIRST, ENGINE_GROUPS, as_flags, count, engine_config
+from jax_engine.server.cli.parser import run_command_line
+from jax_engine.server.cli.root import command_line, main
 from jax_engine.server.settings import ServerSettings
 
 
@@ -188,7 +188,7 @@ def test_a_setting_of_the_server_that_is_no_number(capsys):
 def test_help_teaches_without_importing_anything_heavy():
     script = (
         "import sys\n"
-        "from jax_engine.server.cli import main\n"
+        "from jax_engine.server.cli.root import main\n"
         "try:\n    main(['serve', '--help'])\n"
         "except SystemExit:\n    pass\n"
         "heavy = {'jax', 'numpy', 'transformers', 'fastapi', 'uvicorn', 'tokenizers', 'huggingface_hub'}\n"

@@ -18,9 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from jax_engine.config import EngineConfig
 from jax_engine.core.stats import EngineStats
 from jax_engine.server.app import ROUTERS
-from jax_engine.server.cli import command_line, server_settings
-from jax_engine.server.cli_flags import Options, engine_config
-from jax_engine.server.metrics import Metrics
+from jax_engine.server.cli.flags import Options, engine_config
+from jax_engine.server.cli.root import command_line, server_settings
+from jax_engine.server.metrics.metrics import Metrics
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
 

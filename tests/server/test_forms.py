@@ -6,7 +6,7 @@ import pytest
 
 from jax_engine import SamplingParams, StructuredOutputsParams
 from jax_engine.server.errors import ApiError
-from jax_engine.server.protocol import ChatCompletionRequest, PlainRequest
+from jax_engine.server.openai.protocol import ChatCompletionRequest, PlainRequest
 
 DEFAULTS = SamplingParams()
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -8,9 +8,9 @@ import pytest
 
 from jax_engine.config import EngineConfig
 from jax_engine.server.app import build_app
-from jax_engine.server.cells import CellMemory
 from jax_engine.server.errors import ApiError
 from jax_engine.server.in_flight import ClientGoneError, InFlight
+from jax_engine.server.metrics.cells import CellMemory
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
 

@@ -12,9 +12,9 @@ from jax_engine.config import EngineConfig
 from jax_engine.core.stats import EngineStats
 from jax_engine.log_lines import JSONLines
 from jax_engine.server.app import build_app
+from jax_engine.server.metrics.throughput_log import log_throughput
 from jax_engine.server.service import Service
 from jax_engine.server.settings import ServerSettings
-from jax_engine.server.throughput_log import log_throughput
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_engine.server.message_parts import Message, MessageFormat, whole_message
+from jax_engine.server.openai.message_parts import Message, MessageFormat, whole_message
 from jax_engine.server.parsers.names import REASONING_PARSERS, TOOL_PARSERS, reasoning_parser_of, tool_parser_of
 from jax_engine.server.parsers.reader import ContentDelta, ReasoningDelta, ToolCallArguments, ToolCallStart
 

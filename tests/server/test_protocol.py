@@ -8,8 +8,8 @@ import pytest
 from jax_engine.frontend.beam_search import BeamSearchParams
 from jax_engine.sampling_params import RequestOutputKind, SamplingParams
 from jax_engine.server.errors import ApiError, bad_request
-from jax_engine.server.forms import FormFields
-from jax_engine.server.protocol import (
+from jax_engine.server.openai.forms import FormFields
+from jax_engine.server.openai.protocol import (
     NEUTRAL,
     WITHOUT_EFFECT,
     ChatCompletionRequest,

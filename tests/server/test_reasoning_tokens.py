@@ -5,10 +5,10 @@ import pytest
 from jax_engine.frontend.token_texts import TokenTexts
 from jax_engine.frontend.tokenizer import load_tokenizer
 from jax_engine.loading.model_files import resolve_model_path
-from jax_engine.server.message_parts import MessageFormat
+from jax_engine.server.openai.message_parts import MessageFormat
+from jax_engine.server.openai.reasoning_tokens import reasoning_counter
 from jax_engine.server.parsers.hermes import HermesToolParser
 from jax_engine.server.parsers.reasoning import ReasoningFormat
-from jax_engine.server.reasoning_tokens import reasoning_counter
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
 

@@ -11,9 +11,9 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 
-from jax_engine.server.anthropic_protocol import CountTokensRequest, MessagesRequest
-from jax_engine.server.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
-from jax_engine.server.responses_protocol import ResponsesRequest
+from jax_engine.server.anthropic.protocol import CountTokensRequest, MessagesRequest
+from jax_engine.server.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from jax_engine.server.responses.protocol import ResponsesRequest
 
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 STORY = "Once upon a time"

@@ -6,12 +6,12 @@ import json
 import pytest
 
 from jax_engine.server.errors import ApiError
-from jax_engine.server.message_parts import MessageFormat
+from jax_engine.server.openai.message_parts import MessageFormat
 from jax_engine.server.parsers.reasoning import ReasoningFormat
-from jax_engine.server.responses_answers import LiveResponse, OutputWriter
-from jax_engine.server.responses_protocol import ResponsesRequest
-from jax_engine.server.responses_run import is_kept
-from jax_engine.server.responses_store import EventLog, ResponseStore
+from jax_engine.server.responses.answers import LiveResponse, OutputWriter
+from jax_engine.server.responses.protocol import ResponsesRequest
+from jax_engine.server.responses.run import is_kept
+from jax_engine.server.responses.store import EventLog, ResponseStore
 from jax_engine.server.settings import ServerSettings
 from jax_engine.server.tracking import RequestRecord
 

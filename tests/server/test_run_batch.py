@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from jax_engine.server.batch_files import finished_keys, keys_of
-from jax_engine.server.cli import main
-from jax_engine.server.cli_run_batch import Counts, check_not_streamed
+from jax_engine.server.cli.batch_files import finished_keys, keys_of
+from jax_engine.server.cli.root import main
+from jax_engine.server.cli.run_batch import Counts, check_not_streamed
 
 RUN = [sys.executable, "-m", "jax_engine.server.cli", "run-batch"]
 

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from jax_engine.server.cli import command_line, main
-from jax_engine.server.cli_flags import boolean, engine_config
-from jax_engine.server.cli_parser import run_command_line
+from jax_engine.server.cli.flags import boolean, engine_config
+from jax_engine.server.cli.parser import run_command_line
+from jax_engine.server.cli.root import command_line, main
 
 FILE = """\
 # as vLLM's

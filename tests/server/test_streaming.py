@@ -8,11 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from jax_engine.core.stats import EngineStats, HostTime
 from jax_engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jax_engine.sampling_params import SamplingParams
-from jax_engine.server.cells import ROW_BYTES, CellMemory
-from jax_engine.server.chat_frames import ChatFrames
-from jax_engine.server.frames import CompletionFrames, LineFrames, Piece
-from jax_engine.server.histogram import Histogram, one_two_five
-from jax_engine.server.metrics import Metrics
+from jax_engine.server.metrics.cells import ROW_BYTES, CellMemory
+from jax_engine.server.metrics.histogram import Histogram, one_two_five
+from jax_engine.server.metrics.metrics import Metrics
+from jax_engine.server.openai.chat_frames import ChatFrames
+from jax_engine.server.openai.frames import CompletionFrames, LineFrames, Piece
 from jax_engine.server.tracking import PromptTracker, RequestRecord
 
 AWKWARD = 'quote " back\\slash\nline é 日本 \u2028 \x00 </script>'

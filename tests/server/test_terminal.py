@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from jax_engine.server.partners import chunks, lines
-from jax_engine.server.terminal import MarkdownDisplay, PlainDisplay, split_block
+from jax_engine.server.cli.partners import chunks, lines
+from jax_engine.server.cli.terminal import MarkdownDisplay, PlainDisplay, split_block
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from jax_engine.frontend.tokenizer import load_tokenizer
 from jax_engine.loading.model_files import resolve_model_path
-from jax_engine.server.tokenizer_routes import described
+from jax_engine.server.openai.tokenizer_routes import described
 
 HELLO = [{"role": "user", "content": "Hello!"}]
 

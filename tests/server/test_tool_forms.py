@@ -12,7 +12,7 @@ from jax_engine.grammar.bitmasks import ids_of
 from jax_engine.grammar.grammars import grammar_text, make_mask, new_matcher, special_token_ids
 from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.server.errors import ApiError
-from jax_engine.server.message_parts import MessageFormat, whole_message
+from jax_engine.server.openai.message_parts import MessageFormat, whole_message
 from jax_engine.server.parsers.names import TOOL_PARSERS
 from jax_engine.server.parsers.schema_values import types_of
 

@@ -1,0 +1,1 @@
+"""OpenAI's completions and chats, and vLLM's routes beside them: bodies, answers, streams."""
