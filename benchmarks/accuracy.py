@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py                          # the built-in model, 50 prompts a task
     python benchmarks/accuracy.py --model DIR --json out.json
+    python benchmarks/accuracy.py --quantization int8      # as `EngineConfig` has it
 
 Answers are generated greedily. The final answer must be the expected one to the letter; JSON and tool calls must have
 the expected values; a story must be whole and mention what was asked (`models/demo/samples.py` holds the judges).
@@ -16,6 +17,7 @@ from statistics import fmean
 from typing import cast
 
 from jax_engine import LLM, SamplingParams
+from jax_engine.config import QUANTIZATIONS
 from jax_engine.frontend.processor import Prompt
 from jax_engine.models.demo.generator import TASKS, held_out_samples, task_named
 from jax_engine.models.demo.samples import Sample
@@ -73,6 +75,7 @@ def table(results: Sequence[TaskResult]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder; default: the built-in model")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="weights of projections in 8 bits")
     parser.add_argument("--num-prompts", type=int, default=50, help="prompts a task")
     parser.add_argument("--task", action="append", help="only this task; may be given several times")
     parser.add_argument("--max-tokens", type=int, default=192, help="longest answer, in tokens")
@@ -89,7 +92,7 @@ def main() -> None:
     samples = [
         sample for task in tasks for sample in held_out_samples(task, seed=options.seed, count=options.num_prompts)
     ]
-    with LLM(options.model) as llm:
+    with LLM(options.model, quantization=options.quantization) as llm:
         results = measure(llm, samples, max_tokens=options.max_tokens)
     print(table(results))
     for result in results:

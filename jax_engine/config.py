@@ -17,6 +17,7 @@ from jax_engine.speculation.speculative_config import SpeculativeConfig, check_s
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
 MAX_LOGPROBS = 1024  # beyond it, sorting takes longer than all else that a step does
+QUANTIZATIONS = ("fp8", "int8")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
@@ -95,6 +96,7 @@ class EngineConfig:
     tokenizer: str | None = None  # None: the model's
     revision: str | None = None
     dtype: str = "auto"  # auto: float32 on CPU, else the checkpoint's
+    quantization: str | None = None  # fp8, int8: weights of projections in 8 bits, made while they are loaded
     load_format: str = "auto"
     seed: int = 0
     # Where the default sampling parameters come from: auto, the model's generation_config.json; vllm, nowhere; or that
@@ -160,6 +162,7 @@ class EngineConfig:
         self._check_offloading()
         self._check_adapters()
         choice("dtype", self.dtype, DTYPES)
+        choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         choice("load_format", self.load_format, LOAD_FORMATS)
         self._check_sampling()
         integer("seed", self.seed, low=0, high=2**31 - 1, remedy="any fixed number makes unseeded requests repeatable")

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from jax_engine.models.adapters import ADAPTED_MODULES, AdapterRows, AdapterShape, adapter_product
 from jax_engine.models.kv_pages import CacheLayout, KVPages, SequenceTable
 from jax_engine.models.partition import ONE_DEVICE, Partition
+from jax_engine.models.quantization import Quantization
 from jax_engine.models.rope import Rotation
 
 Axes = tuple[str, ...]
@@ -63,7 +64,8 @@ class Linear(nnx.Module):
     """`x @ weight + bias`, where input and output may each have several dimensions.
 
     weight [*in_shape, *out_shape], bias [*out_shape]; x [..., *in_shape] -> [..., *out_shape]. With `add_adapters`,
-    rows that have an adapter get what it adds.
+    rows that have an adapter get what it adds. With `quantize_projections`, the weight is of 8 bits, with scales beside
+    it, and x is [T, *in_shape].
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class Linear(nnx.Module):
         self.bias = parameter(rngs, out_shape, axes[self.num_in :], dtype) if bias else None
         self.lora_a: nnx.Param[Array] | None = nnx.data(None)
         self.lora_b: nnx.Param[Array] | None = nnx.data(None)
+        self.weight_scale: nnx.Param[Array] | None = nnx.data(None)
+        self.quantization: Quantization | None = None
 
     def __call__(self, x: Float[Array, "..."], adapters: AdapterRows | None = None) -> Float[Array, "..."]:
         if adapters is not None and self.lora_a is not None and self.lora_b is not None:
@@ -96,6 +100,8 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + self.bias[...]
 
     def _product(self, x: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+        if self.quantization is not None and self.weight_scale is not None:
+            return self.quantization.product(x, self.weight[...], self.weight_scale[...], dtype=dtype)
         return jnp.tensordot(x, self.weight[...], axes=self.num_in, preferred_element_type=dtype)
 
 
@@ -337,3 +343,26 @@ def _factor(weight: nnx.Param[Array], shape: AdapterShape, dims: slice) -> nnx.P
     value = jnp.zeros((*sizes[:stacked], shape.num_slots, shape.rank, *sizes[dims]), weight.dtype)
     names = (*axes[:stacked], "adapters", "rank", *axes[dims])
     return nnx.Param(value, logical_axes=names, init_mean=0.0, init_std=0.0, layers=weight.layers)
+
+
+def quantize_projections(model: nnx.Module, quantization: Quantization) -> None:
+    """Give the projections of `ADAPTED_MODULES` weights of 8 bits, and a `weight_scale` beside each.
+
+    A weight says in its metadata what it was in (`unquantized_dtype`).
+    """
+    for path, module in nnx.iter_modules(model):
+        if path and path[-1] in ADAPTED_MODULES and isinstance(module, Linear):
+            weight = module.weight
+            stacked = int(weight.logical_axes[0] == "layers")
+            first_out = stacked + module.num_in
+            sizes, axes = weight[...].shape, weight.logical_axes
+            module.quantization = quantization
+            module.weight_scale = nnx.Param(
+                jnp.ones((*sizes[:stacked], *sizes[first_out:]), jnp.float32),
+                logical_axes=(*axes[:stacked], *axes[first_out:]),
+                init_mean=1.0,
+                init_std=0.0,
+                layers=weight.layers,
+            )
+            weight.set_metadata(unquantized_dtype=weight.dtype)
+            weight.set_value(jnp.zeros(sizes, quantization.dtype))

@@ -130,3 +130,26 @@ def expert_feed_forward(
     is_chosen = chosen[:, :, None] == jnp.arange(gate.shape[1])
     share = jnp.sum(jnp.where(is_chosen, shares[:, :, None], 0), axis=1)
     return jnp.einsum("te,etd->td", share, each)
+
+
+def quantized_product(
+    x: Float[Array, "T ..."], weight: Num[Array, "..."], scale: Float[Array, "..."], *, quantizes_rows: bool = False
+) -> Float[Array, "T ..."]:
+    """A product with a weight of 8 bits, in float32: x [T, *I], weight [*I, *O] -> [T, *O].
+
+    What the weight holds is to be multiplied by `scale`: [*O], one for each output, or [*I', *O], where I' is I with
+    fewer entries in its last dimension, each for as many neighbours. With `quantizes_rows`, rows are brought to the
+    weight's type first, each by a scale of its own: what is largest in it becomes the type's largest number.
+    """
+    num_in, wide = x.ndim - 1, x.astype(jnp.float32)
+    if quantizes_rows:
+        axes = tuple(range(1, x.ndim))
+        top = float(jnp.iinfo(weight.dtype).max if weight.dtype == jnp.int8 else jnp.finfo(weight.dtype).max)
+        most = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+        row_scale = jnp.where(most == 0, 1, most / top)
+        stored = wide / row_scale
+        stored = jnp.round(stored) if weight.dtype == jnp.int8 else stored
+        wide = stored.astype(weight.dtype).astype(jnp.float32) * row_scale
+    if scale.ndim == weight.ndim:
+        scale = jnp.repeat(scale, weight.shape[num_in - 1] // scale.shape[num_in - 1], axis=num_in - 1)
+    return jnp.tensordot(wide, weight.astype(jnp.float32) * scale, axes=num_in)

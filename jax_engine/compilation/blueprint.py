@@ -70,6 +70,7 @@ class Blueprint:
             max_logprobs=config.max_logprobs,
             processors=load_processors(config.logits_processors),
             adapters=AdapterShape(config.max_loras, config.max_lora_rank) if config.enable_lora else None,
+            quantization=config.quantization,
             num_drafts=config.speculation.num_speculative_tokens if config.speculation else 0,
         )
         draft = DraftModel(config, placed, shared) if config.draft_model is not None else None

@@ -31,10 +31,12 @@ from jax_engine.loading.checkpoint_manifest import is_converted
 from jax_engine.loading.model_files import ModelLoadError, WeightFiles, listed, read_model_config, resolve_model_path
 from jax_engine.loading.model_structure import ModelStructure, Parameter
 from jax_engine.loading.orbax_reader import OrbaxTensors
+from jax_engine.loading.quantizing import Quantizer
 from jax_engine.loading.stacked_leaves import stack_layers
 from jax_engine.models.config import ModelConfig, architecture_of
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
+from jax_engine.models.quantization import Quantization
 from jax_engine.models.registry import resolve_model
 from jax_engine.models.weights import Ranges
 from jax_engine.sharding.widening import Spread
@@ -68,12 +70,15 @@ def load_model(
     dtype: DTypeLike,
     load_format: str = "auto",
     scan_layers: bool = False,
+    quantization: Quantization | None = None,
     sharding_of: Callable[[Parameter], Sharding] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> tuple[ModelStructure, tuple[jax.Array, ...]]:
     """A model's structure, and its arrays as `load_leaves` gives them."""
-    structure = ModelStructure.of(model_class, config, ops=ops, dtype=dtype, scan_layers=scan_layers)
+    structure = ModelStructure.of(
+        model_class, config, ops=ops, dtype=dtype, scan_layers=scan_layers, quantization=quantization
+    )
     leaves = load_leaves(
         structure, path_or_name, load_format=load_format, sharding_of=sharding_of, seed=seed, progress=progress
     )
@@ -93,8 +98,8 @@ def load_leaves(
 
     `path_or_name` is a folder or a hub name (see `resolve_model_path`). It is not looked at by `load_format="dummy"`,
     which draws random weights from `seed`, the same ones however they are sharded. `sharding_of` places each parameter,
-    by its `logical_axes`; by default all are on the first device. Those of adapters are zero. `progress` shows a bar;
-    None does so on a terminal.
+    by its `logical_axes`; by default all are on the first device. Those of adapters are zero. Weights of 8 bits are
+    made of a checkpoint's, one after the other. `progress` shows a bar; None does so on a terminal.
 
     Raises:
         ModelLoadError: a file or tensor is missing, broken, of another shape or not expected.
@@ -103,12 +108,13 @@ def load_leaves(
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
     sharding_of = sharding_of or (lambda _: SingleDeviceSharding(jax.devices()[0]))
     start = time.monotonic()
-    load: _Draw | Reader = _Draw(seed)
+    read: _Draw | Reader = _Draw(seed)
     source, num_threads = f"random, seed {seed}", 1
     if load_format != "dummy":
         folder = resolve_model_path(path_or_name)
-        load, source = reader_of(folder, structure, load_format), str(folder)
+        read, source = reader_of(folder, structure, load_format), str(folder)
         num_threads = _NUM_READERS if jax.process_count() == 1 else 1  # several stack layers in the same order
+    load = read if structure.quantization is None else Quantizer(read, structure)
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
 
@@ -129,10 +135,13 @@ def load_leaves(
         return leaf
 
     with ThreadPoolExecutor(num_threads) as pool, bar:
-        leaves = tuple(pool.map(load_leaf, structure.parameters))
-    source += f", {load.num_bytes} bytes read" if isinstance(load, Reader) else ""
+        leaves: dict[Parameter, jax.Array] = {}
+        for are_scales in (False, True):  # of weights that are loaded
+            group = [parameter for parameter in structure.parameters if parameter.is_scale == are_scales]
+            leaves |= zip(group, pool.map(load_leaf, group), strict=True)
+    source += f", {read.num_bytes} bytes read" if isinstance(read, Reader) else ""
     logger.info("loaded %.2f GB of weights in %.1f s (%s)", structure.num_bytes / 1e9, time.monotonic() - start, source)
-    return leaves
+    return tuple(leaves[parameter] for parameter in structure.parameters)
 
 
 def _filled(parameter: Parameter, value: float, sharding: Sharding) -> jax.Array:
@@ -151,8 +160,8 @@ def reader_of(folder: Path, structure: ModelStructure, load_format: str = "auto"
 def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
-    own = (parameter for parameter in structure.parameters if not parameter.is_of_adapters)
-    expected = {tensor.name: tensor for parameter in own for part in parameter.parts for tensor in part.tensors}
+    parts = (part for parameter in structure.stored for part in parameter.parts)
+    expected = {tensor.name: tensor for part in parts for tensor in part.tensors}
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(

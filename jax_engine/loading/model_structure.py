@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.layers import add_adapters
+from jax_engine.models.layers import add_adapters, quantize_projections
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
+from jax_engine.models.quantization import Quantization
 from jax_engine.models.weights import Layout, layout_of, stored_name
 from jax_engine.sharding.widening import AS_STORED, Spread, Widening
 
@@ -37,6 +38,22 @@ class Parameter:
     mean: float
     std: float
     part_names: tuple[str, ...] = ()  # of stacked layers: the name of each
+    unquantized_dtype: np.dtype[Any] | None = None  # of a weight of 8 bits: what its scales bring it back to
+
+    @property
+    def is_scale(self) -> bool:
+        """Whether it holds the scales of a weight of 8 bits."""
+        return self.name.endswith(".weight_scale")
+
+    @property
+    def scale_name(self) -> str:
+        """Of a weight of 8 bits, the name of its scales."""
+        return f"{self.name}_scale"
+
+    @property
+    def unquantized(self) -> "Parameter":
+        """A weight of 8 bits as it was before."""
+        return self if self.unquantized_dtype is None else replace(self, dtype=self.unquantized_dtype)
 
     @property
     def is_of_adapters(self) -> bool:
@@ -78,6 +95,7 @@ class ModelStructure:
     graphdef: nnx.GraphDef[LlamaForCausalLM]
     treedef: jax.tree_util.PyTreeDef
     parameters: tuple[Parameter, ...]
+    quantization: Quantization | None = None
 
     @classmethod
     def of(
@@ -90,18 +108,21 @@ class ModelStructure:
         scan_layers: bool = False,
         widening: Widening = AS_STORED,
         adapters: AdapterShape | None = None,
+        quantization: Quantization | None = None,
     ) -> "ModelStructure":
         """The structure of `model_class` for `config`, every parameter in `dtype`.
 
         `scan_layers` stacks the parameters of like layers and runs them as a loop. By `widening`, heads are there
         several times, and zeros beside them, so that devices divide them. With `adapters`, there is room for so many
-        beside the weights.
+        beside the weights. With `quantization`, projections have weights of 8 bits.
         """
 
         def build(config: ModelConfig) -> LlamaForCausalLM:
             model = model_class(config, ops=ops, dtype=dtype, rngs=None, scan_layers=scan_layers)
             if adapters is not None:
                 add_adapters(model, adapters)
+            if quantization is not None:
+                quantize_projections(model, quantization)
             return model
 
         graphdef, state = nnx.split(nnx.eval_shape(partial(build, widening.config(config))))
@@ -127,9 +148,15 @@ class ModelStructure:
                     mean=metadata["init_mean"],
                     std=std,
                     part_names=tuple(names) if is_stack else (),
+                    unquantized_dtype=metadata.get("unquantized_dtype"),
                 )
             )
-        return cls(graphdef, jax.tree.structure(state), tuple(parameters))
+        return cls(graphdef, jax.tree.structure(state), tuple(parameters), quantization)
+
+    @property
+    def stored(self) -> tuple[Parameter, ...]:
+        """The parameters that a checkpoint has."""
+        return tuple(one for one in self.parameters if not one.is_of_adapters and not one.is_scale)
 
     def merge(self, leaves: Sequence[jax.Array]) -> LlamaForCausalLM:
         """The model with `leaves`, in the order of `parameters`; call it while tracing."""

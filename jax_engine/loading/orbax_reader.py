@@ -55,8 +55,7 @@ class OrbaxTensors:
             ModelLoadError: it does not, or is damaged or unfinished.
         """
         manifest = read_checkpoint_manifest(folder)
-        own = (parameter for parameter in structure.parameters if not parameter.is_of_adapters)
-        expected = {part.name: part.base_shape for parameter in own for part in parameter.parts}
+        expected = {part.name: part.base_shape for parameter in structure.stored for part in parameter.parts}
         if missing := sorted(expected.keys() - manifest.tensors.keys()):
             raise ModelLoadError(f"{folder} lacks {len(missing)} tensors of the model: {listed(missing)}; {_AGAIN}")
         if extra := sorted(manifest.tensors.keys() - expected.keys()):

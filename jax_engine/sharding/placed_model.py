@@ -28,6 +28,7 @@ from jax_engine.models.kv_pages import PAGE_AXES
 from jax_engine.models.layers import run_layers
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops, select_ops
+from jax_engine.models.quantization import Quantization, select_product
 from jax_engine.sampling.full_sampling import DrawInputs, ForwardInputs, FullState
 from jax_engine.sampling.logits_processors import LogitsProcessor, argument_names
 from jax_engine.sampling.sampler import SamplingMode
@@ -82,12 +83,14 @@ class PlacedModel:
         max_logprobs: int = 20,
         processors: tuple[LogitsProcessor, ...] = (),
         adapters: AdapterShape | None = None,
+        quantization: str | None = None,
         num_drafts: int = 0,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh` by a strategy, or on one device without a mesh.
 
         If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`). With `adapters`,
-        there is room for so many, and step layouts need their number of slots.
+        there is room for so many, and step layouts need their number of slots. With `quantization`, one of
+        `QUANTIZATIONS`, projections have weights of 8 bits.
 
         Raises:
             ValueError: the attention backend does not run on `platform`, or is not deterministic; or the mesh does not
@@ -109,6 +112,7 @@ class PlacedModel:
             scan_layers=scan_layers,
             widening=placement.widening,
             adapters=adapters,
+            quantization=_quantization(quantization, config, placement),
         )
         geometry = CacheGeometry.of(
             config,
@@ -119,10 +123,7 @@ class PlacedModel:
             placement=placement,
         )
         sizes = config.vocab_size, config.hidden_size, _num_logprobs(max_logprobs, config.vocab_size)
-        options: CompilerOptions = ()
-        if platform == "gpu":
-            devices = jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()
-            options = compiler_options(devices, deterministic=deterministic)
+        options = compiler_options(_devices_of(placement), deterministic=deterministic) if platform == "gpu" else ()
         block = row_block(platform) if deterministic else None
         return cls(structure, geometry, placement, *sizes, block, processors, options, num_drafts=num_drafts)
 
@@ -260,6 +261,25 @@ def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement
         logger.info("experts: %s (%s)", ops.experts.name, ops.experts.reason)
     if placement.mesh is not None:
         logger.info("%s", placement.describe(config))
+
+
+def _devices_of(placement: Placement) -> list[jax.Device]:
+    """The devices of a model, which need not be here."""
+    return jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()
+
+
+def _quantization(name: str | None, config: ModelConfig, placement: Placement) -> Quantization | None:
+    """How weights are held; ValueError for a model that has others than of projections alone."""
+    if name is None:
+        return None
+    if config.experts is not None:
+        raise ValueError(
+            f"quantization={name!r} is for models without experts, whose products read the weights of all layers in "
+            f"place, and {config.architecture} has some; leave it out"
+        )
+    product, reason = select_product(name, _devices_of(placement)[0])
+    logger.info("quantization: %s", reason)
+    return Quantization(name, product)
 
 
 def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:

@@ -12,6 +12,7 @@ from jax_engine.config import (
     HASH_ALGORITHMS,
     LOAD_FORMATS,
     OFFLOADING_LOADS,
+    QUANTIZATIONS,
     SCHEDULING_POLICIES,
     EngineConfig,
 )
@@ -143,6 +144,12 @@ MODEL_FLAGS = (
     Flag("revision", "branch, tag or commit of a Hugging Face model", metavar="REV"),
     Flag("trust_remote_code", "refused: models are this engine's own, and no code comes with a checkpoint", type=bool),
     Flag("dtype", "type of weights and activations; auto: float32 on CPU, else the checkpoint's", choices=DTYPES),
+    Flag(
+        "quantization",
+        "weights of projections as 8-bit numbers: fp8 or int8, made while they are loaded; activations too, where the "
+        "device multiplies these faster",
+        choices=QUANTIZATIONS,
+    ),
     Flag(
         "load_format",
         "where weights come from; auto: orbax in a folder of jax-engine convert, else safetensors; dummy: random ones, "

@@ -49,7 +49,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 3 + ["sliding_attention"],
     },
     "mixture": MIXTURE,
+    "int8": HF,
+    "fp8": HF,
 }
+# What an engine has on one device too.
+ALWAYS: dict[str, dict[str, Any]] = {name: {"quantization": name} for name in ("int8", "fp8")}
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,10 @@ CASES = (
     ),
     Case("tensor 2, windows", tensor(2), "windows", is_slow=True),
     Case("4 stages of tensor 2, windows in turn", tensor(2, pipeline_parallel_size=4), "windows in turn"),
+    Case("2 stages of tensor 4, int8", tensor(4, pipeline_parallel_size=2), "int8", is_slow=True),
+    Case("fully_sharded 8, int8", by("fully_sharded", 8), "int8", is_slow=True),
+    Case("tensor_2d 8, fp8", by("tensor_2d", 8), "fp8", is_slow=True),
+    Case("tensor 2, unrolled, fp8", tensor(2, scan_layers=False), "fp8", is_slow=True),
     # Pages of two layers and one head, or of one layer and one head.
     Case("tensor 4, pages in host memory", tensor(4, **few_pages(1024)), counters=("loaded_pages_total",)),
     # Of two layers and two heads: three pages for each of four stripes, nine for each of two owners.
@@ -212,11 +220,16 @@ def report(folder: Path, names: Collection[str]) -> dict[str, Any]:
     planner.MAX_PROGRAMS = few
     chosen = [case for case in CASES if case.name in names]
     folders = {name: write_model(folder / name, MODELS[name]) for name in {case.model for case in chosen}}
-    found = {name: answers(path, {}, scan_layers=True) for name, path in folders.items()}
+    found = {name: answers(path, {}, scan_layers=True, **ALWAYS.get(name, {})) for name, path in folders.items()}
     for case in chosen:
         of_draft_model = len(planner.draft_model_programs(*SIZES, NUM_DRAFTS)) if case.drafts_itself else 0
         planner.MAX_PROGRAMS = few + of_draft_model
         found[case.name] = answers(
-            folders[case.model], found[case.model], case.counters, drafts_itself=case.drafts_itself, **case.settings
+            folders[case.model],
+            found[case.model],
+            case.counters,
+            drafts_itself=case.drafts_itself,
+            **case.settings,
+            **ALWAYS.get(case.model, {}),
         )
     return found
