@@ -38,7 +38,7 @@ CASE_SECONDS = 60.0  # of a kernel, its compilation included; it hangs if it tak
 WORDS = {"measured": "", "passed": "pass", "failed": "FAIL", "skipped": "skipped"}
 NOTE_WIDTH = 80
 RATE = "tokens/s"  # the unit that engines and peers are compared in
-FIXED = "transformers generate"  # the slower peer: its batches are fixed
+RIVAL = "vllm"  # the peer that tells most
 
 
 def main() -> int:
@@ -51,14 +51,13 @@ def main() -> int:
         command = (sys.executable, str(Path(__file__).resolve()), CHILD)
         runner = Runner(Path(scratch), command, budget_seconds=options.budget_seconds)
         results = Results(runner, options)
+        runner.on_progress = results.save  # so that there is something also after an end without a warning
         try:
             measure(results, options, Path(scratch))
         finally:
             results.save()
-    table = results.table()
-    print(f"\n{table}")
+    print(f"\n{results.table()}")
     if options.output:
-        (Path(options.output) / "gpu.txt").write_text(table + "\n")
         print(f"every figure is in {Path(options.output) / 'gpu.json'}")
     return 1 if any(record.status == "failed" for record in runner.records) else 0
 
@@ -105,6 +104,7 @@ class Results:
         report = {"about": about, "job_seconds": self.runner.seconds, "records": records}
         write_json(self._folder / "gpu.json", report)
         (self._folder / "gpu.log").write_bytes(self.runner.logs())
+        (self._folder / "gpu.txt").write_text(self.table() + "\n")
 
     def table(self) -> str:
         """All in one: a row a case, but one for all checks of a kind that passed."""
@@ -187,10 +187,12 @@ def measure(results: Results, options: argparse.Namespace, scratch: Path) -> Non
                 results.save()
         return found
 
-    checked = run(kernel_jobs(options, backends, ceilings, tiny=tiny))
+    jobs, timings = kernel_jobs(options, backends, ceilings, tiny=tiny)
+    checked = run(jobs)
     wrong = {name for name in backends if any(r.status == "failed" and r.case.startswith(f"{name},") for r in checked)}
     # One that is wrong is measured last, if at all.
-    run(engine_jobs(options, sorted(backends, key=lambda name: name in wrong), ceilings, scratch, tiny=tiny))
+    backends = sorted(backends, key=lambda name: name in wrong)
+    run(engine_jobs(options, backends, ceilings, scratch, timings, tiny=tiny))
 
 
 def best_of(records: Sequence[Record]) -> dict[str, float | None]:
@@ -201,17 +203,26 @@ def best_of(records: Sequence[Record]) -> dict[str, float | None]:
 
 def kernel_jobs(
     options: argparse.Namespace, backends: Sequence[str], ceilings: Mapping[str, float | None], *, tiny: bool
-) -> list[Job]:
-    """Checks and timings of each attention backend, and of what else there is."""
+) -> tuple[list[Job], list[Job]]:
+    """Checks of each attention backend and of what else there is, with timings; and timings of the other backends,
+    which can wait.
+    """
     sections = [section for section in options.sections if section in ("checks", "kernels")]
-    if not sections:
-        return []
-    given = {"seed": options.seed, "tiny": tiny, "sections": sections, "ceilings": ceilings}
-    attention = [
-        Job(f"attention by {name}", sections[0], "gpu_attention:measure", {**given, "backend": name}, 110, CASE_SECONDS)
-        for name in backends
-    ]
-    return [*attention, Job("other operations", sections[0], "gpu_ops:measure", given, 70, CASE_SECONDS)]
+    given = {"seed": options.seed, "tiny": tiny, "ceilings": ceilings}
+
+    def attention(name: str, *own: str) -> list[Job]:
+        asked = [section for section in sections if section in own]
+        arguments = {**given, "sections": asked, "backend": name}
+        title = f"attention by {name}" + (", timings" if asked == ["kernels"] else "")
+        return [Job(title, asked[0], "gpu_attention:measure", arguments, 110, CASE_SECONDS)] if asked else []
+
+    first = attention(backends[0], "checks", "kernels")
+    for name in backends[1:]:
+        first += attention(name, "checks")
+    if sections:
+        arguments = {**given, "sections": sections}
+        first.append(Job("other operations", sections[0], "gpu_ops:measure", arguments, 70, CASE_SECONDS))
+    return first, [job for name in backends[1:] for job in attention(name, "kernels")]
 
 
 def engine_jobs(
@@ -219,10 +230,11 @@ def engine_jobs(
     backends: Sequence[str],
     ceilings: Mapping[str, float | None],
     scratch: Path,
+    timings: Sequence[Job],
     *,
     tiny: bool,
 ) -> list[Job]:
-    """Engines, their starts and their peers, what tells most first."""
+    """Engines, their starts and their peers, and what else is timed, what tells most first."""
     common = {"seed": options.seed, "tiny": tiny}
     models = sorted(options.models, key=MODELS.index, reverse=True)  # the largest tells most
     (largest, *others), (best, *rest) = models, backends
@@ -243,14 +255,15 @@ def engine_jobs(
 
     has_engine = "engine" in options.sections
     peers = [name for name in options.peers if "peers" in options.sections]
-    batching, fixed = [name for name in peers if name != FIXED], [name for name in peers if name == FIXED]
+    rivals, slower = [name for name in peers if name == RIVAL], [name for name in peers if name != RIVAL]
     found = [engine(largest, best)] if has_engine else []
-    found += [peer(largest, name) for name in batching]
-    found += [start(models[-1], kind) for kind in ("cold", "warm")] if has_engine else []
+    found += [peer(largest, name) for name in rivals]
     found += [engine(model, best) for model in others] if has_engine else []
-    found += [peer(model, name) for model in others for name in batching]
+    found += [start(models[-1], kind) for kind in ("cold", "warm")] if has_engine else []
+    found += [peer(model, name) for model in others for name in rivals]
+    found += [*timings, *(peer(largest, name) for name in slower)]
     found += [engine(model, backend) for backend in rest for model in models] if has_engine else []
-    return [*found, *(peer(model, name) for model in models for name in fixed)]
+    return [*found, *(peer(model, name) for name in slower for model in others)]
 
 
 if __name__ == "__main__":

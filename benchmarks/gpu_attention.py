@@ -1,6 +1,7 @@
 """Attention kernels: each against the float32 specification on fresh random data, and each against the ceilings."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from gpu_ahead import Ahead
 from gpu_cases import FP8, Ranges, Shape, attention_case, options_of
 from gpu_jobs import Report, Skipped
-from gpu_timing import Ceilings, Chain, compiled_as_steps, time_calls
+from gpu_timing import Ceilings, Chain, compiled, compiled_as_steps, time_calls
 from jax_engine.cuda_fallback import paged_attention as xla
 from jax_engine.cuda_fallback.whole_prompts import check_cudnn, check_cudnn_allowed
 from jax_engine.models.kv_pages import KVPages, SequenceTable
@@ -147,31 +149,52 @@ def checked_ranges(*, tiny: bool) -> dict[str, Ranges]:
     }
 
 
+@dataclass(frozen=True)
+class Check:
+    """A case with what runs it, compiled."""
+
+    case: dict[str, Array]
+    run: Callable[..., tuple[Array, Array]]
+    specified: Callable[..., tuple[Array, Array]]
+
+
 def check_all(report: Report, backend: str, *, seed: int, tiny: bool) -> None:
     """Every shape on a mixed step; the first two of them on decodes and on prompts alone as well."""
-    kernel = KERNELS[backend]
+    kernel, makers, shapes = KERNELS[backend], {}, {}
     for number, shape in enumerate(checked_shapes(tiny=tiny)):
         for kind, ranges in checked_ranges(tiny=tiny).items():
-            if kind != "mixed" and number > 1:
-                continue
             name = f"{backend}, {kind}, {shape}"
-            if report.wants(name):
-                with report.case(name, section="checks"):
-                    check(report, name, kernel, ranges, shape, seed=seed + number)
+            if (kind == "mixed" or number < 2) and report.wants(name):
+                makers[name] = partial(prepare_check, kernel, ranges, shape, seed=seed + number)
+                shapes[name] = shape
+    with Ahead(makers, one_by_one=report.is_resumed) as ahead:
+        for name, shape in shapes.items():
+            with report.case(name, section="checks"):
+                check(report, name, ahead.take(name), shape)
 
 
-def check(report: Report, name: str, kernel: Kernel, ranges: Ranges, shape: Shape, *, seed: int) -> None:
-    """One case: results, padding rows and the pages with what was written to them."""
+def prepare_check(kernel: Kernel, ranges: Ranges, shape: Shape, *, seed: int) -> Check:
+    """Data and programs of a case; nothing of the kernel runs.
+
+    Raises:
+        Skipped: the kernel does not do the shape.
+    """
     if reason := kernel.why_not(shape):
         raise Skipped(reason)
     case = attention_case(ranges, shape, seed=seed, num_layers=2, padding=5)
     options = options_of(shape, seed=seed, num_layers=2)
-    real = int(case["query_starts"][-1])
     run = compiled_as_steps(partial(kernel.load(), layer=1, **options))
-    out, pages = jax.block_until_ready(run(**case))
-    wide = case | {"queries": case["queries"].astype(jnp.float32)}
     specified = jax.jit(partial(reference.ragged_paged_attention, layer=1, **options))
-    expected, expected_pages = specified(**wide)
+    wide = case | {"queries": case["queries"].astype(jnp.float32)}
+    return Check(case, compiled(run, **case), compiled(specified, **wide))
+
+
+def check(report: Report, name: str, given: Check, shape: Shape) -> None:
+    """One case: results, padding rows and the pages with what was written to them."""
+    case = given.case
+    real = int(case["query_starts"][-1])
+    out, pages = jax.block_until_ready(given.run(**case))
+    expected, expected_pages = given.specified(**case | {"queries": case["queries"].astype(jnp.float32)})
     found, wanted = (np.asarray(array, np.float32)[:real] for array in (out, expected))
     error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
     worst = float(np.abs(found - wanted).max() / np.abs(wanted).max())
@@ -258,31 +281,51 @@ def time_all(report: Report, backend: str, *, seed: int, tiny: bool, ceilings: C
     if backend.endswith("interpret"):
         report.add(backend, section="kernels", status="skipped", note="what is interpreted is not timed")
         return
-    for load in loads(tiny=tiny):
-        name = f"{backend}, {load.name}"
-        if not report.wants(name):
-            continue
-        with report.case(name, section="kernels"):
-            if reason := KERNELS[backend].why_not(load.shape):
-                raise Skipped(reason)
-            case = attention_case(load.ranges, load.shape, seed=seed, num_layers=load.num_layers, poisoned=False)
-            run = compiled_as_steps(partial(step, load=load, backend=backend), donate_argnames="pages")
-            others = {key: value for key, value in case.items() if key != "pages"}
-            timing = time_calls(Chain(partial(again, run, others), case["pages"]))
-            seconds = timing.seconds
-            report.add(
-                name,
-                section="kernels",
-                value=1e6 * seconds / load.num_layers,
-                unit="us a layer",
-                **ceilings.shares(seconds, num_bytes=load.num_bytes, flops=load.flops),
-                figures={
-                    **timing.figures,
-                    "layers": load.num_layers,
-                    "bytes_per_second": load.num_bytes / seconds,
-                    "flops_per_second": load.flops / seconds,
-                },
-            )
+    wanted = {name: load for load in loads(tiny=tiny) if report.wants(name := f"{backend}, {load.name}")}
+    makers = {name: partial(prepare_timing, load, backend) for name, load in wanted.items()}
+    with Ahead(makers, one_by_one=report.is_resumed) as ahead:
+        with report.case(name := f"{backend}, programs", section="kernels"):
+            begin = time.perf_counter()
+            count = ahead.wait()  # compiling must not take the host's time from what is timed
+            report.add(name, section="kernels", value=time.perf_counter() - begin, unit=f"s to compile {count}")
+        for name, load in wanted.items():
+            with report.case(name, section="kernels"):
+                time_load(report, name, load, ahead.take(name), seed=seed, ceilings=ceilings)
+
+
+def prepare_timing(load: Load, backend: str) -> Callable[..., Array]:
+    """The program of a load, compiled; it takes over the pages.
+
+    Raises:
+        Skipped: the kernel does not do the shape.
+    """
+    if reason := KERNELS[backend].why_not(load.shape):
+        raise Skipped(reason)
+    make = partial(attention_case, load.ranges, load.shape, seed=0, num_layers=load.num_layers, poisoned=False)
+    run = compiled_as_steps(partial(step, load=load, backend=backend), donate_argnames="pages")
+    return compiled(run, **jax.eval_shape(make))
+
+
+def time_load(
+    report: Report, name: str, load: Load, run: Callable[..., Array], *, seed: int, ceilings: Ceilings
+) -> None:
+    case = attention_case(load.ranges, load.shape, seed=seed, num_layers=load.num_layers, poisoned=False)
+    others = {key: value for key, value in case.items() if key != "pages"}
+    timing = time_calls(Chain(partial(again, run, others), case.pop("pages")))
+    seconds = timing.seconds
+    report.add(
+        name,
+        section="kernels",
+        value=1e6 * seconds / load.num_layers,
+        unit="us a layer",
+        **ceilings.shares(seconds, num_bytes=load.num_bytes, flops=load.flops),
+        figures={
+            **timing.figures,
+            "layers": load.num_layers,
+            "bytes_per_second": load.num_bytes / seconds,
+            "flops_per_second": load.flops / seconds,
+        },
+    )
 
 
 def again(run: Callable[..., Array], others: Mapping[str, Array], pages: Array) -> Array:

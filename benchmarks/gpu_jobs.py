@@ -8,6 +8,7 @@ process, if it can.
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class Report:
         self._section = section
         self._may_fail = may_fail
         self._known = {line["begin"] for line in read_lines(path) if "begin" in line}
+        self.is_resumed = bool(self._known)  # a process of the same job has ended before its time
 
     def add(self, case: str, *, section: str | None = None, **fields: Any) -> None:
         """Keep a record, and show it."""
@@ -141,6 +144,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
+def records_of(lines: Sequence[Mapping[str, Any]]) -> list[Record]:
+    return [Record(**line["record"]) for line in lines if "record" in line]
+
+
+def places_of_jax() -> list[Path]:
+    """Where JAX looks for CUDA's programs."""
+    beside_jax = util.find_spec("nvidia")
+    locations = beside_jax.submodule_search_locations if beside_jax else None
+    return [Path("/usr/local/cuda"), *(folder for place in locations or () for folder in Path(place).glob("*"))]
+
+
+def tools(places: Sequence[Path]) -> Mapping[str, str]:
+    """Environment that says where CUDA's assembler is, if it is on the path and in none of these places: kernels are
+    compiled with it.
+    """
+    found = shutil.which("ptxas")
+    if found is None or os.environ.get("CUDA_ROOT") or any((place / "bin" / "ptxas").exists() for place in places):
+        return {}
+    return {"CUDA_ROOT": str(Path(found).resolve().parents[1])}
+
+
 def run_child(arguments: Sequence[str]) -> None:
     """In the child: run a job's function."""
     order = json.loads(arguments[0])
@@ -159,12 +183,19 @@ class Runner:
         self._folder = folder
         self._command = tuple(command)
         self.deadline = time.monotonic() + budget_seconds
-        self.records: list[Record] = []
+        self.on_progress: Callable[[], None] = lambda: None  # called with every line of the running job's
+        self._kept: list[Record] = []
+        self._running: list[Record] = []  # of the job that runs
         self.seconds: dict[str, float] = {}  # that each job took
 
     @property
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
+
+    @property
+    def records(self) -> list[Record]:
+        """All so far."""
+        return [*self._kept, *self._running]
 
     def run(self, job: Job, *, least_seconds: float) -> list[Record]:
         """What a job finds; where the budget has less than `least_seconds` left, that it was skipped."""
@@ -184,8 +215,7 @@ class Runner:
         finally:  # what there is counts when the whole run is ended, too
             self.seconds[job.name] = time.monotonic() - start
             lines = read_lines(path)
-            found = [Record(**line["record"]) for line in lines if "record" in line]
-            found = self._keep([*found, *self._unfinished(job, lines, ends)])
+            found = self._keep([*records_of(lines), *self._unfinished(job, lines, ends)])
         return found
 
     def logs(self) -> bytes:
@@ -195,7 +225,8 @@ class Runner:
         )
 
     def _keep(self, records: list[Record]) -> list[Record]:
-        self.records += records
+        self._running = []
+        self._kept += records
         return records
 
     def _unfinished(self, job: Job, lines: Sequence[Mapping[str, Any]], ends: Sequence[str]) -> Iterator[Record]:
@@ -227,6 +258,7 @@ class Runner:
             process = subprocess.Popen(
                 [*self._command, json.dumps(order)],
                 stderr=errors,
+                env={**os.environ, **tools(places_of_jax())},
                 start_new_session=True,  # so that what it starts ends with it
             )
             try:
@@ -249,6 +281,8 @@ class Runner:
             now = time.monotonic()
             if (grown := path.stat().st_size if path.exists() else 0) != size:
                 size, since = grown, now
+                self._running = records_of(read_lines(path))
+                self.on_progress()
             if now > deadline:
                 return NO_TIME
             if job.case_seconds is not None and since is not None and now - since > job.case_seconds:
@@ -274,3 +308,15 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+    # What it had started may still hold the GPU's memory, which the next process is to have.
+    given_up = time.monotonic() + END_SECONDS
+    while _has_members(process.pid) and time.monotonic() < given_up:
+        time.sleep(POLL_SECONDS / 4)
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """Device time of programs: many calls in a row, so that the device need not wait for the host; medians of rounds."""
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jax_engine.compilation.gpu_settings import compiler_options
 ROUNDS = 7
 ROUND_SECONDS = 0.03  # that a round takes at least, where calls allow it
 MAX_CALLS = 400
+_TRACING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,21 @@ def _round(run: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def compiled_as_steps(function: Callable[..., Any], **given: Any) -> Callable[..., Any]:
+def compiled_as_steps(function: Callable[..., Any], **given: Any) -> jax.stages.Wrapped:
     """`jax.jit`, with the compiler's options that an engine's steps are compiled with on this device."""
     if jax.default_backend() != "gpu":
         return jax.jit(function, **given)
     options = dict(compiler_options(jax.devices()[:1], deterministic=False))
     return jax.jit(function, compiler_options=options, **given)
+
+
+def compiled(run: jax.stages.Wrapped, **arguments: Any) -> Callable[..., Any]:
+    """A jitted function's executable for arguments, or their shapes. One thread at a time traces, since that holds the
+    interpreter's lock, while others compile: so the first that began is the first that is done.
+    """
+    with _TRACING:
+        lowered = run.lower(**arguments)
+    return lowered.compile()
 
 
 class Chain:

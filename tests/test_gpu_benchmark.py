@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gpu import beside_ours, passed_together, row
-from gpu_jobs import Job, Record, Runner
+from gpu_ahead import Ahead
+from gpu_jobs import Job, Record, Runner, tools
 from gpu_models import Costs, model_config, workloads
 from gpu_timing import Ceilings
 
@@ -51,9 +52,38 @@ def test_a_case_that_ends_its_process_fails_alone(tmp_path: Path) -> None:
 
 def test_what_a_job_had_when_its_time_was_over_is_kept(tmp_path: Path) -> None:
     runner = Runner(tmp_path, CHILD, budget_seconds=60)
+    seen: list[list[str]] = []
+    runner.on_progress = lambda: seen.append([record.case for record in runner.records])
     good, hangs = runner.run(sample_job("good_then_hangs", seconds=6.0), least_seconds=0)
     assert (good.case, good.value) == ("good", 1)
     assert (hangs.case, hangs.status, hangs.note) == ("hangs", "skipped", "no time was left for it")
+    assert seen[-1] == ["good"], "while the other one hung"
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_program_that_does_not_compile_costs_itself_alone(one_by_one: bool) -> None:
+    def fail() -> int:
+        raise ValueError("it cannot be")
+
+    with Ahead({"good": lambda: 1, "bad": fail, "last": lambda: 3}, one_by_one=one_by_one) as ahead:
+        assert ahead.wait() == (0 if one_by_one else 3)
+        assert (ahead.take("good"), ahead.take("last")) == (1, 3)
+        with pytest.raises(ValueError, match="it cannot be"):
+            ahead.take("bad")
+
+
+def test_the_assembler_is_found_on_the_path_where_jax_does_not_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "cuda" / "bin" / "ptxas"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.delenv("CUDA_ROOT", raising=False)
+    assert tools([tmp_path / "nowhere"]) == {"CUDA_ROOT": str(tmp_path / "cuda")}
+    assert tools([tmp_path / "cuda"]) == {}
+    monkeypatch.setenv("CUDA_ROOT", "/given")
+    assert tools([tmp_path / "nowhere"]) == {}
 
 
 def test_a_job_that_ends_before_it_begins_has_failed_unless_it_is_a_peers(tmp_path: Path) -> None:
