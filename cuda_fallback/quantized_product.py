@@ -5,9 +5,11 @@ Nothing is written out wider than it is stored: with a scale for each output, XL
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
@@ -18,10 +20,8 @@ _MIN_INTEGER_ROWS = 2
 def wide_product(
     x: Float[Array, "T ..."], weight: Num[Array, "..."], scale: Float[Array, "..."], *, dtype: DTypeLike
 ) -> Float[Array, "T ..."]:
-    """Rows as they are, and the weight widened to their type on its way into the product."""
+    """Rows as they are, and the weight, which has a scale for each output, widened to their type within the product."""
     num_in, sum_dtype = x.ndim - 1, _sum_dtype(x, dtype)
-    if scale.ndim == weight.ndim:
-        return jnp.tensordot(x, _dequantized(weight, scale, num_in, x.dtype), num_in, preferred_element_type=dtype)
     out = jnp.tensordot(x, weight.astype(x.dtype), num_in, preferred_element_type=sum_dtype)
     return (out.astype(jnp.float32) * scale).astype(dtype)
 
@@ -68,11 +68,30 @@ def _sum_dtype(x: Float[Array, "..."], dtype: DTypeLike) -> Any:
     return jnp.dtype(jnp.bfloat16 if is_narrow else jnp.float32)
 
 
-def _dequantized(
-    weight: Num[Array, "..."], scale: Float[Array, "..."], num_in: int, dtype: DTypeLike
-) -> Float[Array, "..."]:
-    """A weight with scales for groups of inputs, in `dtype`."""
-    axis, shape = num_in - 1, weight.shape
-    groups = (*shape[:axis], scale.shape[axis], -1, *shape[num_in:])
-    wide = weight.astype(jnp.float32).reshape(groups) * jnp.expand_dims(scale, num_in)
-    return wide.reshape(shape).astype(dtype)
+@dataclass(frozen=True)
+class GroupedProduct:
+    """Rows as they are, and a weight with a scale for each group of inputs.
+
+    Up to `most_rows` are multiplied with each group by itself, and scales come after that: a compiler that fuses the
+    sum over groups reads the 8-bit weight alone; one that does not writes all the products out, in float32. For more
+    rows, the weight is widened and written out instead.
+    """
+
+    most_rows: int | None  # None: all
+
+    def __call__(
+        self, x: Float[Array, "T ..."], weight: Num[Array, "..."], scale: Float[Array, "..."], *, dtype: DTypeLike
+    ) -> Float[Array, "T ..."]:
+        num_in, num_rows = x.ndim - 1, x.shape[0]
+        groups, outputs = scale.shape[:num_in], weight.shape[num_in:]
+        size = weight.shape[num_in - 1] // groups[-1]
+        by_group = weight.reshape(*groups, size, *outputs)
+        if self.most_rows is not None and num_rows > self.most_rows:
+            wide = by_group.astype(jnp.float32) * jnp.expand_dims(scale, num_in)
+            wide = wide.reshape(weight.shape).astype(x.dtype)
+            return jnp.tensordot(x, wide, num_in, preferred_element_type=dtype)
+        rows = x.reshape(num_rows, *groups, size)
+        group_axes = tuple(range(num_in))
+        dimensions = (((num_in + 1,), (num_in,)), (tuple(axis + 1 for axis in group_axes), group_axes))
+        products = lax.dot_general(rows, by_group.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
+        return jnp.sum(products * jnp.expand_dims(scale, num_in), axis=group_axes).astype(dtype)

@@ -17,7 +17,7 @@ from jax_engine.speculation.speculative_config import SpeculativeConfig, check_s
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_SCHEDULER_STEPS = 32  # each keeps a new request waiting
 MAX_LOGPROBS = 1024  # beyond it, sorting takes longer than all else that a step does
-QUANTIZATIONS = ("fp8", "int8")
+QUANTIZATIONS = ("fp8", "int8", "compressed-tensors")
 LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 HASH_ALGORITHMS = ("sha256", "xxhash")
@@ -96,7 +96,8 @@ class EngineConfig:
     tokenizer: str | None = None  # None: the model's
     revision: str | None = None
     dtype: str = "auto"  # auto: float32 on CPU, else the checkpoint's
-    quantization: str | None = None  # fp8, int8: weights of projections in 8 bits, made while they are loaded
+    # fp8, int8: weights of projections in 8 bits, made while they are loaded. None: as the checkpoint says.
+    quantization: str | None = None
     load_format: str = "auto"
     seed: int = 0
     # Where the default sampling parameters come from: auto, the model's generation_config.json; vllm, nowhere; or that

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from jax_engine.models.fields import Fields, boolean, group, integer, listing, number, text
+from jax_engine.models.fields import Fields, boolean, integer, listing, number, text
 from jax_engine.models.rope import RopeConfig
+from jax_engine.models.stored_quantization import StoredQuantization
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -95,6 +96,7 @@ class ModelConfig:
     max_window_layers: int = 0
     layer_types: tuple[str, ...] = ()
     dtype: str = "float32"
+    quantization: StoredQuantization | None = None  # of the weights as they are stored
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -131,7 +133,6 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: Fields) -> "ModelConfig":
         """Read a parsed `config.json`. Raises ValueError naming the field that is missing, wrong or not supported."""
-        _check_plain_weights(hf)
         hidden_size, num_heads = integer(hf, "hidden_size"), integer(hf, "num_attention_heads")
         head_dim = integer(hf, "head_dim", default=hidden_size // num_heads)
         length = integer(hf, "max_position_embeddings")
@@ -161,6 +162,7 @@ class ModelConfig:
             max_window_layers=integer(hf, "max_window_layers", default=_QWEN2_MAX_WINDOW_LAYERS, low=0),
             layer_types=listing(hf, "layer_types", str),
             dtype=text(hf, "dtype", default=text(hf, "torch_dtype", default="float32")),
+            quantization=StoredQuantization.from_hf(hf),
             bos_token_id=None if hf.get("bos_token_id") is None else integer(hf, "bos_token_id", low=0),
             eos_token_ids=_eos_token_ids(hf),
         )
@@ -213,12 +215,3 @@ def _eos_token_ids(hf: Fields) -> tuple[int, ...]:
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def _check_plain_weights(hf: Fields) -> None:
-    quantization = group(hf, "quantization_config")
-    if quantization:
-        raise ValueError(
-            f"quantization_config asks for {text(quantization, 'quant_method', default='quantized')!r} weights, which "
-            "are not supported; use the float16 or bfloat16 checkpoint of this model"
-        )

@@ -346,23 +346,32 @@ def _factor(weight: nnx.Param[Array], shape: AdapterShape, dims: slice) -> nnx.P
 
 
 def quantize_projections(model: nnx.Module, quantization: Quantization) -> None:
-    """Give the projections of `ADAPTED_MODULES` weights of 8 bits, and a `weight_scale` beside each.
+    """Give the projections of `ADAPTED_MODULES` weights of 8 bits, and a `weight_scale` beside each; not those that a
+    checkpoint has otherwise.
 
-    A weight says in its metadata what it was in (`unquantized_dtype`).
+    A weight says in its metadata what it was in (`unquantized_dtype`), and how many dimensions inputs have (`num_in`).
     """
     for path, module in nnx.iter_modules(model):
         if path and path[-1] in ADAPTED_MODULES and isinstance(module, Linear):
-            weight = module.weight
+            weight, names = module.weight, _names(path, module.weight.layers)
+            if quantization.keeps(names):
+                continue
             stacked = int(weight.logical_axes[0] == "layers")
-            first_out = stacked + module.num_in
             sizes, axes = weight[...].shape, weight.logical_axes
+            shape = quantization.scale_shape(sizes[stacked:], module.num_in)
             module.quantization = quantization
             module.weight_scale = nnx.Param(
-                jnp.ones((*sizes[:stacked], *sizes[first_out:]), jnp.float32),
-                logical_axes=(*axes[:stacked], *axes[first_out:]),
+                jnp.ones((*sizes[:stacked], *shape), jnp.float32),
+                logical_axes=(*axes[:stacked], *axes[len(axes) - len(shape) :]),
                 init_mean=1.0,
                 init_std=0.0,
                 layers=weight.layers,
             )
-            weight.set_metadata(unquantized_dtype=weight.dtype)
+            weight.set_metadata(unquantized_dtype=weight.dtype, num_in=module.num_in)
             weight.set_value(jnp.zeros(sizes, quantization.dtype))
+
+
+def _names(path: Sequence[object], layers: Sequence[int]) -> list[str]:
+    """A module's name in a checkpoint for each of the layers that it is of, whose place is the path's first number."""
+    place = next(index for index, key in enumerate(path) if isinstance(key, int))
+    return [".".join(map(str, (*path[:place], layer, *path[place + 1 :]))) for layer in layers]

@@ -36,6 +36,12 @@ class Layout:
         """Stored as used."""
         return cls(tuple((dimension,) for dimension in range(num_dimensions)))
 
+    def of_last(self, count: int) -> "Layout":
+        """The layout of what has the last `count` dimensions alone."""
+        first = sum(map(len, self.groups)) - count
+        groups = (tuple(dimension - first for dimension in group if dimension >= first) for group in self.groups)
+        return Layout(tuple(filter(None, groups)))
+
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape a checkpoint must hold for a parameter of `shape`."""
         return tuple(prod(shape[dimension] for dimension in group) for group in self.groups)

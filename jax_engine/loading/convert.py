@@ -76,6 +76,11 @@ def convert(model: str | Path, folder: Path, *, dtype: str = "auto") -> Converte
         raise ModelLoadError(f"{source} is converted already; give the folder that it was made from")
     start = time.monotonic()
     config, model_class = load_config(source)
+    if config.quantization is not None:
+        raise ModelLoadError(
+            f"{source} has {config.quantization.method} weights of 8 bits, and a converted checkpoint has one type; "
+            "serve the folder as it is, or convert the model in 16 bits, and serve that with quantization=..."
+        )
     stored = config.dtype if config.dtype in DTYPES[1:] else "float32"
     stored = stored if dtype == "auto" else dtype
     structure = ModelStructure.of(model_class, config, ops=dense_ops(), dtype=jnp.dtype(stored))

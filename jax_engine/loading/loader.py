@@ -33,11 +33,13 @@ from jax_engine.loading.model_structure import ModelStructure, Parameter
 from jax_engine.loading.orbax_reader import OrbaxTensors
 from jax_engine.loading.quantizing import Quantizer
 from jax_engine.loading.stacked_leaves import stack_layers
+from jax_engine.loading.stored_scales import WEIGHT_TYPES, check_scale, file_name, read_scale
 from jax_engine.models.config import ModelConfig, architecture_of
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
 from jax_engine.models.quantization import Quantization
 from jax_engine.models.registry import resolve_model
+from jax_engine.models.stored_quantization import StoredQuantization
 from jax_engine.models.weights import Ranges
 from jax_engine.sharding.widening import Spread
 
@@ -47,7 +49,9 @@ logger = logging.getLogger(__name__)
 _NUM_READERS = 4
 # Stored by some checkpoints though it is computed here, or, with tied embeddings, stored already.
 _IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")
-_FLOATS = ("F64", "F32", "F16", "BF16")
+# The scales of rows that some quantized checkpoints have; here each row has its own.
+_IGNORED_IF_QUANTIZED = re.compile(rf"{_IGNORED_TENSORS.pattern}|\.input_scale$")
+_FLOATS: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, type[LlamaForCausalLM]]:
@@ -114,7 +118,8 @@ def load_leaves(
         folder = resolve_model_path(path_or_name)
         read, source = reader_of(folder, structure, load_format), str(folder)
         num_threads = _NUM_READERS if jax.process_count() == 1 else 1  # several stack layers in the same order
-    load = read if structure.quantization is None else Quantizer(read, structure)
+    as_read = structure.quantization is None or (structure.is_stored_quantized and isinstance(read, Reader))
+    load = read if as_read else Quantizer(read, structure)
     hidden = None if progress is None else not progress  # None: shown on a terminal only
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
 
@@ -154,21 +159,23 @@ def reader_of(folder: Path, structure: ModelStructure, load_format: str = "auto"
     """What reads parameters from a folder, which is checked to hold exactly the model's; ModelLoadError as above."""
     if load_format == "orbax" or (load_format == "auto" and is_converted(folder)):
         return Reader(OrbaxTensors.open(folder, structure).part, is_merged=True)
-    return Reader(partial(_read_part, _checked_files(folder, structure)))
+    stored = structure.quantization.stored if structure.quantization is not None else None
+    return Reader(partial(_read_part, _checked_files(folder, structure, stored), stored))
 
 
-def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
+def _checked_files(folder: Path, structure: ModelStructure, stored: StoredQuantization | None) -> WeightFiles:
     """The folder's weight files, after checking that they hold exactly the model's tensors, in the right shapes."""
     files = WeightFiles.open(folder)
     parts = (part for parameter in structure.stored for part in parameter.parts)
-    expected = {tensor.name: tensor for part in parts for tensor in part.tensors}
+    expected = {file_name(tensor, stored): tensor for part in parts for tensor in part.tensors}
     missing = sorted(expected.keys() - files.names)
     if missing:
         raise ModelLoadError(
             f"the weights in {folder} lack {len(missing)} tensors that config.json calls for: {listed(missing)}; "
             "config.json and weights are of different models, or a weight file is missing: download the folder again"
         )
-    extra = sorted(name for name in files.names - expected.keys() if not _IGNORED_TENSORS.search(name))
+    ignored = _IGNORED_TENSORS if stored is None else _IGNORED_IF_QUANTIZED
+    extra = sorted(name for name in files.names - expected.keys() if not ignored.search(name))
     if extra:
         raise ModelLoadError(
             f"the weights in {folder} hold {len(extra)} tensors that config.json does not call for: {listed(extra)}; "
@@ -176,23 +183,35 @@ def _checked_files(folder: Path, structure: ModelStructure) -> WeightFiles:
         )
     for name, parameter in expected.items():
         tensor = files.tensor(name)
-        shape, stored = list(parameter.layout.stored_shape(parameter.base_shape)), tensor.get_shape()
-        if stored != shape:
+        if stored is not None and parameter.is_scale:
+            check_scale(files, parameter, stored, folder)
+            continue
+        shape, found = list(parameter.layout.stored_shape(parameter.base_shape)), tensor.get_shape()
+        if found != shape:
             raise ModelLoadError(
-                f"tensor {name} in {folder / files.file_of(name)} has shape {stored}, config.json makes it {shape}; "
+                f"tensor {name} in {folder / files.file_of(name)} has shape {found}, config.json makes it {shape}; "
                 "config.json and weights are of different models: download the folder again"
             )
-        if tensor.get_dtype() not in _FLOATS:
+        allowed, remedy = _FLOATS, "use an unquantized checkpoint"
+        if stored is not None and parameter.unquantized_dtype is not None:
+            allowed, remedy = (WEIGHT_TYPES[stored.name],), "config.json and weights do not agree"
+        if tensor.get_dtype() not in allowed:
             raise ModelLoadError(
                 f"tensor {name} in {folder / files.file_of(name)} is stored as {tensor.get_dtype()}; supported are "
-                f"{', '.join(_FLOATS)}: use an unquantized checkpoint"
+                f"{', '.join(allowed)}: {remedy}"
             )
     return files
 
 
-def _read_part(files: WeightFiles, parameter: Parameter, ranges: Ranges) -> np.ndarray[Any, Any]:
+def _read_part(
+    files: WeightFiles, stored: StoredQuantization | None, parameter: Parameter, ranges: Ranges
+) -> np.ndarray[Any, Any]:
+    if stored is not None and parameter.is_scale:
+        return read_scale(files, parameter, stored, ranges)
     layout, shape = parameter.layout, parameter.base_shape
     block = files.tensor(parameter.name)[tuple(slice(*bounds) for bounds in layout.stored_ranges(shape, ranges))]
+    if stored is not None and parameter.unquantized_dtype is not None:
+        block = block.view(parameter.dtype)
     return layout.arrange(block, shape, ranges)
 
 

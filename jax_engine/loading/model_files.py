@@ -5,9 +5,13 @@ Whatever is wrong with a folder is a `ModelLoadError` that names the file and th
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from jax_engine.models.demo import DEMO_DIR, DEMO_DRAFT_DIR
@@ -18,6 +22,7 @@ SINGLE_NAME = "model.safetensors"
 _DOWNLOAD = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 _DOWNLOAD_IGNORE = ["original/*", "consolidated*", "onnx/*"]
 _GIT_LFS_POINTER = b"version https://git-lfs"
+_ONLY_BYTES = ("F8_E4M3",)
 _NUM_LISTED = 5  # how many names an error lists
 
 
@@ -122,8 +127,46 @@ class WeightFiles:
         return self._tensors[name][0].name
 
     def tensor(self, name: str) -> Any:
-        """The tensor, not yet read: a safetensors slice with `get_shape`, `get_dtype` and indexing by slices."""
-        return self._tensors[name][1].get_slice(name)
+        """The tensor, not yet read: a safetensors slice with `get_shape`, `get_dtype` and indexing by slices. Numbers
+        that NumPy does not know come as their bytes.
+        """
+        file, handle = self._tensors[name]
+        found = handle.get_slice(name)
+        return ByteTensor.open(file, name) if found.get_dtype() in _ONLY_BYTES else found
+
+
+@dataclass(frozen=True)
+class ByteTensor:
+    """A tensor of one byte a number, read by its place in its file."""
+
+    dtype: str
+    values: np.memmap[Any, Any]
+
+    @classmethod
+    def open(cls, file: Path, name: str) -> "ByteTensor":
+        """A tensor of a file that safetensors has found to be whole."""
+        header, size = _safetensors_header(file, file.stat().st_mtime_ns)
+        found = header[name]
+        begin, shape = size + found["data_offsets"][0], tuple(found["shape"])
+        return cls(found["dtype"], np.memmap(file, np.uint8, "r", begin, shape))
+
+    def get_shape(self) -> list[int]:
+        return list(self.values.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, ranges: tuple[slice, ...]) -> NDArray[np.uint8]:
+        return np.array(self.values[ranges])
+
+
+@lru_cache(maxsize=64)  # of the files of a model, whose tensors come one after another
+def _safetensors_header(file: Path, changed: int) -> tuple[dict[str, Any], int]:
+    """What a file's header says, and where its data begins; `changed` is when the file was."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(size))
+        return header, 8 + size
 
 
 def _weight_paths(folder: Path) -> list[Path]:

@@ -39,6 +39,7 @@ class Parameter:
     std: float
     part_names: tuple[str, ...] = ()  # of stacked layers: the name of each
     unquantized_dtype: np.dtype[Any] | None = None  # of a weight of 8 bits: what its scales bring it back to
+    num_in: int = 0  # of such a weight: its dimensions of inputs, which come first in a part
 
     @property
     def is_scale(self) -> bool:
@@ -143,12 +144,13 @@ class ModelStructure:
                     shape=leaf.shape,
                     dtype=leaf.dtype,
                     logical_axes=axes,
-                    layout=layout_of(_own_name(path, None), len(axes) - num_stacked, model_class.HF_WEIGHTS),
+                    layout=_layout(path, len(axes) - num_stacked, model_class),
                     spreads=tuple(widening.spread(*of, config) for of in zip(axes, leaf.shape, strict=True)),
                     mean=metadata["init_mean"],
                     std=std,
                     part_names=tuple(names) if is_stack else (),
                     unquantized_dtype=metadata.get("unquantized_dtype"),
+                    num_in=metadata.get("num_in", 0),
                 )
             )
         return cls(graphdef, jax.tree.structure(state), tuple(parameters), quantization)
@@ -156,7 +158,13 @@ class ModelStructure:
     @property
     def stored(self) -> tuple[Parameter, ...]:
         """The parameters that a checkpoint has."""
-        return tuple(one for one in self.parameters if not one.is_of_adapters and not one.is_scale)
+        own = (one for one in self.parameters if not one.is_of_adapters)
+        return tuple(one for one in own if not one.is_scale or self.is_stored_quantized)
+
+    @property
+    def is_stored_quantized(self) -> bool:
+        """Whether a checkpoint has weights of 8 bits, and their scales."""
+        return self.quantization is not None and self.quantization.stored is not None
 
     def merge(self, leaves: Sequence[jax.Array]) -> LlamaForCausalLM:
         """The model with `leaves`, in the order of `parameters`; call it while tracing."""
@@ -182,3 +190,11 @@ def _own_name(path: Sequence[object], layer: int | str | None) -> str:
     """A parameter's name in the model, where the first number of `path` is the place of a layer among the modules."""
     place = next((index for index, key in enumerate(path) if isinstance(key, int)), None)
     return ".".join(str(layer if index == place else key) for index, key in enumerate(path))
+
+
+def _layout(path: Sequence[object], num_dimensions: int, model_class: type[LlamaForCausalLM]) -> Layout:
+    """How a parameter is stored: the scales of a weight as that is, with inputs or without them."""
+    name = _own_name(path, None)
+    if not name.endswith(".weight_scale"):
+        return layout_of(name, num_dimensions, model_class.HF_WEIGHTS)
+    return layout_of(name.removesuffix("_scale"), num_dimensions, model_class.HF_WEIGHTS).of_last(num_dimensions)

@@ -23,8 +23,6 @@ class Quantizer:
         assert structure.quantization is not None
         self._load = load
         self._quantization = structure.quantization
-        scales = (parameter for parameter in structure.parameters if parameter.is_scale)
-        self._num_out = {part.name: len(part.shape) for scale in scales for part in scale.parts}
         self._scales: dict[str, jax.Array] = {}
 
     def __call__(self, parameter: Parameter, sharding: Sharding) -> jax.Array:
@@ -34,9 +32,8 @@ class Quantizer:
         values = self._load(parameter.unquantized, sharding)
         if parameter.unquantized_dtype is None:
             return values
-        scale_name = parameter.scale_name
-        num_in = values.ndim - self._num_out[scale_name]
-        weight, self._scales[scale_name] = _program(self._quantization, num_in, sharding)(values)
+        program = _program(self._quantization, parameter.num_in, sharding)
+        weight, self._scales[parameter.scale_name] = program(values)
         return weight.block_until_ready()
 
 

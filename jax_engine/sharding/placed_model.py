@@ -28,10 +28,10 @@ from jax_engine.models.kv_pages import PAGE_AXES
 from jax_engine.models.layers import run_layers
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops, select_ops
-from jax_engine.models.quantization import Quantization, select_product
 from jax_engine.sampling.full_sampling import DrawInputs, ForwardInputs, FullState
 from jax_engine.sampling.logits_processors import LogitsProcessor, argument_names
 from jax_engine.sampling.sampler import SamplingMode
+from jax_engine.sharding.quantized_model import check_blocks, quantization_of
 from jax_engine.sharding.sharding import Placement, place
 from jax_engine.sharding.strategies import STRATEGIES, Strategy
 from jax_engine.speculation.draft_program import draft_function
@@ -100,9 +100,7 @@ class PlacedModel:
         ops, reason = select_ops(
             attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
         )
-        if placement.weights_in_use.mesh is not None:
-            ops = replace(ops, run_layers=partial(run_layers, weights_in_use=placement.weights_in_use))
-        ops = ops.in_stages(platform)
+        ops = _gathering(ops, placement).in_stages(platform)
         _log_choices(config, ops, reason, placement)
         structure = ModelStructure.of(
             model_class,
@@ -112,8 +110,9 @@ class PlacedModel:
             scan_layers=scan_layers,
             widening=placement.widening,
             adapters=adapters,
-            quantization=_quantization(quantization, config, placement),
+            quantization=quantization_of(quantization, config, _devices_of(placement)[0]),
         )
+        check_blocks(structure, placement)
         geometry = CacheGeometry.of(
             config,
             model_class.cache_layout(config, ops.num_stages),
@@ -263,23 +262,16 @@ def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement
         logger.info("%s", placement.describe(config))
 
 
+def _gathering(ops: Ops, placement: Placement) -> Ops:
+    """The operations for layers whose weights are brought together first, where a strategy says so."""
+    if placement.weights_in_use.mesh is None:
+        return ops
+    return replace(ops, run_layers=partial(run_layers, weights_in_use=placement.weights_in_use))
+
+
 def _devices_of(placement: Placement) -> list[jax.Device]:
     """The devices of a model, which need not be here."""
     return jax.devices()[:1] if placement.mesh is None else placement.mesh.devices.flatten().tolist()
-
-
-def _quantization(name: str | None, config: ModelConfig, placement: Placement) -> Quantization | None:
-    """How weights are held; ValueError for a model that has others than of projections alone."""
-    if name is None:
-        return None
-    if config.experts is not None:
-        raise ValueError(
-            f"quantization={name!r} is for models without experts, whose products read the weights of all layers in "
-            f"place, and {config.architecture} has some; leave it out"
-        )
-    product, reason = select_product(name, _devices_of(placement)[0])
-    logger.info("quantization: %s", reason)
-    return Quantization(name, product)
 
 
 def _shape(shape: tuple[int, ...], dtype: DTypeLike, sharding: NamedSharding | None) -> jax.ShapeDtypeStruct:

@@ -147,7 +147,7 @@ MODEL_FLAGS = (
     Flag(
         "quantization",
         "weights of projections as 8-bit numbers: fp8 or int8, made while they are loaded; activations too, where the "
-        "device multiplies these faster",
+        "device multiplies these faster; by default as the checkpoint stores them",
         choices=QUANTIZATIONS,
     ),
     Flag(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_engine.cuda_fallback.quantized_product import narrow_product, quantize, wide_product
+from jax_engine.cuda_fallback.quantized_product import GroupedProduct, narrow_product, quantize, wide_product
 from jax_engine.pallas_kernels import reference
 
 PRODUCTS = {"wide": wide_product, "narrow": narrow_product}
@@ -54,7 +54,9 @@ def test_scales_of_groups_of_inputs_are_those_of_their_neighbours():
     by_hand = np.einsum("tgi,giO->tO", x.reshape(5, 12, 8), (weight.reshape(12, 8, 24) * scale.reshape(12, 1, 24)))
     expected = reference.quantized_product(x, weight, scale)
     np.testing.assert_allclose(expected.reshape(5, 24), by_hand, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(wide_product(x, weight, scale, dtype=jnp.float32), expected, rtol=1e-5, atol=1e-3)
+    for most_rows in (None, 4):  # by groups, and by the widened weight
+        found = GroupedProduct(most_rows)(x, weight, scale, dtype=jnp.float32)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("stored", TYPES)
