@@ -11,12 +11,12 @@ from jax import Array
 
 import sampling
 from gpu_timing import compiled_as_steps
-from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
+from jax_engine.cuda_fallback.experts import blocked_experts, gathered_experts, ragged_experts
 from jax_engine.pallas_kernels import reference
 from jax_engine.sampling.full_sampling import Ask, FullRows, sample_full
 from jax_engine.sampling.sampler import SamplingMode, SamplingRows, sample
 
-EXPERTS = {"blocked": blocked_experts, "ragged_dot": ragged_experts}
+EXPERTS = {"blocked": blocked_experts, "gathered": gathered_experts, "ragged_dot": ragged_experts}
 NORM_LIMIT = 1e-2  # of experts' results in bfloat16
 MOST_OFF = 0.02  # of tokens that may be no likelier than rounding makes them
 NUM_DRAWS = 2048  # of one distribution

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
+from jax_engine.cuda_fallback.experts import blocked_experts, gpu_experts, ragged_experts
 from jax_engine.models.partition import ONE_DEVICE, Partition
 
 EXPERTS_SCOPE = "experts"  # what products of experts are traced under, in profiles and in programs' texts
@@ -114,6 +114,9 @@ def select_experts(platform: str, partition: Partition, *, deterministic: bool) 
     elif platform == "tpu":
         kernel = partial(ragged_experts, parts=partition.num_parts("experts"))
         return MixtureOfExperts(kernel, "ragged_dot", "a kernel of its own on a TPU", partition)
+    elif platform == "gpu":
+        reason = "few rows read their experts in place, and many go through one expert after another"
+        return MixtureOfExperts(gpu_experts, "gathered or blocked", reason, partition)
     else:
         reason = f"on platform {platform!r}, ragged_dot would multiply every row with every expert"
     return MixtureOfExperts(blocked_experts, "blocked", reason, partition)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_engine.cuda_fallback.experts import blocked_experts, ragged_experts
+from jax_engine.cuda_fallback.experts import blocked_experts, gathered_experts, gpu_experts, ragged_experts
 from jax_engine.pallas_kernels import reference
 
 NUM_LAYERS, NUM_EXPERTS, HIDDEN, INNER = 3, 5, 16, 24
 IMPLEMENTATIONS = {
     "blocked": blocked_experts,
+    "gathered": gathered_experts,
     "ragged": ragged_experts,
     "ragged by pieces": partial(ragged_experts, parts=4, min_rows=8),
 }
@@ -64,6 +65,14 @@ def test_what_chose_nothing_and_what_is_not_finite_stays_with_its_row(name):
     others = np.array([0, 1, 3, 6])
     np.testing.assert_allclose(out[others], expected[others], rtol=1e-6)
     np.testing.assert_array_equal(out[4], 0)
+
+
+def test_on_a_gpu_few_rows_go_without_a_loop_and_many_with_one():
+    def text(num_rows: int) -> str:
+        return jax.jit(partial(gpu_experts, **OPTIONS)).lower(**case(num_rows, "any")).as_text()
+
+    assert "stablehlo.while" not in text(NUM_EXPERTS)
+    assert "stablehlo.while" in text(NUM_EXPERTS + 1)
 
 
 def test_a_blocked_row_is_the_same_to_the_last_bit_in_any_company():
