@@ -9,14 +9,16 @@ mixture's experts (`experts.py`).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.cuda_fallback.cpu import attention as cpu
 from jax_engine.cuda_fallback.experts import ragged_experts
 from jax_engine.cuda_fallback.whole_prompts import check_cudnn_allowed
 from jax_engine.models.dense_attention import dense_attention
@@ -44,6 +46,7 @@ ATTENTION_BACKENDS = (
     "pallas_gpu",
     "pallas_gpu_interpret",
     "cudnn",
+    "cpu",
     "xla",
     "reference",
 )
@@ -139,15 +142,33 @@ class Ops:
         return replace(self, prepare=prepare, num_stages=pipeline.num_stages, run_layers=pipeline.run_layers)
 
 
+class KernelShapes(NamedTuple):
+    """What an attention kernel has to take: the types of queries and of pages, a head's size and a page's."""
+
+    dtype: DTypeLike = jnp.float32
+    page_dtype: DTypeLike = jnp.float32
+    head_dim: int = 64
+    page_size: int = 64
+
+
+LIKELY_SHAPES = KernelShapes()
+
+
 def select_ops(
-    backend: str, *, platform: str, partition: Partition = ONE_DEVICE, deterministic: bool = False
+    backend: str,
+    *,
+    platform: str,
+    partition: Partition = ONE_DEVICE,
+    deterministic: bool = False,
+    shapes: KernelShapes = LIKELY_SHAPES,
 ) -> tuple[Ops, str]:
     """The implementations for `attention_backend` on `platform` ("cpu", "gpu", "tpu"), and the reason for the choice
     in one sentence.
 
     Heads are split as `partition` says, whose parts must divide both their numbers. Of `deterministic` ones,
     a row's result depends on its own query and on what its sequence has in the cache, bit for bit: not on the range
-    that it came in, nor on the rows beside it. They take tables without decodes (`SequenceTable.block`).
+    that it came in, nor on the rows beside it. They take tables without decodes (`SequenceTable.block`). Not
+    every kernel takes all `shapes`.
     """
     if backend not in ATTENTION_BACKENDS:
         raise ValueError(
@@ -156,7 +177,7 @@ def select_ops(
         )
     reason = "asked for"
     if backend == "auto":
-        backend, reason = _BEST.get(platform, ("xla", f"the best for platform {platform!r}"))
+        backend, reason = _best(platform, partition, shapes)
     if backend == "pallas_tpu" and platform != "tpu":
         raise ValueError(
             f"attention_backend='pallas_tpu' needs a TPU and this machine's platform is {platform!r}; use auto or xla "
@@ -165,6 +186,8 @@ def select_ops(
     if backend == "cudnn":
         check_cudnn_allowed(platform, deterministic=deterministic)
         reason += ": whole prompts by cuDNN, decodes and what follows cached tokens by XLA"
+    if backend == "cpu":
+        _check_cpu(platform, shapes)
     if backend == "pallas_tpu_interpret":
         reason += ": the TPU kernel, interpreted; very slow, for tests of the kernel only"
     if backend == "pallas_gpu_interpret":
@@ -173,9 +196,9 @@ def select_ops(
     if backend == "reference":
         reason += ": the float32 specification, slow"
     experts = select_experts(platform, partition, deterministic=deterministic)
-    if backend in ("cudnn", "xla", "reference"):
-        kernel: Kernel = reference.ragged_paged_attention
-        if backend != "reference":
+    if backend in ("cpu", "cudnn", "xla", "reference"):
+        kernel: Kernel = cpu.ragged_paged_attention if backend == "cpu" else reference.ragged_paged_attention
+        if backend in ("cudnn", "xla"):
             kernel = partial(xla.ragged_paged_attention, sizes=xla.sizes_for(platform, deterministic=deterministic))
         if backend == "cudnn":
             kernel = partial(kernel, whole_prompts="cudnn")
@@ -190,6 +213,27 @@ def select_ops(
     sizes = xla.sizes_for(platform)
     attention = DividedAttention.of(ops.attention.kernel, partition, backend, sizes=sizes, deterministic=deterministic)
     return replace(ops, attention=attention, prepare=attention.prepare), reason
+
+
+def _best(platform: str, partition: Partition, shapes: KernelShapes) -> tuple[str, str]:
+    """What `auto` is, and why."""
+    if platform != "cpu":
+        return _BEST.get(platform, ("xla", f"the best for platform {platform!r}"))
+    why_not = cpu.missing() or cpu.unsupported(*shapes)
+    if partition.num_parts("pages") > 1 and not partition.owned_pages:
+        why_not = "it needs all pages of a sequence, and they are striped over devices"
+    if why_not is None:
+        return "cpu", "the best for platform 'cpu'"
+    return "xla", f"this CPU's own kernel is not for this engine: {why_not}"
+
+
+def _check_cpu(platform: str, shapes: KernelShapes) -> None:
+    """Raise a ValueError unless a CPU's own kernel can be used; else let XLA know it."""
+    if platform != "cpu":
+        raise ValueError(f"attention_backend='cpu' needs a CPU and this engine's platform is {platform!r}; use auto")
+    if (why_not := cpu.missing() or cpu.unsupported(*shapes)) is not None:
+        raise ValueError(f"attention_backend='cpu' is not for this engine: {why_not}; use attention_backend='xla'")
+    cpu.register(jnp.dtype(shapes.dtype).name)
 
 
 def dense_ops() -> Ops:

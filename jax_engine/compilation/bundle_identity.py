@@ -33,6 +33,7 @@ JAX_SETTINGS = (
     *("jax_numpy_dtype_promotion", "jax_use_shardy_partitioner"),
 )
 PLUGINS: Mapping[str, Sequence[str]] = {
+    "cpu": ("numba",),
     "tpu": ("libtpu",),
     "gpu": ("jax-cuda13-pjrt", "jax-cuda13-plugin", "jax-cuda12-pjrt", "jax-cuda12-plugin"),
 }

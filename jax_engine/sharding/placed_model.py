@@ -27,7 +27,7 @@ from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PAGE_AXES
 from jax_engine.models.layers import run_layers
 from jax_engine.models.llama import LlamaForCausalLM
-from jax_engine.models.ops import Ops, select_ops
+from jax_engine.models.ops import KernelShapes, Ops, select_ops
 from jax_engine.sampling.full_sampling import DrawInputs, ForwardInputs, FullState
 from jax_engine.sampling.logits_processors import LogitsProcessor, argument_names
 from jax_engine.sampling.sampler import SamplingMode
@@ -97,8 +97,9 @@ class PlacedModel:
                 fit the model.
         """
         placement = place(config, mesh, strategy)
+        shapes, partition = KernelShapes(dtype, dtype, config.head_dim, page_size), placement.activations
         ops, reason = select_ops(
-            attention_backend, platform=platform, partition=placement.activations, deterministic=deterministic
+            attention_backend, platform=platform, partition=partition, deterministic=deterministic, shapes=shapes
         )
         ops = _gathering(ops, placement).in_stages(platform)
         _log_choices(config, ops, reason, placement)

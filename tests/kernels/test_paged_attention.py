@@ -2,6 +2,7 @@
 computation.
 """
 
+import sys
 from functools import lru_cache, partial
 
 import jax
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_engine.cuda_fallback import paged_attention as xla
+from jax_engine.cuda_fallback.cpu import attention as cpu
 from jax_engine.models.kv_pages import SequenceTable
-from jax_engine.models.ops import select_ops
+from jax_engine.models.ops import KernelShapes, select_ops
 from jax_engine.pallas_kernels import reference
 
 # A GPU's way, in amounts of which a test's lists need several trips, and in its own.
@@ -21,7 +23,11 @@ SMALL_ITEMS = xla.Sizes(xla.Tiles(3, 8), xla.Tiles(3, 2), chunk_tokens=16, decod
 IMPLEMENTATIONS = {
     "xla": xla.ragged_paged_attention,
     "xla by items": partial(xla.ragged_paged_attention, sizes=SMALL_ITEMS),
+    "cpu": cpu.ragged_paged_attention,
 }
+OF_A_CPU = pytest.mark.parametrize(
+    "implementation", [xla.ragged_paged_attention, cpu.ragged_paged_attention], ids=["xla", "cpu"]
+)
 RAGGED = [
     [(1, 0)],
     [(1, 16), (1, 15), (1, 300)],
@@ -78,21 +84,31 @@ def test_nan_in_places_that_nobody_sees_does_not_spread(ragged_case, implementat
     np.testing.assert_array_equal(out, clean)
 
 
+@OF_A_CPU
 @settings(max_examples=50, deadline=None)
 @given(
     ranges=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 80)), min_size=1, max_size=7),
     seed=st.integers(0, 9),
     window=st.sampled_from([None, 24]),
 )
-def test_matches_on_random_batches(ragged_case, ranges, seed, window):
-    compare(xla.ragged_paged_attention, ragged_case(ranges, seed=seed, **SHAPE), window=window)
+def test_matches_on_random_batches(ragged_case, implementation, ranges, seed, window):
+    compare(implementation, ragged_case(ranges, seed=seed, **SHAPE), window=window)
 
 
+@OF_A_CPU
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (6, 3)])
 @pytest.mark.parametrize("page_size", [8, 128, 256])
-def test_head_groups_and_page_sizes(ragged_case, num_heads, num_kv_heads, page_size):
+def test_head_groups_and_page_sizes(ragged_case, implementation, num_heads, num_kv_heads, page_size):
     case = ragged_case([(1, 40), (30, 9)], seed=1, num_heads=num_heads, num_kv_heads=num_kv_heads, page_size=page_size)
-    compare(xla.ragged_paged_attention, case, window=None)
+    compare(implementation, case, window=None)
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 8), (3, 40), (80, 24), (2, 256)])
+def test_a_cpus_kernel_takes_any_head_size_of_eights(ragged_case, num_heads, head_dim):
+    """Of one vector, of a wide one and a narrow one, and of many; with more heads of a key than a tile has rows."""
+    ranges = [(1, 70), (1, 0), (40, 21)]
+    case = ragged_case(ranges, seed=1, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, page_size=8)
+    compare(cpu.ragged_paged_attention, case, window=24)
 
 
 @pytest.mark.parametrize(("num_heads", "page_size"), [(1, 16), (3, 64), (6, 64), (9, 256)])
@@ -103,15 +119,15 @@ def test_a_gpus_sizes(ragged_case, num_heads, page_size):
     compare(partial(xla.ragged_paged_attention, sizes=xla.GPU_SIZES), case, window=None)
 
 
-@pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
-def test_soft_cap_and_sinks(ragged_case, sizes):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_soft_cap_and_sinks(ragged_case, implementation):
     """A cap that bends the scores, and sinks that take from no weight to nearly all, in decode and in longer ranges."""
     case = ragged_case([(1, 40), (30, 9), (1, 150)], seed=5)
     options = {"layer": 1, "scale": 0.3, "soft_cap": 2.0, "sinks": jnp.asarray([0.5, -30.0, 8.0, 0.0])}
     expected, _ = reference.ragged_paged_attention(**case, **options)
-    out, _ = xla.ragged_paged_attention(**case, **options, sizes=sizes)
+    out, _ = implementation(**case, **options)
     np.testing.assert_allclose(out, expected, atol=2e-5)
-    plain, _ = xla.ragged_paged_attention(**case, layer=1, scale=0.3, sizes=sizes)
+    plain, _ = implementation(**case, layer=1, scale=0.3)
     assert np.abs(out - plain).max() > 0.1
 
 
@@ -131,11 +147,11 @@ def test_eight_bit_pages_with_scales(ragged_case, stored, sizes):
     np.testing.assert_array_equal(new_pages.astype(np.float32), expected_pages.astype(np.float32))
 
 
-@pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
-def test_bfloat16_stays_near_float32(ragged_case, sizes):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+def test_bfloat16_stays_near_float32(ragged_case, implementation):
     case = ragged_case([(1, 100), (50, 20)], seed=2, dtype=jnp.bfloat16)
     expected, _ = reference.ragged_paged_attention(**case, layer=0, scale=0.25)
-    out, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25, sizes=sizes)
+    out, _ = implementation(**case, layer=0, scale=0.25)
     np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), atol=0.03)
 
 
@@ -206,15 +222,68 @@ def test_specification_matches_dense_attention(ragged_case):
             )
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it(ragged_case):
+@OF_A_CPU
+def test_a_row_does_not_depend_on_the_rows_beside_it(ragged_case, implementation):
     """Bitwise: a decode row alone, and the same row among longer ones."""
     case = ragged_case([(1, 150), (1, 20), (1, 700)], seed=4)
-    together, _ = xla.ragged_paged_attention(**case, layer=0, scale=0.25)
+    together, _ = implementation(**case, layer=0, scale=0.25)
     alone = dict(case, query_starts=jnp.array([0, 1, 1, 1]), num_decodes=jnp.array(1))
     alone["kv_lengths"] = case["kv_lengths"].at[1:].set(0)
     alone["token_sequences"] = case["token_sequences"].at[1:].set(3)
-    single, _ = xla.ragged_paged_attention(**alone, layer=0, scale=0.25)
+    single, _ = implementation(**alone, layer=0, scale=0.25)
     np.testing.assert_array_equal(together[0], single[0])
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_cpus_kernel_does_not_depend_on_how_a_prompt_is_cut(ragged_case, window):
+    """Bitwise: a prompt whole, and in parts of one token and of many, each behind those before it."""
+    case = ragged_case([(150, 0)], seed=8)
+    attend = partial(cpu.ragged_paged_attention, layer=1, scale=0.3, window=window)
+    whole, pages = attend(**case)
+    parts, start = [], 0
+    for length in (1, 90, 7, 1, 51):
+        rows = {name: case[name][start : start + length] for name in ("queries", "keys", "values", "positions")}
+        lengths = {"query_starts": jnp.array([0, length]), "kv_lengths": jnp.array([start + length])}
+        part = case | rows | lengths | {"token_sequences": jnp.zeros(length, jnp.int32)}
+        out, case["pages"] = attend(**part)
+        parts.append(out)
+        start += length
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    np.testing.assert_array_equal(case["pages"], pages)
+
+
+def test_a_cpus_kernel_writes_pages_in_place(ragged_case):
+    """In a loop over layers too: nothing as large as the pages is allocated, and no instruction copies them."""
+    case = ragged_case([(1, 40), (30, 9)], seed=6, num_pages=2000)
+    pages = case.pop("pages")
+
+    def run(pages, case):
+        def layer(index, carry):
+            out, pages = carry
+            return cpu.ragged_paged_attention(**(case | {"queries": out}), pages=pages, layer=index, scale=0.3)
+
+        return jax.lax.fori_loop(0, 2, layer, (case["queries"], pages))
+
+    program = jax.jit(run, donate_argnums=0).lower(pages, case).compile()
+    analysis = program.memory_analysis()
+    assert analysis.alias_size_in_bytes >= pages.nbytes > 10 * analysis.temp_size_in_bytes
+    shape = ",".join(map(str, pages.shape))
+    assert not [line for line in program.as_text().splitlines() if f"f32[{shape}]" in line and " copy(" in line]
+
+
+def test_a_cpu_chooses_its_kernel_where_that_can_run(monkeypatch):
+    assert select_ops("auto", platform="cpu")[0].attention_name == "cpu"
+    ops, reason = select_ops("auto", platform="cpu", shapes=KernelShapes(jnp.float16, jnp.float16))
+    assert (ops.attention_name, "not float16" in reason) == ("xla", True)
+    ops, reason = select_ops("auto", platform="cpu", shapes=KernelShapes(head_dim=20, page_size=16))
+    assert (ops.attention_name, "multiples of 8, not 20 and 16" in reason) == ("xla", True)
+    with pytest.raises(ValueError, match=r"attention_backend='cpu' is not for this engine: .* not 20 and 16; use"):
+        select_ops("cpu", platform="cpu", shapes=KernelShapes(head_dim=20, page_size=16))
+    with pytest.raises(ValueError, match=r"attention_backend='cpu' needs a CPU and this engine's platform is 'gpu'"):
+        select_ops("cpu", platform="gpu")
+    monkeypatch.setitem(sys.modules, "numba", None)
+    ops, reason = select_ops("auto", platform="cpu")
+    assert (ops.attention_name, "numba is not installed" in reason) == ("xla", True)
 
 
 def test_a_block_of_a_sequence_table_is_the_table_of_its_rows():
