@@ -20,11 +20,10 @@ from jax_engine import (
     RepetitionDetectionParams,
     SamplingParams,
     StructuredOutputsParams,
-    constraints,
-    grammar_checker,
 )
 from jax_engine.core.messages import StructuredRequest, Vocabulary
 from jax_engine.frontend.tokenizer import load_tokenizer
+from jax_engine.grammar import constraints, grammar_checker
 from jax_engine.grammar.bitmasks import ALL_TOKENS, has_bit, ids_of
 from jax_engine.grammar.constraints import GrammarConstraint
 from jax_engine.grammar.grammar_checker import GrammarChecker
@@ -286,10 +285,9 @@ def test_a_mask_is_made_elsewhere_once_one_took_long(vocabulary, checker, monkey
     decode = load_tokenizer(resolve_model_path("demo")).decode
     for _ in range(3):
         assert constraint.is_slow
-        rows = np.zeros((1, 1024 // 32), np.uint32)
-        constraint.fill(rows)
+        masks, row = constraint.made()
         assert constraint.is_ready
-        texts = {decode([int(token)]): int(token) for token in ids_of(rows[0]) if token != EOS}
+        texts = {decode([int(token)]): int(token) for token in ids_of(masks[row]) if token != EOS}
         assert {"a", "b", "c"} <= texts.keys()
         assert all(re.fullmatch("[a-c]+", text) for text in texts)
         constraint.advance([texts["b"]])

@@ -56,7 +56,8 @@ class GrammarConstraint:
         self._num_tokens = 0
         self._new_tokens: list[int] = []
         self.is_slow = False  # the latest mask took long
-        self._mask = self._goes_on  # until the first one is made
+        # The next mask: a row of those that were made together.
+        self._masks, self._row = self._goes_on[None], 0
         self._making: Future[None] | None = None
 
     @property
@@ -80,17 +81,18 @@ class GrammarConstraint:
         """Whether the mask of the next token is made."""
         return self._making is not None and self._making.done()
 
-    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int] = ()) -> None:
-        """Write the bitmasks of the tokens that may come next, and behind each draft, as far as they are allowed; waits
-        until the first is made.
-        """
+    def made(self) -> tuple[NDArray[np.uint32], int]:
+        """The bitmask of the tokens that may come next, as a row of an array `[..., words]`; waits until it is made."""
         assert self._making is not None
         if self._making is not MADE:
             self._making.result()
-        matcher, mask = self.matcher, self._mask
+        return self._masks, self._row
+
+    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int]) -> None:
+        """Write that bitmask, and those of the tokens behind each draft, as far as they are allowed."""
+        masks, row = self.made()
+        matcher, mask = self.matcher, masks[row]
         rows[0] = mask[: rows.shape[1]]
-        if not drafts:
-            return
         assert matcher is not None and (self._thinking is None or self._thinking.is_over), "`allows_drafts` said so"
         start, num_taken = time.perf_counter(), 0
         for draft in drafts:
@@ -111,33 +113,30 @@ class GrammarConstraint:
         self._making = None
 
     def expect(self, making: "Future[None]") -> None:
-        """The next mask is being made. For `Constraints`."""
+        """The next mask is made, or being made. For `Constraints`."""
         self._making = making
 
-    def make(self, mask: NDArray[np.uint32], address: int) -> None:
-        """Take the new tokens into account, and make the next mask, in the given one and at its address. For
+    def make(self, masks: NDArray[np.uint32], row: int, address: int) -> None:
+        """Take the new tokens into account, and make the next mask, in a row of an array and at that row's address. For
         `Constraints`.
         """
-        start = time.perf_counter()
         new, self._new_tokens = self._new_tokens, []
         if self._thinking is not None:
             new = self._thinking.take(new)
-        if self.matcher is None:
-            mask[:] = ALL_TOKENS
+        matcher = self.matcher
+        if matcher is None:
+            masks[row] = ALL_TOKENS
         else:
-            self._follow(self.matcher, new, address)
+            if new and not matcher.consume_tokens(new):
+                self.error = error_of(matcher) or "the grammar does not allow the token that was drawn"
+            matcher.unsafe_compute_mask_ptr(address, 4 * self.num_words)
+            if matcher.is_error():
+                self.error = self.error or error_of(matcher)
         if self._num_tokens < self._min_tokens:
-            mask = self._held(mask, self._num_tokens)
-        self._mask = mask if self._thinking is None else self._thinking.mask(mask)
-        self.is_slow = time.perf_counter() - start > SLOW_SECONDS
-
-    def _follow(self, matcher: "LLMatcher", new: list[int], address: int) -> None:
-        """Have the grammar take new tokens, and write the bitmask of what it allows next to an address."""
-        if new and not matcher.consume_tokens(new):
-            self.error = error_of(matcher) or "the grammar does not allow the token that was drawn"
-        matcher.unsafe_compute_mask_ptr(address, 4 * self.num_words)
-        if matcher.is_error():
-            self.error = self.error or error_of(matcher)
+            masks[row] = self._held(masks[row], self._num_tokens)
+        if self._thinking is not None:
+            masks[row] = self._thinking.mask(masks[row])
+        self._masks, self._row = masks, row
 
     def _held(self, mask: NDArray[np.uint32], num_tokens: int) -> NDArray[np.uint32]:
         """A mask without what ends the output, before `min_tokens` and where others are left."""
@@ -192,25 +191,27 @@ class Constraints:
 
     def go_on(self, requests: Iterable[Request]) -> None:
         """Begin to make the next masks of those that have a grammar and were given a token."""
-        behind = [
-            request.constraint
-            for request in requests
-            if isinstance(request.constraint, GrammarConstraint)
-            and request.finish_reason is None
-            and request.constraint.is_behind
-        ]
-        self.make_masks(behind)
+        self.make_masks(
+            [
+                constraint
+                for request in requests
+                if (constraint := request.constraint) is not None
+                and isinstance(constraint, GrammarConstraint)
+                and constraint.is_behind
+                and request.finish_reason is None
+            ]
+        )
 
     def make_masks(self, constraints: Sequence[GrammarConstraint]) -> None:
         """Make the next masks of these, or begin to, for their `fill`."""
         slow = [constraint for constraint in constraints if constraint.is_slow]
         if slow:
             assert self._threads is not None
-            self._making = self._threads[1].submit(self._make, slow)
+            self._making = self._threads[1].submit(_make, slow)
             for constraint in slow:
                 constraint.expect(self._making)
             constraints = [constraint for constraint in constraints if constraint not in slow]
-        self._make(constraints)
+        _make(constraints)
         for constraint in constraints:
             constraint.expect(MADE)
 
@@ -243,14 +244,19 @@ class Constraints:
         self._matchers.move_to_end(grammar)
         return GrammarConstraint(self._matchers[grammar].deep_copy(), asked, vocabulary)
 
-    def _make(self, constraints: Sequence[GrammarConstraint]) -> None:
-        """Make masks, one behind another in one array: looking for an array's address takes as long as some masks."""
-        if not constraints:
-            return
-        masks = np.zeros((len(constraints), constraints[0].num_words), np.uint32)
-        address, stride = masks.ctypes.data, masks.strides[0]
-        for index, constraint in enumerate(constraints):
-            constraint.make(masks[index], address + index * stride)
+
+def _make(constraints: Sequence[GrammarConstraint]) -> None:
+    """Make masks, one behind another in one array: looking for an array's address takes as long as some masks."""
+    if not constraints:
+        return
+    masks = np.zeros((len(constraints), constraints[0].num_words), np.uint32)
+    address, stride, clock = masks.ctypes.data, masks.strides[0], time.perf_counter
+    start = clock()
+    for row, constraint in enumerate(constraints):
+        constraint.make(masks, row, address + row * stride)
+        end = clock()
+        constraint.is_slow = end - start > SLOW_SECONDS
+        start = end
 
 
 def _thread(name: str) -> ThreadPoolExecutor:

@@ -184,7 +184,8 @@ def sample_full(
     def control(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
         logits = lax.cond(asks[Ask.BIAS], add_bias, _same, logits, rows, state)
         logits = run_processors(logits, rows, state, processors)
-        logits = lax.cond(asks[Ask.MASKS] | asks[Ask.PENALTIES], mask_and_penalize, _same, logits, rows, state)
+        way = jnp.where(asks[Ask.PENALTIES], 2, asks[Ask.MASKS].astype(jnp.int32))
+        logits = lax.switch(way, (_same, drop_masked, mask_and_penalize), logits, rows, state)
         return lax.cond(asks[Ask.BAD_WORDS], drop_bad_words, _same, logits, rows, state)
 
     controlled = control(logits) if processors else lax.cond(jnp.any(asks), control, lambda logits: logits, logits)
@@ -216,8 +217,13 @@ def mask_and_penalize(logits: Float[Array, "B V"], rows: FullRows, state: FullSt
     repetition = _of_slots(state.penalties[:, 2], rows, 1.0)[:, None]
     logits *= jnp.where(is_seen, jnp.where(logits > 0, 1 / repetition, repetition), 1)
     logits -= frequency * counts + presence * (counts > 0)
+    return drop_masked(logits, rows, state)
+
+
+def drop_masked(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:
+    """Minus infinity for tokens that a mask takes."""
     allowed = _of_slots(state.allowed, rows, ALL_TOKENS) & rows.masks
-    return jnp.where(unpack_bits(allowed, vocab_size), logits, -jnp.inf)
+    return jnp.where(unpack_bits(allowed, logits.shape[1]), logits, -jnp.inf)
 
 
 def drop_bad_words(logits: Float[Array, "B V"], rows: FullRows, state: FullState) -> Float[Array, "B V"]:

@@ -13,7 +13,7 @@ from jax_engine.execution.step_program import Program
 from jax_engine.grammar.bitmasks import all_tokens, pack_bits
 from jax_engine.sampling.full_sampling import ANY_TOKEN, NO_OUTPUT, Ask, FullState
 from jax_engine.sampling.logits_processors import argument_defaults
-from jax_engine.sampling.logprob_results import asks_logprobs, prompt_targets
+from jax_engine.sampling.logprob_results import prompt_targets
 from jax_engine.sampling.pooling_results import pooled_rows
 from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 from jax_engine.scheduling.request import Request
@@ -29,7 +29,7 @@ class FullSlots:
     def __init__(self, placed: PlacedModel, num_slots: int) -> None:
         self._placed = placed
         self._asks = np.zeros((num_slots, len(Ask)), bool)
-        self._is_controlled = np.zeros(num_slots, bool)
+        self._is_controlled, self._asks_logprobs = np.zeros((2, num_slots), bool)
 
     def take(self, chunk: Chunk) -> Fields | None:
         """Record what a request that has just taken a slot asks for, whose output so far the host knows; its row of
@@ -41,32 +41,43 @@ class FullSlots:
         self._is_controlled[slot] = is_controlled
         controls = request.asked.controls or NO_CONTROLS
         self._asks[slot] = asks_of(controls)
+        self._asks_logprobs[slot] = controls.num_logprobs is not None
         return slot_row(request, controls, self._placed) if is_controlled else None
 
     def draw_inputs(self, chunks: Sequence[Chunk], program: Program) -> Fields:
         """The fields of `DrawInputs` for a step over these ordered chunks; `masks` only where not all tokens may be
         drawn. Waits until they are made.
         """
-        num_rows, slots = program.bucket.num_sequences, [chunk.slot for chunk in chunks]
-        controlled = np.zeros(num_rows, bool)
-        controlled[: len(slots)] = self._is_controlled[slots]
+        num_rows, count = program.bucket.num_sequences, len(chunks)
+        slots = np.fromiter((chunk.slot for chunk in chunks), np.int32, count)
+        controlled, logprobs = np.zeros((2, num_rows), bool)
+        controlled[:count] = self._is_controlled[slots]
+        logprobs[:count] = self._asks_logprobs[slots]
         asks: NDArray[np.bool_] = np.any(self._asks[slots], axis=0)
         masks: Fields = {}
         if any(map(needs_mask, chunks)):
             masks, asks[Ask.MASKS] = {"masks": self._fill_masks(chunks, program)}, True
-        logprobs = np.zeros(num_rows, bool)
-        logprobs[: len(chunks)] = [asks_logprobs(chunk) for chunk in chunks]
         return masks | {"asks": asks, "controlled": controlled, "logprobs": logprobs}
 
     def _fill_masks(self, chunks: Sequence[Chunk], program: Program) -> NDArray[np.uint32]:
         """The masks of the rows that are drawn from: with drafts, several of a chunk, one chunk's after another's."""
         filled = all_tokens(program.bucket.num_tokens, self._placed.vocab_size)
+        made: dict[int, tuple[NDArray[np.uint32], list[int], list[int]]] = {}  # which rows of an array go where
         next_row = 0
         for index, chunk in enumerate(chunks):
             row = next_row if program.draft_rows else index
-            if needs_mask(chunk) and chunk.request.constraint is not None:
-                chunk.request.constraint.fill(filled[row : row + 1 + len(chunk.drafts)], chunk.drafts)
+            constraint = chunk.request.constraint
+            if constraint is not None and needs_mask(chunk):
+                if chunk.drafts:
+                    constraint.fill(filled[row : row + 1 + len(chunk.drafts)], chunk.drafts)
+                else:
+                    masks, place = constraint.made()
+                    _, places, rows = made.setdefault(id(masks), (masks, [], []))
+                    places.append(place)
+                    rows.append(row)
             next_row += chunk.num_draws
+        for masks, places, rows in made.values():
+            filled[rows] = masks[places, : filled.shape[1]]
         return filled
 
 

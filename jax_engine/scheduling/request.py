@@ -21,7 +21,7 @@ class Constraint(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether `fill` need not wait."""
+        """Whether `made` need not wait."""
 
     @property
     def is_quick(self) -> bool:
@@ -31,9 +31,14 @@ class Constraint(Protocol):
     def allows_drafts(self) -> bool:
         """Whether `fill` can tell what may come behind drafts, in a short time."""
 
-    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int] = ()) -> None:
-        """Write bitmasks `[1 + drafts, words]` of the tokens that may come next, and behind each of some drafts: bit
-        v % 32 of word v // 32 for token v. Rows behind a draft that may not come are left as they are.
+    def made(self) -> tuple[NDArray[np.uint32], int]:
+        """The bitmask of the tokens that may come next, as a row of an array `[..., words]`: bit v % 32 of word v // 32
+        for token v.
+        """
+
+    def fill(self, rows: NDArray[np.uint32], drafts: Sequence[int]) -> None:
+        """Write that bitmask, and those of what may come behind each of some drafts, `[1 + drafts, words]`. Rows behind
+        a draft that may not come are left as they are.
         """
 
     def advance(self, tokens: list[int]) -> None:
