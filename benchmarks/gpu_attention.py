@@ -72,7 +72,7 @@ def _why_not_pallas(backend: str, shape: Shape) -> str | None:
     from jax_engine.pallas_kernels import gpu
 
     try:
-        check_device(backend, platform=jax.default_backend(), partition=ONE_DEVICE, deterministic=False)
+        check_device(backend, platform=jax.default_backend(), partition=ONE_DEVICE)
     except ValueError as error:
         return str(error)
     heads: dict[str, Any] = {

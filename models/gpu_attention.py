@@ -23,23 +23,12 @@ from jax_engine.pallas_kernels import gpu
 INTERPRETED_MULTIPROCESSORS = 2
 
 
-def check_device(backend: str, *, platform: str, partition: Partition, deterministic: bool) -> None:
+def check_device(backend: str, *, platform: str, partition: Partition) -> None:
     """Refuse where the kernel cannot run.
 
     Raises:
-        ValueError: another platform, another generation of GPUs, or a kind of engine that the kernel does not do.
+        ValueError: another platform, or another generation of GPUs.
     """
-    instead = "use attention_backend='xla'"
-    if deterministic:
-        raise ValueError(
-            f"deterministic=True is not for attention_backend={backend!r}, which cuts sequences into parts by what "
-            f"else is in a step; {instead}"
-        )
-    if partition.num_parts("pages") > 1:
-        raise ValueError(
-            f"attention_backend={backend!r} is for caches that every device has all pages of, and the sharding "
-            f"strategy divides them between devices; {instead}, or sharding_strategy='tensor'"
-        )
     if backend == "pallas_gpu_interpret":
         return
     if platform != "gpu":
@@ -52,7 +41,7 @@ def check_device(backend: str, *, platform: str, partition: Partition, determini
         raise ValueError(
             "attention_backend='pallas_gpu' needs a GPU of the Hopper generation (compute capability 9.0), whose "
             "matrix instructions (wgmma) older and newer chips do not have, and this one's compute capability is "
-            f"{capability}; {instead}"
+            f"{capability}; use attention_backend='xla'"
         )
 
 
@@ -69,13 +58,15 @@ class GpuAttention:
     partition: Partition
     multiprocessors: int
     interpret: bool
+    deterministic: bool
 
     @classmethod
-    def of(cls, backend: str, partition: Partition) -> "GpuAttention":
+    def of(cls, backend: str, partition: Partition, *, deterministic: bool = False) -> "GpuAttention":
         """For the devices of `partition`; `check_device` has not refused them."""
         if backend == "pallas_gpu_interpret":
-            return cls(backend, partition, INTERPRETED_MULTIPROCESSORS, interpret=True)
-        return cls(backend, partition, int(_device(partition).core_count), interpret=False)
+            return cls(backend, partition, INTERPRETED_MULTIPROCESSORS, interpret=True, deterministic=deterministic)
+        count = int(_device(partition).core_count)
+        return cls(backend, partition, count, interpret=False, deterministic=deterministic)
 
     def page_shape(self, num_kv_heads: int, page_size: int, head_dim: int) -> PageShape:
         """A page of one layer.
@@ -103,10 +94,10 @@ class GpuAttention:
         """
         heads, kv_heads = num_heads // self.partition.num_parts("heads"), cache.num_heads
         kv_heads //= self.partition.num_parts("kv_heads")
-        types = {"dtype": str(dtype), "stored": str(cache.data.dtype)}
-        self._refuse(gpu.why_not(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **types))
+        self._check(heads, kv_heads, head_dim, dtype, cache.data.dtype)
         rows = sequences.query_starts, sequences.token_sequences, sequences.positions
-        work = [self._work(*rows, heads=(heads, kv_heads), window=window or None) for window in windows]
+        sizes: dict[str, Any] = {"heads": (heads, kv_heads), "room": sequences.block_tables.shape[-1] * cache.page_size}
+        work = [self._work(*rows, **sizes, window=window or None) for window in windows]
         return replace(sequences, work=jax.tree.map(lambda *groups: jnp.stack(groups), *work))
 
     def __call__(
@@ -130,10 +121,17 @@ class GpuAttention:
         sinks: Float[Array, " N"] | None = None,
         kv_scales: Float[Array, "L 2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
-        """Write, then attend. Specified by `pallas_kernels.reference`; `work` is of `prepare`, or built here."""
+        """Write, then attend. Specified by `pallas_kernels.reference`; `work` is of `prepare`, or built here, as where
+        devices have pages of their own.
+
+        Raises:
+            ValueError: the kernel does not do attention of this shape or in these number types.
+        """
         if work is None:
-            heads = queries.shape[1], keys.shape[1]
-            work = self._work(query_starts, token_sequences, positions, heads=heads, window=window)
+            self._check(queries.shape[1], keys.shape[1], queries.shape[2], queries.dtype, pages.dtype)
+            sizes: dict[str, Any] = {"heads": (queries.shape[1], keys.shape[1])}
+            sizes["room"] = block_tables.shape[1] * pages.shape[4]
+            work = self._work(query_starts, token_sequences, positions, **sizes, window=window)
         if kv_scales is not None:
             keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
         pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
@@ -149,6 +147,7 @@ class GpuAttention:
             sinks=sinks,
             kv_scales=kv_scales,
             multiprocessors=self.multiprocessors,
+            deterministic=self.deterministic,
             interpret=gpu.interpreter() if self.interpret else None,
         )
         return out, pages
@@ -160,10 +159,17 @@ class GpuAttention:
         positions: Int[Array, " T"],
         *,
         heads: tuple[int, int],
+        room: int,
         window: int | None,
     ) -> gpu.Work:
+        """`room` is that of a block table, in tokens."""
         sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "multiprocessors": self.multiprocessors}
-        return gpu.step_work(query_starts, token_sequences, positions, window=window, **sizes)
+        fixed = room if self.deterministic else None
+        return gpu.step_work(query_starts, token_sequences, positions, window=window, fixed_tokens=fixed, **sizes)
+
+    def _check(self, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, stored: jnp.dtype) -> None:
+        types: dict[str, Any] = {"dtype": str(dtype), "stored": str(stored), "deterministic": self.deterministic}
+        self._refuse(gpu.why_not(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **types))
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None:

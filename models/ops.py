@@ -283,8 +283,8 @@ def _gpu_ops(
     # Imported when chosen, as for a TPU.
     from jax_engine.models.gpu_attention import GpuAttention, check_device
 
-    check_device(backend, platform=platform, partition=partition, deterministic=deterministic)
-    kernel = GpuAttention.of(backend, partition)
+    check_device(backend, platform=platform, partition=partition)
+    kernel = GpuAttention.of(backend, partition, deterministic=deterministic)
     return Ops(_PagedAttention(kernel, partition), backend, experts, kernel.page_shape, kernel.prepare, partition)
 
 

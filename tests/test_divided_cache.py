@@ -41,6 +41,7 @@ def test_an_unknown_page_rule_is_refused():
     ("strategy", "options", "message"),
     [
         ("context", {"backend": "reference"}, "attention_backend='reference' cannot attend over a part .*; use att"),
+        ("context", {"backend": "pallas_gpu_interpret"}, "'pallas_gpu_interpret' cannot attend over a part .*; use"),
         ("context", {"backend": "pallas_tpu_interpret"}, "use attention_backend='xla', or a strategy that keeps"),
         ("context", {"deterministic": True}, "deterministic=True .* divides them between devices; use sharding_str"),
         ("data_attention", {"deterministic": True}, "deterministic=True is for caches that every device has all"),

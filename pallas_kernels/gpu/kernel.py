@@ -153,7 +153,7 @@ class Turn(NamedTuple):
         return cls(
             group,
             jnp.where(narrow, 0, group * GROUP_ROWS),
-            jnp.where(narrow, group, 0),
+            jnp.where(narrow, lax.rem(item.chunks[0] + group, NUM_GROUPS), 0),  # by the chunk's place in its sequence
             jnp.where(narrow, NUM_GROUPS, 1),
         )
 

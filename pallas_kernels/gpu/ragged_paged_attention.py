@@ -35,7 +35,9 @@ def why_not_pages(*, page_size: int, head_dim: int) -> str | None:
     return None
 
 
-def why_not(*, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, stored: str) -> str | None:
+def why_not(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, stored: str, deterministic: bool = False
+) -> str | None:
     """Why the kernel does not do attention of this shape, in one clause; None if it does. Heads are those of one
     device; `dtype` is the queries', `stored` the pages'.
     """
@@ -46,8 +48,10 @@ def why_not(*, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, sto
         )
     if stored in EIGHT_BITS and head_dim > 128:
         return f"it has too few registers for pages of 8 bits with head sizes over 128, and here it is {head_dim}"
-    if num_heads // num_kv_heads > ROWS:
-        return f"it has room for {ROWS} query heads a key and value head, and here are {num_heads // num_kv_heads}"
+    most = GROUP_ROWS if deterministic else ROWS
+    if num_heads // num_kv_heads > most:
+        how = " with deterministic=True" if deterministic else ""
+        return f"it has room for {most} query heads a key and value head{how}, and here are {num_heads // num_kv_heads}"
     return None
 
 
@@ -69,9 +73,12 @@ def step_work(
     num_kv_heads: int,
     window: int | None = None,
     multiprocessors: int = MULTIPROCESSORS,
+    fixed_tokens: int | None = None,
 ) -> Work:
-    """What a step has to do, the same in all its layers of one window."""
-    sizes = token_sequences.shape[0], query_starts.shape[0] - 1, num_heads, num_kv_heads, multiprocessors
+    """What a step has to do, the same in all its layers of one window. With `fixed_tokens`, the room of a block table,
+    a row's result does not depend, bit for bit, on the other rows of its step.
+    """
+    sizes = token_sequences.shape[0], query_starts.shape[0] - 1, num_heads, num_kv_heads, multiprocessors, fixed_tokens
     return build_work(query_starts, token_sequences, positions, shape=WorkShape.of(*sizes), window=window)
 
 
@@ -89,11 +96,13 @@ def attend(
     kv_scales: Float[Array, "L 2 K"] | None = None,
     stages: int | None = None,
     multiprocessors: int = MULTIPROCESSORS,
+    deterministic: bool = False,
     interpret: Any = None,
 ) -> Float[Array, "T N H"]:
     """The attention of `pallas_kernels.reference.ragged_paged_attention`, after its write of keys and values.
 
-    `work` is of `step_work`, with the same window and the same number of multiprocessors. `stages` chunks of keys and
+    `work` is of `step_work`, with the same window and the same number of multiprocessors, and with `fixed_tokens` if
+    `deterministic`. `stages` chunks of keys and
     values are in shared memory at a time (None: as many as fit, four at most).
 
     Raises:
@@ -102,7 +111,9 @@ def attend(
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = pages.shape[3:5]
     _check_rows(pages)
-    shape = WorkShape.of(num_tokens, block_tables.shape[0], num_heads, num_kv_heads, multiprocessors)
+    fixed_tokens = block_tables.shape[1] * page_size if deterministic else None
+    sizes = num_tokens, block_tables.shape[0], num_heads, num_kv_heads, multiprocessors, fixed_tokens
+    shape = WorkShape.of(*sizes)
     padded_tokens = -(-num_tokens // shape.aligned_tokens) * shape.aligned_tokens
     heads_a_group = num_heads // num_kv_heads
     call = Call(
@@ -124,15 +135,22 @@ def attend(
     )
     if kv_scales is not None:
         queries = _scaled(queries, kv_scales[layer, 0])
-    by_head = queries.reshape(num_tokens, num_kv_heads, heads_a_group, head_dim).swapaxes(0, 1)
-    padding = (0, 0), (0, padded_tokens - num_tokens), (0, call.rows_a_token - heads_a_group), (0, 0)
-    rows = jnp.pad(by_head, padding).reshape(-1, head_dim)
-    rows = jnp.pad(rows, ((0, ROWS), (0, 0)))  # a tile may reach past the last row
+    rows = _rows_by_head(queries, call)
     of_layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inputs = rows, pages.reshape(-1, head_dim), block_tables, work.items, work.num_items, of_layer
     tiles, sums = attend_items(*inputs, call)
     out = _merge(tiles, sums, work, sinks, num_kv_heads, heads_a_group, shape.max_parts)
     return out if kv_scales is None else _scaled(out, kv_scales[layer, 1])
+
+
+def _rows_by_head(queries: Float[Array, "T N H"], call: Call) -> Float[Array, "R H"]:
+    """The query rows of one kv head after the other, with zeros where the kernel reads further."""
+    num_tokens, num_heads, head_dim = queries.shape
+    by_head = queries.reshape(num_tokens, call.num_kv_heads, -1, head_dim).swapaxes(0, 1)
+    heads_a_group = num_heads // call.num_kv_heads
+    padding = (0, 0), (0, call.num_tokens - num_tokens), (0, call.rows_a_token - heads_a_group), (0, 0)
+    rows = jnp.pad(by_head, padding).reshape(-1, head_dim)
+    return jnp.pad(rows, ((0, ROWS), (0, 0)))  # a tile may reach past the last row
 
 
 def _check_rows(pages: Float[Array, "L P 2 K S H"]) -> None:

@@ -19,6 +19,7 @@ GROUP_ROWS = 64  # of the matrix unit, which a warpgroup drives
 ROWS = 2 * GROUP_ROWS  # of a tile: two warpgroups' worth
 CHUNK = 64  # tokens of keys and values that are read at a time
 LEAST_PART = 4 * CHUNK  # shorter parts are not worth a merge
+FIXED_PARTS = 8  # of the longest sequence, where parts are fixed
 ALIGNMENT = 8  # rows: copies of queries begin at multiples
 
 # Columns of an item. The first row and position and the number of tokens count `SKIPPED` tokens before the range in.
@@ -43,15 +44,31 @@ class WorkShape:
     most_tiles: int
     max_parts: int  # of one tile
     num_items: int  # room for them
+    fixed_part: int | None = None  # chunks in a part, which then begins at a multiple; None: what suits the step
 
     @classmethod
     def of(
-        cls, num_tokens: int, num_sequences: int, num_heads: int, num_kv_heads: int, multiprocessors: int
+        cls,
+        num_tokens: int,
+        num_sequences: int,
+        num_heads: int,
+        num_kv_heads: int,
+        multiprocessors: int,
+        fixed_tokens: int | None = None,
     ) -> "WorkShape":
+        """With `fixed_tokens`, what a sequence may have at most, how its keys are cut is fixed, and all tiles are
+        narrow: then a row's sums have one order, whatever else is in its step or its range.
+        """
         rows = rows_a_token(num_heads // num_kv_heads)
-        tile_tokens, aligned_tokens = ROWS // rows, max(1, ALIGNMENT // rows)
+        tile_tokens, aligned_tokens = (ROWS if fixed_tokens is None else GROUP_ROWS) // rows, max(1, ALIGNMENT // rows)
         skipped = (aligned_tokens - 1) * num_sequences  # at most
         most_tiles = min(num_tokens, (num_tokens + skipped) // tile_tokens + num_sequences)
+        if fixed_tokens is not None:
+            num_chunks = -(-fixed_tokens // CHUNK)
+            part = max(LEAST_PART // CHUNK, -(-num_chunks // FIXED_PARTS))
+            parts = -(-num_chunks // part)
+            sizes = most_tiles, parts, most_tiles * parts
+            return cls(num_tokens, num_sequences, tile_tokens, aligned_tokens, *sizes, fixed_part=part)
         # Two items for each multiprocessor even out their lengths. Large steps fill the chip without parts.
         wanted = -(-2 * multiprocessors // num_kv_heads)
         max_parts = min(16, max(2, -(-2 * wanted // most_tiles)))
@@ -98,16 +115,14 @@ def build_work(
     first_key = jnp.zeros_like(end_key) if window is None else jnp.maximum(own_position - window + 1, 0)
     first_chunk = first_key // CHUNK
     num_chunks = jnp.where(is_tile, -(-end_key // CHUNK) - first_chunk, 0)
-
-    room = shape.num_items - tile.shape[0]
-    part = jnp.maximum(LEAST_PART // CHUNK, -(-jnp.sum(num_chunks) // max(room, 1)))  # in chunks
-    part = jnp.maximum(part, -(-num_chunks // shape.max_parts))
-    parts_of = -(-num_chunks // part)
+    part, base = _parts(first_chunk, num_chunks, shape)
+    parts_of = jnp.where(is_tile, -(-(first_chunk + num_chunks - base) // part), 0)
     item_ends = jnp.cumsum(parts_of)
     item = jnp.arange(shape.num_items)
     own = jnp.minimum(jnp.searchsorted(item_ends, item, side="right", method="compare_all"), tile.shape[0] - 1)
-    begin = (first_chunk[own] + (item - (item_ends - parts_of)[own]) * part[own]) * CHUNK
-    end = jnp.minimum(begin + part[own] * CHUNK, end_key[own])
+    own_base = base[own] + (item - (item_ends - parts_of)[own]) * part[own]
+    begin = jnp.maximum(own_base, first_chunk[own]) * CHUNK
+    end = jnp.minimum((own_base + part[own]) * CHUNK, end_key[own])
     is_item = item < item_ends[-1]
     columns = (sequence[own], first_row[own], num_tokens[own], first_position[own], begin, end, item, skipped[own])
     items = jnp.stack(columns, axis=1)
@@ -124,3 +139,15 @@ def build_work(
         num_tokens[tile_of].astype(jnp.int32),
         (in_range % tokens).astype(jnp.int32),
     )
+
+
+def _parts(
+    first_chunk: Int[Array, " N"], num_chunks: Int[Array, " N"], shape: WorkShape
+) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """How many chunks each tile's parts have, and where the first would begin."""
+    if shape.fixed_part is not None:
+        part = jnp.full_like(num_chunks, shape.fixed_part)
+        return part, first_chunk - first_chunk % shape.fixed_part
+    room = shape.num_items - num_chunks.shape[0]
+    part = jnp.maximum(LEAST_PART // CHUNK, -(-jnp.sum(num_chunks) // max(room, 1)))
+    return jnp.maximum(part, -(-num_chunks // shape.max_parts)), first_chunk

@@ -26,6 +26,7 @@ from jaxtyping import Array
 from ragged_cases import build_ragged_case
 
 from jax_engine.cuda_fallback.paged_attention import write_pages
+from jax_engine.models.device_tables import owned_tables, put_rows, take_rows
 from jax_engine.models.gpu_attention import GpuAttention
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
@@ -197,6 +198,80 @@ def test_items_cover_each_row_and_key_once_and_no_part_is_lost(ranges, model):
     assert (work.num_parts[real:] == 0).all()
 
 
+def chunks_of(work: Work, token: int) -> list[tuple[int, int]]:
+    """The chunks that a token's parts begin and end with."""
+    by_output = {int(item[OUTPUT]): item for item in np.asarray(work.items)[: int(work.num_items[0])]}
+    first, count = int(work.first_items[token]), int(work.num_parts[token])
+    items = [by_output[first + number] for number in range(count)]
+    return [(int(item[FIRST_KEY]) // CHUNK, -(-int(item[END_KEY]) // CHUNK)) for item in items]
+
+
+def test_fixed_parts_begin_at_places_of_the_sequence_whatever_else_is_in_a_step():
+    shape = WorkShape.of(64, 3, 8, 2, 132, fixed_tokens=16_000)
+    assert (shape.fixed_part, shape.max_parts, shape.tile_tokens) == (32, 8, 16)
+    for window, expected in ((None, [(0, 32), (32, 64), (64, 79)]), (3000, [(31, 32), (32, 64), (64, 79)])):
+        for ranges in ([(1, 4999)], [(9, 4991), (50, 0)], [(1, 15_000), (1, 20), (30, 4970)]):
+            case = build_ragged_case(ranges, seed=0, num_tokens=64, num_sequences=3)
+            starts, sequences, positions = (case[name] for name in ("query_starts", "token_sequences", "positions"))
+            token = int(np.flatnonzero(np.asarray(positions) == 4999)[0])
+            work = compiled_work(starts, sequences, positions, shape=shape, window=window)
+            assert bool(work.num_tokens[token] * 4 <= 64), "of a narrow tile"
+            assert chunks_of(work, token) == expected
+
+
+def rows_alone_and_among_others() -> bool:
+    """Whether a token's result has the same bits as a decode alone and at the end of a range among others."""
+    case = case_of([(1, 5), (9, 392), (20, 130)], num_tokens=32, num_sequences=4)
+    tables, rows = case["block_tables"], ("token_sequences", "positions")
+    pages = write_pages(case["keys"], case["values"], case["pages"], tables, *(case[name] for name in rows), LAYER)
+
+    @jax.jit
+    def run(queries: Array, tables: Array, starts: Array, sequences: Array, positions: Array) -> Array:
+        room = tables.shape[1] * pages.shape[4]
+        shared: dict[str, Any] = {"multiprocessors": MULTIPROCESSORS, "window": 300}
+        work = gpu.step_work(starts, sequences, positions, num_heads=4, num_kv_heads=2, fixed_tokens=room, **shared)
+        options: dict[str, Any] = {"layer": LAYER, "scale": SCALE, "deterministic": True, **shared}
+        return gpu.attend(queries, pages, tables, work, **options, interpret=gpu.interpreter(), stages=2)
+
+    among = run(case["queries"], tables, case["query_starts"], *(case[name] for name in rows))
+    token = 9  # the last of the second sequence
+    alone = run(
+        case["queries"].at[0].set(case["queries"][token]),
+        tables.at[0].set(tables[1]),
+        jnp.array([0, 1, 1, 1, 1], jnp.int32),
+        jnp.full(32, 4, jnp.int32).at[0].set(0),
+        jnp.zeros(32, jnp.int32).at[0].set(400),
+    )
+    return bool(jnp.array_equal(among[token], alone[0])) and bool(jnp.abs(alone[0]).max() > 0)
+
+
+@pytest.mark.slow
+def test_with_fixed_parts_a_row_is_the_same_to_the_last_bit_in_any_company():
+    assert child("t.rows_alone_and_among_others()") is True
+
+
+def error_of_owned_pages() -> float:
+    """Of attention whose sequences' pages are on one of two devices each, each device's results put together."""
+    from test_divided_pages import divided, table_of
+
+    case = case_of([(1, 5), (1, 140), (9, 92), (20, 30)], num_tokens=34, num_sequences=5, num_pages=40)
+    expected, _ = reference.ragged_paged_attention(**case, layer=LAYER, scale=SCALE)
+    moved = divided(case, 2, lambda row, _: row % 2)
+    kernel, found = GpuAttention.of("pallas_gpu_interpret", ONE_DEVICE), []
+    for rank in range(2):
+        tables = owned_tables(table_of(moved), rank, num_pages=20, page_size=16)
+        rows = [take_rows(case[name], tables) for name in ("queries", "keys", "values")]
+        own = moved["pages"][:, 20 * rank : 20 * (rank + 1)]
+        attend = jax.jit(lambda *given: kernel(*given, layer=LAYER, scale=SCALE)[0])
+        found.append(put_rows(attend(*rows, own, *tables.convention), tables))
+    return float(jnp.abs(sum(found) - expected).max())
+
+
+@pytest.mark.slow
+def test_devices_that_own_sequences_pages_attend_to_them():
+    assert child("t.error_of_owned_pages()") < 0.02
+
+
 def test_a_window_skips_chunks_and_a_long_sequence_alone_is_cut_for_all_multiprocessors():
     starts, sequences, positions = jnp.array([0, 1]), jnp.array([0]), jnp.array([99_999])
     shape = WorkShape.of(1, 1, 32, 8, 132)
@@ -226,7 +301,6 @@ def on_device(capability: str) -> Partition:
         ("pallas_gpu", "gpu", {"partition": on_device("8.0")}, r"Hopper .* capability is 8.0; use .*'xla'"),
         ("pallas_gpu", "gpu", {"partition": on_device("10.0")}, r"Hopper .* capability is 10.0; use .*'xla'"),
         ("pallas_gpu", "gpu", {"partition": on_device("gfx942")}, r"Hopper .* capability is gfx942"),
-        ("pallas_gpu_interpret", "cpu", {"deterministic": True}, r"deterministic=True is not for .*'pallas_gpu_inter"),
     ],
 )
 def test_where_it_cannot_run_is_said(backend, platform, changes, says):
@@ -249,6 +323,10 @@ def test_it_runs_on_hopper_when_asked_for_and_auto_says_why_it_does_not():
         ({"page_size": 4}, r"its page sizes \(block_size\) are 8, 16, 32, 64, 128, 256, and here it is 4"),
         ({"dtype": "float32"}, "its queries are bfloat16 or float16 and its pages like them .*, and here they are flo"),
         ({"heads": (129, 1)}, "it has room for 128 query heads a key and value head, and here are 129"),
+        (
+            {"heads": (65, 1), "deterministic": True},
+            "it has room for 64 query .* with deterministic=True, and here",
+        ),
     ],
 )
 def test_what_an_engine_would_not_be_run_with_is_said(changes, says):
@@ -262,9 +340,15 @@ def test_pages_of_eight_bits_take_registers():
     assert "8 bits with head sizes over 128, and here it is 256" in (gpu.why_not(**shape, head_dim=256) or "")
 
 
-def traced(heads: tuple[int, int] = (4, 2), head_dim: int = 64, page_size: int = 16, dtype: str = "bfloat16") -> Any:
+def traced(
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 64,
+    page_size: int = 16,
+    dtype: str = "bfloat16",
+    deterministic: bool = False,
+) -> Any:
     """The shapes of a step's attention through an engine's operations, in two cache groups; nothing runs."""
-    ops, _ = select_ops("pallas_gpu_interpret", platform="cpu")
+    ops, _ = select_ops("pallas_gpu_interpret", platform="cpu", deterministic=deterministic)
     shape = (2, 8, *ops.page_shape(heads[1], page_size, head_dim))
     case = build_ragged_case([(1, 20), (9, 3)], seed=0, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)
 
@@ -283,8 +367,9 @@ def traced(heads: tuple[int, int] = (4, 2), head_dim: int = 64, page_size: int =
     return jax.eval_shape(step, queries, keys, KVPages.zeros(shape, jnp.dtype(dtype)))
 
 
-def test_an_engine_prepares_a_work_list_for_each_cache_group():
-    out, cache = traced()
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_prepares_a_work_list_for_each_cache_group(deterministic):
+    out, cache = traced(deterministic=deterministic)
     assert (out.shape, cache.data.shape) == ((10, 4, 64), (2, 8, 2, 2, 16, 64))
 
 
