@@ -3,8 +3,8 @@
     python benchmarks/sampling.py [--rows 64] [--vocab-size 131072] [--repeats 15]
 
 Every case is run in turn, again and again, and its quickest run counts: other load on the machine slows all of them.
-Logits are normal with a standard deviation of 3, where 256 candidates hold 90 % of a row's probability at a temperature
-of 0.6 but not at 1: the case named "flat" is that one, which top-p has to bisect.
+Logits are normal with a standard deviation of 3, where 256 tokens hold 90 % of a row's probability at a temperature of
+0.6, and thousands at 1, which the cases named "flat" have.
 """
 
 import argparse
@@ -29,6 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top-k 50": {"top_k": 50},
     "top-p 0.9": {"top_p": 0.9},
     "top-p 0.9, flat": {"top_p": 0.9, "temperature": 1.0},
+    "top-p 0.1, flat": {"top_p": 0.1, "temperature": 1.0},
+    "top-k 1000": {"top_k": 1000, "temperature": 1.0},
     "masks": {"temperature": 0.0, "asks": [Ask.MASKS]},
     "penalties": {"temperature": 0.0, "asks": [Ask.PENALTIES]},
     "logit bias": {"temperature": 0.0, "asks": [Ask.BIAS]},

@@ -147,7 +147,15 @@ def draw_function(
         of, slots, num_draws = drawn_from.owners, given.slots, given.num_draws
 
         def draw_rows(logits: Float[Array, "R V"], rows: FullRows) -> Drawn:
-            return sample_full(logits, rows, full, inputs.asks, num_logprobs=num_logprobs, processors=processors)
+            return sample_full(
+                logits,
+                rows,
+                full,
+                inputs.asks,
+                num_logprobs=num_logprobs,
+                processors=processors,
+                mesh=placement.mesh,
+            )
 
         rows = FullRows(
             drawn_from.sampling(given),

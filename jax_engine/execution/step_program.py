@@ -171,7 +171,7 @@ def _draw(
     """The next token of each row, of logits that lie by rows or, in the GREEDY mode, by the vocabulary."""
     if mode is SamplingMode.GREEDY:
         return likeliest_of_parts(logits, placement.activations, placement.vocab_size or logits.shape[1])
-    return sample(logits, rows, mode)
+    return sample(logits, rows, mode, placement.mesh)
 
 
 def take_batch(

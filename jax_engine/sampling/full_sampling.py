@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jax_engine.grammar.bitmasks import ALL_TOKENS, WORD_BITS, num_words
 from jax_engine.sampling.logits_processors import LogitsProcessor, ProcessorState, argument_names
 from jax_engine.sampling.logprobs import RowLogprobs, row_logprobs
-from jax_engine.sampling.sampler import SamplingMode, SamplingRows, sample
+from jax_engine.sampling.sampler import SamplingRows, draw_or_take, hold_back, holds
 from jax_engine.sampling_params import MAX_BAD_WORD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS
 
 ANY_TOKEN = -1  # in a bad word: in front of its first token
@@ -176,20 +177,28 @@ def sample_full(
     *,
     num_logprobs: int,
     processors: tuple[LogitsProcessor, ...] = (),
+    mesh: Mesh | None = None,
 ) -> Drawn:
     """The next token of each row, under all that it asked for; `asks` as in `DrawInputs`. If any row asks, with
-    log-probabilities of it and of the `num_logprobs` (static) likeliest, from the logits as they come.
+    log-probabilities of it and of the `num_logprobs` (static) likeliest, from the logits as they come. Behind `mesh`,
+    rows are spread over all of its devices.
     """
 
     def control(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        logits = lax.cond(any_held, hold_back, lambda logits, _: logits, logits, rows.sampling)
         logits = lax.cond(asks[Ask.BIAS], add_bias, _same, logits, rows, state)
         logits = run_processors(logits, rows, state, processors)
         way = jnp.where(asks[Ask.PENALTIES], 2, asks[Ask.MASKS].astype(jnp.int32))
         logits = lax.switch(way, (_same, drop_masked, mask_and_penalize), logits, rows, state)
         return lax.cond(asks[Ask.BAD_WORDS], drop_bad_words, _same, logits, rows, state)
 
-    controlled = control(logits) if processors else lax.cond(jnp.any(asks), control, lambda logits: logits, logits)
-    tokens = sample(controlled, rows.sampling, SamplingMode.SAMPLE)
+    def draw(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+        return draw_or_take(logits, rows.sampling, mesh)
+
+    # The draw is within the condition, whose result would be a copy of the logits: they are kept for log-probabilities.
+    any_held = jnp.any(holds(rows.sampling))
+    is_controlled = jnp.any(asks) | any_held | bool(processors)
+    tokens = lax.cond(is_controlled, lambda logits: draw(control(logits)), draw, logits)
     logprobs: RowLogprobs = lax.cond(
         jnp.any(rows.logprobs),
         lambda: row_logprobs(logits, tokens, num_logprobs),

@@ -52,7 +52,7 @@ def draft_function(
             rows: SamplingRows,
         ) -> tuple[KVPages, Int[Array, " B"]]:
             def draw(logits: Float[Array, "R V"], rows: SamplingRows) -> Int[Array, " R"]:
-                return sample(logits, rows, SamplingMode.SAMPLE)
+                return sample(logits, rows, SamplingMode.SAMPLE, placement.mesh)
 
             cache, hidden = run_model(model, tokens, cache, sequences, None)
             return cache, draw_tokens(model, hidden[last_rows], batch.num_used, draw, rows, placement, None)

@@ -1,5 +1,6 @@
 """What the sampling parameters mean, in float64 NumPy, a row and a token at a time; nothing of the product's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,16 +45,26 @@ def distribution(row: Row, temperature: float, top_k: int = 0, top_p: float = 1.
     return weights / weights.sum()
 
 
-def uniform(key: tuple[int, int], position: int) -> float:
-    """The number that the token at a position is drawn with."""
-    words = np.asarray(key, np.uint32)
-    return float(jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), position)))
+def uniform(key: tuple[int, int], position: int, tries: int) -> float:
+    """The number that the token at a position is drawn with, after so many others were rejected."""
+    own = jax.random.fold_in(jax.random.wrap_key_data(np.asarray(key, np.uint32), impl="threefry2x32"), position)
+    return float(jax.random.uniform(jax.random.fold_in(own, tries) if tries else own)) + 2.0**-24
 
 
-def drawn_tokens(shares: Row, number: float, *, tolerance: float = 1e-4) -> set[int]:
-    """The token at which the cumulative distribution passes `number`, and its neighbours where that is a close call."""
-    cumulative = np.cumsum(shares)
-    near = [number - tolerance, number, number + tolerance]
-    with_weight = np.flatnonzero(shares)
-    found = [int(np.searchsorted(cumulative, min(max(value, 0.0), cumulative[-1]), side="right")) for value in near]
-    return {min(token, int(with_weight[-1])) for token in found}
+def drawn_tokens(
+    shares: Row, top_p: float, number: Callable[[int], float], *, tries: int = 0, tolerance: float = 1e-4
+) -> set[int]:
+    """The first token at which the cumulative distribution passes the number of its try, and in front of which there is
+    less than `top_p`; after one that is not so, of what is likelier. And others where either is a close call.
+    """
+    cumulative = np.cumsum(shares) / shares.sum()
+    last = int(np.flatnonzero(shares)[-1])
+    near = [number(tries) - tolerance, number(tries), number(tries) + tolerance]
+    found = set()
+    for token in {min(int(np.searchsorted(cumulative, max(value, 0.0), side="right")), last) for value in near}:
+        above = np.where(shares > shares[token], shares, 0)
+        if top_p == 1 or above.sum() < top_p + tolerance:
+            found.add(token)
+        if top_p < 1 and above.sum() >= top_p - tolerance:
+            found |= drawn_tokens(above, top_p, number, tries=tries + 1, tolerance=tolerance)
+    return found

@@ -1,6 +1,7 @@
 """The FULL sampling mode: every parameter against an independent reference, in every mix, and on its own row alone."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -103,9 +104,9 @@ def wanted_tokens(request: CoreRequest, row: np.ndarray, output: list[int]) -> s
     changed = controlled_logits(row, request.prompt_token_ids, output, controls)
     if not request.temperature:
         return set(np.flatnonzero(changed >= changed.max() - 1e-4).tolist())
-    shares = distribution(changed, request.temperature, request.top_k, request.top_p, request.min_p)
+    shares = distribution(changed, request.temperature, request.top_k, min_p=request.min_p)
     position = len(request.prompt_token_ids) + len(output)
-    return drawn_tokens(shares, uniform(request.prng_key, position))
+    return drawn_tokens(shares, request.top_p, partial(uniform, request.prng_key, position))
 
 
 @pytest.fixture(scope="module")
