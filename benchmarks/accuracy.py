@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py                          # the built-in model, 50 prompts a task
     python benchmarks/accuracy.py --model DIR --json out.json
     python benchmarks/accuracy.py --quantization int8      # as `EngineConfig` has it
+    python benchmarks/accuracy.py --kv-cache-dtype int8 --calculate-kv-scales
 
 Answers are generated greedily. The final answer must be the expected one to the letter; JSON and tool calls must have
 the expected values; a story must be whole and mention what was asked (`models/demo/samples.py` holds the judges).
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=192, help="longest answer, in tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the held-out prompts")
     parser.add_argument("--show-misses", action="store_true", help="print one wrong answer of each task")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="type of the KV cache")
+    parser.add_argument("--calculate-kv-scales", action="store_true", help="measure what its numbers are scaled by")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     if options.num_prompts < 1:
@@ -92,7 +95,8 @@ def main() -> None:
     samples = [
         sample for task in tasks for sample in held_out_samples(task, seed=options.seed, count=options.num_prompts)
     ]
-    with LLM(options.model, quantization=options.quantization) as llm:
+    cache = {"kv_cache_dtype": options.kv_cache_dtype, "calculate_kv_scales": options.calculate_kv_scales}
+    with LLM(options.model, quantization=options.quantization, **cache) as llm:
         results = measure(llm, samples, max_tokens=options.max_tokens)
     print(table(results))
     for result in results:

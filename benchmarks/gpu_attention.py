@@ -182,7 +182,7 @@ def prepare_check(kernel: Kernel, ranges: Ranges, shape: Shape, *, seed: int) ->
     if reason := kernel.why_not(shape):
         raise Skipped(reason)
     case = attention_case(ranges, shape, seed=seed, num_layers=2, padding=5)
-    options = options_of(shape, seed=seed, num_layers=2)
+    options = options_of(shape, seed=seed)
     run = compiled_as_steps(partial(kernel.load(), layer=1, **options))
     specified = jax.jit(partial(reference.ragged_paged_attention, layer=1, **options))
     wide = case | {"queries": case["queries"].astype(jnp.float32)}

@@ -110,12 +110,12 @@ def _arrays(
     }
 
 
-def options_of(shape: Shape, *, seed: int, num_layers: int = 1) -> dict[str, Any]:
+def options_of(shape: Shape, *, seed: int) -> dict[str, Any]:
     """The keyword arguments beside `layer`."""
     options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "window": shape.window, "soft_cap": shape.soft_cap}
     if shape.with_sinks:
         options["sinks"] = jax.random.normal(jax.random.key(seed + 1), (shape.num_heads,))
     if jnp.dtype(shape.stored_dtype).itemsize == 1:
-        size = (num_layers, 2, shape.num_kv_heads)
+        size = (2, shape.num_kv_heads)
         options["kv_scales"] = jax.random.uniform(jax.random.key(seed + 2), size, minval=0.5, maxval=2.0)
     return options

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 # Scores of so many query heads are one reduction. Of weighted values, XLA has shared memory for two; where a head is
@@ -49,6 +50,7 @@ def attend_items(
     layer: int | Int[Array, ""],
     scale: float,
     soft_cap: float | None,
+    bits_of: DTypeLike | None = None,
 ) -> Softmaxes:
     """Each item's query over the item's tokens."""
     num_items, num_heads, head_dim = queries.shape
@@ -56,8 +58,9 @@ def attend_items(
     heads = jnp.arange(num_kv_heads)[:, None]
 
     def cached(plane: int) -> Num[Array, "W K J H"]:
-        found = pages.at[layer, items.pages[:, None], plane, heads, items.slots]
-        return found.get(mode="promise_in_bounds", wrap_negative_indices=False)
+        place = pages.at[layer, items.pages[:, None], plane, heads, items.slots]
+        found = place.get(mode="promise_in_bounds", wrap_negative_indices=False)
+        return found if bits_of is None else lax.bitcast_convert_type(found, jnp.dtype(bits_of))
 
     grouped = queries.reshape(num_items, num_kv_heads, -1, head_dim)
     scores = _scores(grouped, cached(0)) * scale

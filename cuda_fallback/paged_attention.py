@@ -16,11 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jax_engine.cuda_fallback.chunk_products import chunk_scores, weighted_values
 from jax_engine.cuda_fallback.decode_items import Items, Softmaxes, attend_items, items_a_trip, merge_items
 from jax_engine.cuda_fallback.searching import cut_ranges, rows_of
+from jax_engine.cuda_fallback.stored_pages import divided_by_scales, narrow, scale_heads, widened
 from jax_engine.cuda_fallback.whole_prompts import Implementation, attend_whole, begins_here, check_cudnn
 
 
@@ -93,13 +95,15 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    kv_scales: Float[Array, "L 2 K"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
+    bits_of: DTypeLike | None = None,
     sizes: Sizes = CPU_SIZES,
     whole_prompts: Implementation | None = None,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
     """Specified by `pallas_kernels.reference`; products in the queries' type, accumulated in float32.
 
-    With `whole_prompts`, ranges of several tokens that begin their sequence are left to that dense attention.
+    Pages of uint8 hold the bits of the 8-bit float `bits_of`. With `whole_prompts`, ranges of several tokens that begin
+    their sequence are left to that dense attention.
 
     Raises:
         ValueError: cuDNN's has no place for these types or options.
@@ -108,15 +112,13 @@ def ragged_paged_attention(
         check_cudnn(queries.shape[2], queries.dtype, pages.dtype, soft_cap=soft_cap, has_sinks=sinks is not None)
     prompts = None if whole_prompts is None else begins_here(query_starts, kv_lengths, num_decodes)
     fresh = queries, keys, values
-    heads_a_group = queries.shape[1] // keys.shape[1]
-    if kv_scales is not None:
-        keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
-        queries = (queries * jnp.repeat(kv_scales[layer, 0], heads_a_group)[:, None]).astype(queries.dtype)
-    pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, sinks, ALL_PAGES, sizes)
+    queries, keys, values = divided_by_scales(queries, keys, values, kv_scales)
+    tables, seen = (block_tables, token_sequences, positions), (scale, window, soft_cap, sinks)
+    pages = write_pages(keys, values, pages, *tables, layer, bits_of=bits_of)
+    groups = _Groups(queries, pages, block_tables, positions, layer, *seen, ALL_PAGES, sizes, bits_of)
     out = _attend_all(groups, query_starts, num_decodes, partial(_whole, dtype=queries.dtype), elsewhere=prompts)
     if kv_scales is not None:
-        out = (out * jnp.repeat(kv_scales[layer, 1], heads_a_group)[:, None]).astype(out.dtype)
+        out = scale_heads(out, kv_scales[1])
     if prompts is not None and whole_prompts is not None:
         out = attend_whole(out, *fresh, query_starts, prompts, scale=scale, window=window, implementation=whole_prompts)
     return out, pages
@@ -139,16 +141,21 @@ def striped_paged_attention(
     stripe: Stripe,
     window: int | None = None,
     soft_cap: float | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
+    bits_of: DTypeLike | None = None,
     sizes: Sizes = CPU_SIZES,
 ) -> tuple[Partial, Num[Array, "L P 2 K S H"]]:
     """`ragged_paged_attention` where only a stripe of every sequence's pages is here: it writes and sees those alone.
 
     `block_tables` hold the pages of the stripe, side by side: column m is page `rank + m * num` of a sequence.
     """
-    pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
-    groups = _Groups(queries, pages, block_tables, positions, layer, scale, window, soft_cap, None, stripe, sizes)
+    queries, keys, values = divided_by_scales(queries, keys, values, kv_scales)
+    tables, seen = (block_tables, token_sequences, positions), (scale, window, soft_cap, None)
+    pages = write_pages(keys, values, pages, *tables, layer, stripe, bits_of=bits_of)
+    groups = _Groups(queries, pages, block_tables, positions, layer, *seen, stripe, sizes, bits_of)
     out = _attend_all(groups, query_starts, num_decodes, _side_by_side_parts)
-    return Partial(out[..., :-2], out[..., -2], out[..., -1]), pages
+    values = out[..., :-2] if kv_scales is None else scale_heads(out[..., :-2], kv_scales[1])
+    return Partial(values, out[..., -2], out[..., -1]), pages
 
 
 # What becomes of a running softmax: its maximum, its sum, and the values summed.
@@ -246,6 +253,7 @@ def _attend_by_items(groups: "_Groups", num_decodes: Int[Array, ""], finish: _Fi
             layer=groups.layer,
             scale=groups.scale,
             soft_cap=groups.soft_cap,
+            bits_of=groups.bits_of,
         )
         return merge_items(running, fresh, items, met)
 
@@ -269,6 +277,8 @@ def write_pages(
     positions: Int[Array, " T"],
     layer: int | Int[Array, ""],
     stripe: Stripe = ALL_PAGES,
+    *,
+    bits_of: DTypeLike | None = None,
 ) -> Num[Array, "L P 2 K S H"]:
     """Scatter the step's keys and values into their pages, in place where `pages` is donated, without padding rows and
     those of other stripes.
@@ -278,13 +288,7 @@ def write_pages(
     owner, index = jnp.minimum(token_sequences, num_sequences - 1), positions // page_size
     is_here = (token_sequences < num_sequences) & (index % stripe.num == stripe.rank)
     page = jnp.where(is_here, block_tables[owner, index // stripe.num], num_pages)
-    new = jnp.stack([keys, values], axis=1)
-    if jnp.issubdtype(pages.dtype, jnp.integer):
-        new = jnp.round(new)
-    if pages.dtype.itemsize == 1:
-        limits = jnp.iinfo(pages.dtype) if jnp.issubdtype(pages.dtype, jnp.integer) else jnp.finfo(pages.dtype)
-        new = jnp.clip(new.astype(jnp.float32), float(limits.min), float(limits.max))
-    new = new.astype(pages.dtype)
+    new = narrow(jnp.stack([keys, values], axis=1), pages.dtype, bits_of)
     return pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
 
@@ -304,8 +308,9 @@ class _Groups:
         sinks: Float[Array, " N"] | None,
         stripe: Stripe,
         sizes: Sizes,
+        bits_of: DTypeLike | None,
     ) -> None:
-        self.stripe, self.sizes = stripe, sizes
+        self.stripe, self.sizes, self.bits_of = stripe, sizes, bits_of
         self.queries, self.pages, self.positions = queries, pages, positions
         self.layer, self.scale, self.window, self.soft_cap, self.sinks = layer, scale, window, soft_cap, sinks
         self.chunk_pages = max(1, sizes.chunk_tokens // pages.shape[4])
@@ -338,8 +343,7 @@ class _Groups:
             table = lax.dynamic_slice_in_dim(tables, index * self.chunk_pages, self.chunk_pages, axis=1)
             # Gathered apart: one gather of both would be copied again when it is split.
             keys, values = self.pages[self.layer, table, 0], self.pages[self.layer, table, 1]  # [R, C, K, S, H] each
-            if keys.dtype.itemsize == 1:
-                keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
+            keys, values = (widened(part, queries.dtype, self.bits_of) for part in (keys, values))
             scores = chunk_scores(queries, keys)
             if self.soft_cap is not None:
                 scores = self.soft_cap * jnp.tanh(scores / self.soft_cap)

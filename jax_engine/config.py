@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_engine.hosts.host_settings import check_hosts
+from jax_engine.kv_cache.cache_settings import check_cache_type
 from jax_engine.lora_request import split_module
 from jax_engine.pooling_params import PoolingParams
 from jax_engine.sampling_params import GENERATION_CONFIG_PARAMETERS, SamplingParams, integer, number
@@ -123,6 +124,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     # Of each device. None: from the compiled step's own memory analysis (a fixed default on CPU).
     kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"  # of keys and values in pages; auto: the model's; fp8 is fp8_e4m3
+    # Of 8-bit pages: measure at start what keys and values are scaled by, instead of taking a checkpoint's scales or 1.
+    calculate_kv_scales: bool = False
     enable_prefix_caching: bool = True  # requests that begin alike share the pages of what they have in common
     prefix_caching_hash_algo: str = "sha256"
     kv_offloading_size: float = 0.0  # GiB of host memory, all devices together, for pages that the device gives up
@@ -160,6 +164,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_switches()
+        check_cache_type(self)
         self._check_offloading()
         self._check_adapters()
         choice("dtype", self.dtype, DTYPES)

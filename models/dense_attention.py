@@ -17,9 +17,10 @@ def dense_attention(
     layer: int | Int[Array, ""],
     scale: float,
     window: int | None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> tuple[Float[Array, "T N H"], KVPages | None]:
-    """Causal attention among the rows that share a segment id; `cache` and `layer` are not used and the cache is
-    passed through.
+    """Causal attention among the rows that share a segment id; `cache`, `layer` and `kv_scales` are not used and the
+    cache is passed through.
     """
     assert not isinstance(sequences, SequenceTable)
     num_tokens, num_heads, head_dim = queries.shape

@@ -90,28 +90,33 @@ class DividedAttention:
         layer: int | Int[Array, ""],
         scale: float,
         window: int | None,
+        kv_scales: Float[Array, "2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], KVPages | None]:
         """See `ops.AttentionOp`; what is not split over heads comes and goes whole."""
         assert isinstance(cache, KVPages) and isinstance(sequences, SequenceTable) and sequences.on_devices is not None
         partition = self.partition
+        options: dict[str, Any] = {"scale": scale, "window": window}
+        if cache.bits_of is not None:
+            options["bits_of"] = cache.bits_of
+        scales = {} if kv_scales is None else {"kv_scales": kv_scales}
 
-        def attend(layer: Array, tables: DeviceTables, *arrays: Array) -> tuple[Array, Array]:
+        def attend(layer: Array, tables: DeviceTables, scales: dict[str, Array], *arrays: Array) -> tuple[Array, Array]:
             tables = jax.tree.map(lambda leaf: leaf[0], tables)
-            return self._attend(tables, *arrays, layer=layer, scale=scale, window=window)
+            return self._attend(tables, options | scales | {"layer": layer}, *arrays)
 
         heads, kv_heads = partition.spec((None, "heads")), partition.spec((None, "kv_heads"))
         pages = partition.spec(PAGE_AXES)
         split = jax.shard_map(
             attend,
             mesh=partition.mesh,
-            in_specs=(P(), P(self.axes), heads, kv_heads, kv_heads, pages),
+            in_specs=(P(), P(self.axes), kv_heads, heads, kv_heads, kv_heads, pages),
             out_specs=(heads, pages),
             check_vma=False,  # loops over as many rows as a device happens to have
         )
         with jax.named_scope(ATTENTION_SCOPE):
             given = queries, keys, values, cache.data
-            out, data = split(jnp.asarray(layer, jnp.int32), sequences.on_devices, *given)
-        return out, KVPages(data)
+            out, data = split(jnp.asarray(layer, jnp.int32), sequences.on_devices, scales, *given)
+        return out, replace(cache, data=data)
 
     def _tables(self, sequences: SequenceTable, *, num_pages: int, page_size: int) -> DeviceTables:
         """The tables of a device, which has `num_pages` pages."""
@@ -123,11 +128,11 @@ class DividedAttention:
     def _attend(
         self,
         tables: DeviceTables,
+        options: dict[str, Any],
         queries: Float[Array, "T N H"],
         keys: Float[Array, "T K H"],
         values: Float[Array, "T K H"],
         pages: Num[Array, "L P *page"],
-        **options: Any,
     ) -> tuple[Float[Array, "T N H"], Num[Array, "L P *page"]]:
         """A step's attention, all of it on every device, and the device's pages.
 

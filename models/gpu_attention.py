@@ -119,7 +119,7 @@ class GpuAttention:
         window: int | None = None,
         soft_cap: float | None = None,
         sinks: Float[Array, " N"] | None = None,
-        kv_scales: Float[Array, "L 2 K"] | None = None,
+        kv_scales: Float[Array, "2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
         """Write, then attend. Specified by `pallas_kernels.reference`; `work` is of `prepare`, or built here, as where
         devices have pages of their own.
@@ -133,7 +133,7 @@ class GpuAttention:
             sizes["room"] = block_tables.shape[1] * pages.shape[4]
             work = self._work(query_starts, token_sequences, positions, **sizes, window=window)
         if kv_scales is not None:
-            keys, values = keys / kv_scales[layer, 0, :, None], values / kv_scales[layer, 1, :, None]
+            keys, values = keys / kv_scales[0, :, None], values / kv_scales[1, :, None]
         pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer)
         out = gpu.attend(
             queries,

@@ -11,7 +11,7 @@ to one group at a time and has room for its layers alone; all groups have equall
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -92,9 +92,13 @@ class CacheLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVPages:
-    """The cache of all layers; updated functionally, in place once XLA has donated it."""
+    """The cache of all layers; updated functionally, in place once XLA has donated it.
+
+    Where XLA handles 8-bit floats badly (`cuda_fallback/stored_pages.py`), `data` is their bits, `bits_of` their type.
+    """
 
     data: Float[Array, "L P C K S W"]
+    bits_of: str | None = field(default=None, metadata={"static": True})
 
     @property
     def num_pages(self) -> int:
@@ -109,8 +113,9 @@ class KVPages:
         return self.data.shape[4]
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: jnp.dtype) -> "KVPages":
-        return cls(jnp.zeros(shape, dtype))
+    def zeros(cls, shape: tuple[int, ...], dtype: jnp.dtype, *, as_bits: bool = False) -> "KVPages":
+        """`as_bits` of an 8-bit float."""
+        return cls(jnp.zeros(shape, jnp.uint8), jnp.dtype(dtype).name) if as_bits else cls(jnp.zeros(shape, dtype))
 
 
 def split_page_shape(num_kv_heads: int, page_size: int, head_dim: int) -> PageShape:

@@ -59,6 +59,7 @@ class Attention(nnx.Module):
         norm = partial(RMSNorm, head_dim, "head_dim", eps=config.rms_norm_eps, dtype=dtype, rngs=rngs)
         self.q_norm = norm() if spec.qk_norm else None
         self.k_norm = norm() if spec.qk_norm else None
+        self.kv_scales: nnx.Param[Array] | None = nnx.data(None)  # of `kv_scales.add_kv_scales`
         self.window = spec.window
         self.scale = head_dim**-0.5
         self.ops = ops
@@ -80,8 +81,9 @@ class Attention(nnx.Module):
         queries, keys = lies(rotate(queries), (rows, "heads")), lies(rotate(keys), (rows, "kv_heads"))
         values = lies(lies(values, (rows, "kv_heads")), (None, "kv_heads"))
         queries, keys = lies(queries, (None, "heads")), lies(keys, (None, "kv_heads"))
+        scales = None if self.kv_scales is None else self.kv_scales[...]
         out, cache = self.ops.attention(
-            queries, keys, values, cache, sequences, layer=layer, scale=self.scale, window=self.window
+            queries, keys, values, cache, sequences, layer=layer, scale=self.scale, window=self.window, kv_scales=scales
         )
         out = lies(out, (rows, "output_heads"))
         return self.o_proj(out, adapters), cache

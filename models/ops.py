@@ -71,6 +71,7 @@ class AttentionOp(Protocol):
         layer: int | Int[Array, ""],
         scale: float,
         window: int | None,
+        kv_scales: Float[Array, "2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], KVPages | None]: ...
 
 
@@ -318,32 +319,38 @@ class _PagedAttention:
         layer: int | Int[Array, ""],
         scale: float,
         window: int | None,
+        kv_scales: Float[Array, "2 K"] | None = None,
     ) -> tuple[Float[Array, "T N H"], KVPages | None]:
         """Unwrap the typed tables into the kernels' plain arrays (see `pallas_kernels.reference` for their meaning)."""
         assert isinstance(cache, KVPages) and isinstance(sequences, SequenceTable)
         if queries.shape[1] % cache.num_heads:
             raise ValueError(f"query heads ({queries.shape[1]}) must be a multiple of kv heads ({cache.num_heads})")
 
-        tables, work = _tables(sequences), sequences.work
-        prepared = () if work is None else (work,)
+        tables = _tables(sequences)
+        given = {"work": sequences.work, "kv_scales": kv_scales}
+        given = {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {} if cache.bits_of is None else {"bits_of": cache.bits_of}
 
-        def attend(layer: int | Int[Array, ""], *arrays: Array) -> tuple[Array, Array]:
-            given = {} if work is None else {"work": arrays[-1]}
-            convention = arrays[: len(arrays) - len(given)]
-            return self.kernel(*convention, layer=layer, scale=scale, window=window, **given)
+        def attend(layer: int | Int[Array, ""], given: dict[str, Any], *arrays: Array) -> tuple[Array, Array]:
+            return self.kernel(*arrays, layer=layer, scale=scale, window=window, **options, **given)
 
         if self.partition.mesh is not None:
             heads, kv_heads = self.partition.spec((None, "heads")), self.partition.spec((None, "kv_heads"))
-            pages = self.partition.spec(PAGE_AXES)
+            pages, spec_of = self.partition.spec(PAGE_AXES), {"kv_scales": self.partition.spec((None, "kv_heads"))}
             attend = jax.shard_map(
                 attend,
                 mesh=self.partition.current_mesh,
                 axis_names=self.partition.free_axes,
-                in_specs=(P(), heads, kv_heads, kv_heads, pages, *(P() for _ in (*tables, *prepared))),
+                in_specs=(
+                    P(),
+                    {name: spec_of.get(name, P()) for name in given},
+                    *(heads, kv_heads, kv_heads, pages),
+                    *(P() for _ in tables),
+                ),
                 out_specs=(heads, pages),
                 check_vma=False,  # kernels do not say which of their values differ between devices
             )
             layer = jnp.asarray(layer, jnp.int32)
         with jax.named_scope(ATTENTION_SCOPE):
-            out, data = attend(layer, queries, keys, values, cache.data, *tables, *prepared)
-        return out, KVPages(data)
+            out, data = attend(layer, given, queries, keys, values, cache.data, *tables)
+        return out, replace(cache, data=data)

@@ -37,6 +37,8 @@ class StoredQuantization:
         if not given:
             return None
         method = text(given, "quant_method", default="quantized")
+        if _is_of_cache_alone(given):
+            return None
         if method not in STORED_METHODS:
             raise ValueError(
                 f"quantization_config asks for {method!r} weights, which are not supported; supported are "
@@ -58,7 +60,6 @@ class StoredQuantization:
 def _fp8(given: Fields) -> StoredQuantization:
     _expect(given, "fmt", text(given, "fmt", default="e4m3"), ("e4m3", "float8_e4m3fn"))
     _expect(given, "activation_scheme", text(given, "activation_scheme", default="dynamic"), ("dynamic", "static"))
-    _no_cache_scheme(given)
     ignored = *listing(given, "modules_to_not_convert", str), *listing(given, "ignored_layers", str)
     if given.get("weight_block_size") is None:
         return StoredQuantization("fp8", "fp8", ignored=ignored)
@@ -68,7 +69,6 @@ def _fp8(given: Fields) -> StoredQuantization:
 
 def _compressed_tensors(given: Fields) -> StoredQuantization:
     _expect(given, "format", text(given, "format", default="naive-quantized"), _FORMATS)
-    _no_cache_scheme(given)
     groups = group(given, "config_groups")
     if len(groups) != 1:
         raise _refused(f"config_groups has {len(groups)} groups", "one for all projections")
@@ -93,9 +93,11 @@ def _block(given: Fields, name: str) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _no_cache_scheme(given: Fields) -> None:
-    if given.get("kv_cache_scheme") is not None:
-        raise _refused("kv_cache_scheme is set", "checkpoints without scales of keys and values")
+def _is_of_cache_alone(given: Fields) -> bool:
+    """Whether it is the cache that is to have 8 bits, and no weights do: as compressed-tensors and ModelOpt say it."""
+    has_cache = given.get("kv_cache_scheme") or given.get("kv_cache_quant_algo")
+    has_weights = given.get("config_groups") or given.get("quant_algo")
+    return bool(has_cache) and not has_weights and given.get("quant_method") != "fp8"
 
 
 def _expect(given: Fields, name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -20,7 +20,7 @@ Options, by keyword; `layer` and `scale` must be given:
     soft_cap         float or None         scores become `soft_cap * tanh(scores / soft_cap)` (arXiv 2408.00118)
     sinks            [N] or None           a score per head that takes part in the softmax and has no value
                                            (arXiv 2309.17453, in the form of gpt-oss)
-    kv_scales        [L, 2, K] or None     what stored keys and values are to be multiplied by (8-bit pages)
+    kv_scales        [2, K] or None        what the layer's stored keys and values are to be multiplied by (8-bit pages)
 
 Returned: the attention output [T, N, H], zero in padding rows, and the pages with the step's keys and values written.
 """
@@ -63,7 +63,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    kv_scales: Float[Array, "L 2 K"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "L P 2 K S H"]]:
     """Causal grouped-query attention of each new token over its own sequence's pages, after writing the new keys and
     values.
@@ -76,13 +76,13 @@ def ragged_paged_attention(
     real = token_sequences < num_sequences
     owner = jnp.minimum(token_sequences, num_sequences - 1)
     page = jnp.where(real, block_tables[owner, positions // page_size], num_pages)  # num_pages is out of range: dropped
-    key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
+    key_scales, value_scales = (None, None) if kv_scales is None else kv_scales
     new = jnp.stack([to_storage(keys, pages.dtype, key_scales), to_storage(values, pages.dtype, value_scales)], axis=1)
     pages = pages.at[layer, page, :, :, positions % page_size].set(new, mode="drop")
 
     context = pages[layer, block_tables].astype(jnp.float32)  # [B, M, 2, K, S, H]
     if kv_scales is not None:
-        context = context * kv_scales[layer][None, None, :, :, None, None]
+        context = context * kv_scales[None, None, :, :, None, None]
     context = context.transpose(0, 2, 1, 4, 3, 5).reshape(
         num_sequences, 2, max_pages * page_size, num_kv_heads, head_dim
     )

@@ -206,7 +206,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "asks for 'bitsandbytes' weights"),
     ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size is .128.; it must be two sizes"),
-    ({"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is set"),
     (compressed("int", []) | {"format": "pack-quantized"}, "format is 'pack-quantized'"),
     (compressed("int", []) | {"config_groups": {}}, "config_groups has 0 groups"),
 ]

@@ -25,7 +25,7 @@ FREE_SETTINGS = frozenset(
     "enable_chunked_prefill long_prefill_token_threshold scheduling_policy max_num_queued_reqs pooler_config "
     "sharding_strategy sharding_rules enable_expert_parallel mesh_shape "  # what comes of them is compared
     "enable_prefix_caching prefix_caching_hash_algo kv_offloading_load max_cpu_loras lora_modules "
-    "compilation_cache_dir compile_before_ready compile_threads profile_dir compiled "
+    "calculate_kv_scales compilation_cache_dir compile_before_ready compile_threads profile_dir compiled "
     "nnodes node_rank master_addr master_port distributed_timeout_seconds".split()
 )
 JAX_SETTINGS = (
@@ -123,7 +123,8 @@ def _settings(blueprint: Blueprint) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {
         "max_model_len": blueprint.model.max_model_len,
         "max_num_batched_tokens": config.token_budget,
-        "dtype": str(placed.geometry.dtype),
+        "dtype": str(placed.dtype),
+        "kv_cache_dtype": str(placed.geometry.dtype),
         "block_size": placed.geometry.page_size,
         "scan_layers": any(parameter.part_names for parameter in placed.structure.parameters),
         "speculative_config": config.speculative_config and _without_name(config.speculative_config),

@@ -93,7 +93,7 @@ def _temporaries(blueprint: Blueprint) -> int:
     """
     model, placed = blueprint.model, blueprint.placed
     bucket = max(blueprint.layouts)
-    partition, itemsize = placed.placement.activations, placed.geometry.dtype.itemsize
+    partition, itemsize = placed.placement.activations, placed.dtype.itemsize
     widths = 2 * model.hidden_size + model.intermediate_size // partition.num_parts("mlp")
     logits = 4 * bucket.num_sequences * model.vocab_size // partition.num_parts("vocab")
     return bucket.num_tokens * widths * itemsize + logits

@@ -16,7 +16,7 @@ from jax_engine.execution.step_batch import Bucket
 from jax_engine.execution.step_program import Program
 from jax_engine.kv_cache.page_partitions import UNCUT, PagePartitions
 from jax_engine.models.config import ModelConfig
-from jax_engine.models.kv_pages import CacheLayout, PageShape, split_page_shape
+from jax_engine.models.kv_pages import CacheLayout, KVPages, PageShape, split_page_shape
 from jax_engine.sampling.sampler import LOOPING_MODES, SamplingMode
 from jax_engine.sharding.sharding import Placement
 
@@ -43,6 +43,7 @@ class CacheGeometry:
     num_parts: int = 1  # that a page is split into, each on a device of its own
     num_stages: int = 1  # each of which has layers as `layout` says
     partitions: PagePartitions = UNCUT  # of the pages, each on devices of its own
+    as_bits: bool = False  # of 8-bit floats
     draft_bytes: int = 0  # memory, on each device, of the page of the same number in the draft model's cache
 
     @classmethod
@@ -55,14 +56,18 @@ class CacheGeometry:
         dtype: jnp.dtype,
         page_shape: Callable[[int, int, int], PageShape] = split_page_shape,
         placement: Placement | None = None,
+        floats_as_bits: bool = False,
     ) -> "CacheGeometry":
-        """Pages of `page_size` tokens, shaped as the attention implementation wants them (`Ops.page_shape`)."""
+        """Pages of `page_size` tokens, as the attention implementation wants them (`Ops.page_shape`). With
+        `floats_as_bits`, those of 8-bit floats are their bits (see `cuda_fallback/stored_pages.py`).
+        """
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.widening.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)
         parts, partitions = placement.activations.num_parts, placement.page_partitions
         sizes = parts("kv_heads", "cache_layers"), parts("cache_layers")
-        return cls(layout, shape, np.dtype(dtype), *sizes, partitions)
+        as_bits = floats_as_bits and np.dtype(dtype).itemsize == 1 and not jnp.issubdtype(dtype, jnp.integer)
+        return cls(layout, shape, np.dtype(dtype), *sizes, partitions, as_bits)
 
     @property
     def page_size(self) -> int:
@@ -72,6 +77,10 @@ class CacheGeometry:
     def shape(self, num_pages: int) -> tuple[int, ...]:
         """Of the whole cache, over all devices."""
         return (self.num_stages * self.layout.layers_a_page, num_pages, *self.page_shape)
+
+    def empty_cache(self, num_pages: int) -> KVPages:
+        """Of zeros, all of it."""
+        return KVPages.zeros(self.shape(num_pages), jnp.dtype(self.dtype), as_bits=self.as_bits)
 
     @property
     def page_bytes(self) -> int:

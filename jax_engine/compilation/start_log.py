@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 def log_cache(memory: MemoryPlan, geometry: CacheGeometry) -> None:
     logger.info(
-        "KV cache: %d pages of %d tokens, %.1f MiB a device (%s)",
+        "KV cache: %d pages of %d tokens in %s, %.1f MiB a device (%s)",
         memory.num_pages,
         geometry.page_size,
+        geometry.dtype.name,
         geometry.cache_bytes(memory.num_pages) / 2**20,
         memory.reason,
     )

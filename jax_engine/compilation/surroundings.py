@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jax_engine.config import EngineConfig
 from jax_engine.models.config import ModelConfig
-from jax_engine.sharding.placed_model import resolve_dtype
+from jax_engine.sharding.placed_model import resolve_cache_dtype, resolve_dtype
 from jax_engine.sharding.sharding import make_mesh
 from jax_engine.sharding.sharding_rules import strategy_of
 from jax_engine.sharding.strategies import Strategy
@@ -25,6 +25,8 @@ class Surroundings(TypedDict):
     attention_backend: str
     dtype: DTypeLike
     page_size: int
+    cache_dtype: DTypeLike
+    calculate_kv_scales: bool
     scan_layers: bool
 
 
@@ -38,13 +40,15 @@ def surroundings_of(config: EngineConfig, model: ModelConfig, devices: Sequence[
     shape = strategy.mesh_shape(*config.parallel_sizes, asked=config.mesh_shape)
     # Without a mesh, arrays are for this process's first device.
     needs_mesh = prod(shape.values()) > 1 or devices[0] not in jax.devices()
-    on_cpu = platform == "cpu"
+    on_cpu, dtype = platform == "cpu", resolve_dtype(config.dtype, model.dtype, platform)
     return {
         "platform": platform,
         "mesh": make_mesh(shape, devices) if needs_mesh else None,
         "strategy": strategy,
         "attention_backend": config.attention_backend,
-        "dtype": resolve_dtype(config.dtype, model.dtype, platform),
+        "dtype": dtype,
+        "cache_dtype": resolve_cache_dtype(config.kv_cache_dtype, dtype),
+        "calculate_kv_scales": config.calculate_kv_scales,
         "page_size": config.block_size or (16 if on_cpu else 64),
         # Elsewhere XLA copies a layer's weights out of the stack before it uses them: three times their traffic.
         "scan_layers": platform == "tpu" if config.scan_layers is None else config.scan_layers,

@@ -23,6 +23,7 @@ from jax_engine.compilation.start_log import log_adapters, log_cache, log_step_p
 from jax_engine.config import EngineConfig
 from jax_engine.core.stats import STEP_TOKEN_BOUNDS
 from jax_engine.execution.devices import Devices
+from jax_engine.execution.kv_scales import load_weights
 from jax_engine.execution.orders import (
     CopyPages,
     Draft,
@@ -49,7 +50,6 @@ from jax_engine.execution.weights import Weights
 from jax_engine.hosts.group_leader import Leader
 from jax_engine.hosts.group_member import Member
 from jax_engine.hosts.hosts import check_mesh
-from jax_engine.loading.loader import load_leaves
 from jax_engine.sampling.full_sampling import ForwardResults
 from jax_engine.sampling.full_slots import FullSlots, forward_inputs
 from jax_engine.sampling.logprob_results import asked_of_draw, asked_of_forward, read_logprobs
@@ -323,16 +323,8 @@ class Runner:
         pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         compiling = pool.submit(self.compiled.compile_largest)
         try:
-            weights = Weights(
-                partial(
-                    load_leaves,
-                    self.placed.structure,
-                    self.blueprint.folder,
-                    load_format=config.load_format,
-                    sharding_of=self.placed.sharding_of,
-                    seed=config.seed,
-                )
-            )
+            blueprint = self.blueprint
+            weights = Weights(partial(load_weights, self.placed, blueprint.model, blueprint.folder, config))
             if self.draft is not None:
                 self.draft.load(config)
             if self._is_remote:

@@ -41,19 +41,17 @@ class DeviceState:
     drafts: Int[Array, "slots K"] | None = None  # what it drafted last
 
     @classmethod
-    def zeros(
-        cls, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_slots: int, num_groups: int, max_pages: int
-    ) -> "DeviceState":
+    def zeros(cls, cache: KVPages, *, num_slots: int, num_groups: int, max_pages: int) -> "DeviceState":
         return cls(
-            KVPages.zeros(cache_shape, dtype),
+            cache,
             jnp.zeros((num_groups * num_slots, max_pages), jnp.int32),
             jnp.zeros(num_slots, jnp.int32),
         )
 
-    def with_draft_cache(self, cache_shape: tuple[int, ...], dtype: jnp.dtype, *, num_drafts: int) -> "DeviceState":
+    def with_draft_cache(self, cache: KVPages, *, num_drafts: int) -> "DeviceState":
         """With room for what a draft model keeps: a cache, and `num_drafts` tokens a slot."""
         drafts = jnp.zeros((self.last_tokens.shape[0], num_drafts), jnp.int32)
-        return replace(self, draft_cache=KVPages.zeros(cache_shape, dtype), drafts=drafts)
+        return replace(self, draft_cache=cache, drafts=drafts)
 
 
 @dataclass(frozen=True, order=True)

@@ -23,7 +23,6 @@ NEUTRAL_SETTINGS: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "enable_sleep_mode": (False, True),
         "enforce_eager": (False, None),
         "hf_overrides": (None,),
-        "kv_cache_dtype": ("auto",),
         "limit_mm_per_prompt": (None,),
         "num_gpu_blocks_override": (None,),
         "quantization": (None,),

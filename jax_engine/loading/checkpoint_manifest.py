@@ -54,10 +54,14 @@ class ConvertedCheckpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     sources: dict[str, SourceFile]
     tensors: dict[str, StoredTensor]
     sha256: str = ""
+    kv_scales: dict[str, list[float]] = {}  # of an 8-bit cache, by the names of the checkpoint's tensors
 
     def digest(self) -> str:
         """What `sha256` must be."""
-        return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(self, sha256=""), order="sorted")).hexdigest()
+        content = msgspec.to_builtins(msgspec.structs.replace(self, sha256=""))
+        if not self.kv_scales:  # as before there were any
+            del content["kv_scales"]
+        return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
 def is_converted(folder: Path) -> bool:

@@ -36,6 +36,7 @@ from jax_engine.loading.checkpoint_manifest import (
     file_digest,
     is_converted,
 )
+from jax_engine.loading.kv_scale_files import stored_kv_scales
 from jax_engine.loading.loader import load_config, reader_of
 from jax_engine.loading.model_files import ModelLoadError, read_model_config, resolve_model_path
 from jax_engine.loading.model_structure import ModelStructure, Parameter
@@ -110,7 +111,8 @@ def convert(model: str | Path, folder: Path, *, dtype: str = "auto") -> Converte
             file.name: SourceFile(file.stat().st_size, file_digest(file))
             for file in sorted(source.glob("*.safetensors"))
         }
-        manifest = ConvertedCheckpoint(CHECKPOINT_FORMAT, stored, file_digest(work / "config.json"), sources, tensors)
+        config_digest, kv_scales = file_digest(work / "config.json"), stored_kv_scales(source)
+        manifest = ConvertedCheckpoint(CHECKPOINT_FORMAT, stored, config_digest, sources, tensors, kv_scales=kv_scales)
         manifest = msgspec.structs.replace(manifest, sha256=manifest.digest())
         (work / CHECKPOINT_MANIFEST).write_bytes(msgspec.json.encode(manifest))
     seconds = time.monotonic() - start

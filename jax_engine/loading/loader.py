@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from jax_engine.config import LOAD_FORMATS
 from jax_engine.loading.checkpoint_manifest import is_converted
+from jax_engine.loading.kv_scale_files import SCALE_TENSORS
 from jax_engine.loading.model_files import ModelLoadError, WeightFiles, listed, read_model_config, resolve_model_path
 from jax_engine.loading.model_structure import ModelStructure, Parameter
 from jax_engine.loading.orbax_reader import OrbaxTensors
@@ -48,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Host memory holds about this many tensors at once; more threads did not read faster from local disks.
 _NUM_READERS = 4
 # Stored by some checkpoints though it is computed here, or, with tied embeddings, stored already.
-_IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|^lm_head\.weight$")
+_IGNORED_TENSORS = re.compile(rf"rotary_emb\.inv_freq$|^lm_head\.weight$|{SCALE_TENSORS}")
 # The scales of rows that some quantized checkpoints have; here each row has its own.
 _IGNORED_IF_QUANTIZED = re.compile(rf"{_IGNORED_TENSORS.pattern}|\.input_scale$")
 _FLOATS: tuple[str, ...] = ("F64", "F32", "F16", "BF16")
@@ -102,8 +103,9 @@ def load_leaves(
 
     `path_or_name` is a folder or a hub name (see `resolve_model_path`). It is not looked at by `load_format="dummy"`,
     which draws random weights from `seed`, the same ones however they are sharded. `sharding_of` places each parameter,
-    by its `logical_axes`; by default all are on the first device. Those of adapters are zero. Weights of 8 bits are
-    made of a checkpoint's, one after the other. `progress` shows a bar; None does so on a terminal.
+    by its `logical_axes`; by default all are on the first device. Those of adapters are zero, scales of a cache one.
+    Weights of 8 bits are made of a checkpoint's, one after the other. `progress` shows a bar; None does so on a
+    terminal.
 
     Raises:
         ModelLoadError: a file or tensor is missing, broken, of another shape or not expected.
@@ -124,8 +126,8 @@ def load_leaves(
     bar = tqdm(total=structure.num_bytes, desc="loading weights", unit="B", unit_scale=True, disable=hidden)
 
     def load_leaf(parameter: Parameter) -> jax.Array:
-        if parameter.is_of_adapters:
-            return _filled(parameter, 0, sharding_of(parameter))
+        if parameter.is_of_adapters or parameter.is_kv_scales:
+            return _filled(parameter, parameter.mean, sharding_of(parameter))
         parts = parameter.parts
         of_part = sharding_of(parts[0])
         if parameter.part_names:

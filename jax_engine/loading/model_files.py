@@ -134,6 +134,11 @@ class WeightFiles:
         found = handle.get_slice(name)
         return ByteTensor.open(file, name) if found.get_dtype() in _ONLY_BYTES else found
 
+    def whole_tensor(self, name: str) -> NDArray[Any]:
+        """A tensor that NumPy knows the numbers of, read."""
+        values: NDArray[Any] = self._tensors[name][1].get_tensor(name)
+        return values
+
 
 @dataclass(frozen=True)
 class ByteTensor:

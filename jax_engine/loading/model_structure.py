@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
+from jax_engine.models.kv_scales import KV_SCALE_AXES, add_kv_scales
 from jax_engine.models.layers import add_adapters, quantize_projections
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import Ops
@@ -60,6 +61,11 @@ class Parameter:
     def is_of_adapters(self) -> bool:
         """Whether it holds factors of adapters, which no checkpoint of the model has."""
         return "adapters" in self.logical_axes
+
+    @property
+    def is_kv_scales(self) -> bool:
+        """Whether it holds scales of the cache, of one layer or of stacked ones (see `kv_scales.py`)."""
+        return self.logical_axes[-2:] == KV_SCALE_AXES
 
     @property
     def num_bytes(self) -> int:
@@ -110,12 +116,14 @@ class ModelStructure:
         widening: Widening = AS_STORED,
         adapters: AdapterShape | None = None,
         quantization: Quantization | None = None,
+        kv_scales: bool = False,
     ) -> "ModelStructure":
         """The structure of `model_class` for `config`, every parameter in `dtype`.
 
         `scan_layers` stacks the parameters of like layers and runs them as a loop. By `widening`, heads are there
         several times, and zeros beside them, so that devices divide them. With `adapters`, there is room for so many
-        beside the weights. With `quantization`, projections have weights of 8 bits.
+        beside the weights; with `kv_scales`, for those of an 8-bit cache, in float32. With `quantization`, projections
+        have weights of 8 bits.
         """
 
         def build(config: ModelConfig) -> LlamaForCausalLM:
@@ -124,6 +132,8 @@ class ModelStructure:
                 add_adapters(model, adapters)
             if quantization is not None:
                 quantize_projections(model, quantization)
+            if kv_scales:
+                add_kv_scales(model)
             return model
 
         graphdef, state = nnx.split(nnx.eval_shape(partial(build, widening.config(config))))
@@ -158,7 +168,7 @@ class ModelStructure:
     @property
     def stored(self) -> tuple[Parameter, ...]:
         """The parameters that a checkpoint has."""
-        own = (one for one in self.parameters if not one.is_of_adapters)
+        own = (one for one in self.parameters if not one.is_of_adapters and not one.is_kv_scales)
         return tuple(one for one in own if not one.is_scale or self.is_stored_quantized)
 
     @property

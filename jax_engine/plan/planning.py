@@ -91,7 +91,7 @@ class _Answer:
             devices=target.describe(),
             strategy=placement.strategy if placement.mesh else config.sharding_strategy,
             mesh=",".join(f"{axis}={size}" for axis, size in mesh.items()) or "one device",
-            dtype=str(self.blueprint.placed.geometry.dtype),
+            dtype=str(self.blueprint.placed.dtype),
             basis=_COMPILERS[target.chip.platform] if self.compiled and not target.has_stand_in else ANALYTIC,
             replicas=self._replicas,
             memory=self.needs,
@@ -203,7 +203,7 @@ class _Answer:
 
     def _step(self, compiled: CompiledProgram, load: Load) -> PlannedStep:
         blueprint, costs = self.blueprint, compiled.costs
-        chip, dtype = self.question.target.chip, str(blueprint.placed.geometry.dtype)
+        chip, dtype = self.question.target.chip, str(blueprint.placed.dtype)
         if self.question.target.has_stand_in:
             costs = self._as_on_a_gpu(costs, compiled.rows)
         of_model = blueprint.placed, blueprint.model, load
@@ -227,12 +227,12 @@ class _Answer:
         blocks.
         """
         placed, model = self.blueprint.placed, self.blueprint.model
-        itemsize = placed.geometry.dtype.itemsize
+        itemsize = placed.dtype.itemsize
         embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size * itemsize
         embedding //= placed.placement.weights.num_parts("vocab", "embed")
         activations = 4 * rows * model.hidden_size * itemsize * model.num_hidden_layers
         num_bytes = self.needs.weights - embedding - expert_bytes(self.blueprint) + activations
-        flops = {_HLO_TYPES[str(placed.geometry.dtype)]: costs.total_flops}
+        flops = {_HLO_TYPES[str(placed.dtype)]: costs.total_flops}
         sent = {replace(one, num_bytes=one.num_bytes * itemsize / 4): count for one, count in costs.collectives.items()}
         return replace(costs, flops=flops, num_bytes=num_bytes, collectives=sent)
 

@@ -91,7 +91,7 @@ def expert_work(placed: PlacedModel, model: ModelConfig, load: Load, *, num_rows
     experts = model.experts
     if experts is None:
         return Work(0.0, 0.0)
-    partition, itemsize = placed.placement.activations, placed.geometry.dtype.itemsize
+    partition, itemsize = placed.placement.activations, placed.dtype.itemsize
     parts, width_parts, row_parts = map(partition.size_of, expert_axes(partition, num_rows))
     layers = sum(map(experts.are_in, range(model.num_hidden_layers))) / placed.geometry.num_stages
     width = experts.moe_intermediate_size / width_parts

@@ -25,6 +25,7 @@ from jax_engine.loading.model_structure import ModelStructure, Parameter
 from jax_engine.models.adapters import AdapterShape
 from jax_engine.models.config import ModelConfig
 from jax_engine.models.kv_pages import PAGE_AXES
+from jax_engine.models.kv_scales import MeasuringAttention, is_quantized
 from jax_engine.models.layers import run_layers
 from jax_engine.models.llama import LlamaForCausalLM
 from jax_engine.models.ops import KernelShapes, Ops, select_ops
@@ -59,12 +60,14 @@ class PlacedModel:
     placement: Placement
     vocab_size: int
     hidden_size: int
+    dtype: jnp.dtype  # of weights and activations
     num_logprobs: int  # of the likeliest tokens, that a step finds if it is asked for any
     row_block: int | None = None  # rows of a step that run together; None: all
     processors: tuple[LogitsProcessor, ...] = ()
     compiler_options: CompilerOptions = ()
     draft: "PlacedModel | None" = None  # a smaller model, which drafts for this one
     num_drafts: int = 0  # tokens that are drafted for a sequence in one step, at most, by whatever method
+    measuring: ModelStructure | None = None  # the same, over `MeasuredPages`, where the cache's scales are calculated
 
     @classmethod
     def of(
@@ -85,47 +88,45 @@ class PlacedModel:
         adapters: AdapterShape | None = None,
         quantization: str | None = None,
         num_drafts: int = 0,
+        cache_dtype: DTypeLike | None = None,
+        calculate_kv_scales: bool = False,
     ) -> "PlacedModel":
         """Choose the operations and lay the model out on `mesh` by a strategy, or on one device without a mesh.
 
         If `deterministic`, all rows of all steps go through the same instructions (see `row_blocks`). With `adapters`,
         there is room for so many, and step layouts need their number of slots. With `quantization`, one of
-        `QUANTIZATIONS`, projections have weights of 8 bits.
+        `QUANTIZATIONS`, projections have weights of 8 bits. Pages are of `cache_dtype` (None: of `dtype`).
 
         Raises:
             ValueError: the attention backend does not run on `platform`, or is not deterministic; or the mesh does not
                 fit the model.
         """
         placement = place(config, mesh, strategy)
-        shapes, partition = KernelShapes(dtype, dtype, config.head_dim, page_size), placement.activations
-        ops, reason = select_ops(
-            attention_backend, platform=platform, partition=partition, deterministic=deterministic, shapes=shapes
-        )
-        ops = _gathering(ops, placement).in_stages(platform)
-        _log_choices(config, ops, reason, placement)
-        structure = ModelStructure.of(
-            model_class,
-            config,
-            ops=ops,
-            dtype=dtype,
-            scan_layers=scan_layers,
-            widening=placement.widening,
-            adapters=adapters,
-            quantization=quantization_of(quantization, config, _devices_of(placement)[0]),
-        )
+        cache_dtype = jnp.dtype(dtype if cache_dtype is None else cache_dtype)
+        shapes = KernelShapes(dtype, cache_dtype, config.head_dim, page_size)
+        ops = _chosen_ops(attention_backend, config, placement, shapes, platform, deterministic=deterministic)
+        how = quantization_of(quantization, config, _devices_of(placement)[0])
+        model_of = partial(ModelStructure.of, model_class, config, dtype=dtype, scan_layers=scan_layers)
+        added = {"adapters": adapters, "quantization": how, "kv_scales": is_quantized(cache_dtype)}
+        structure_of = partial(model_of, widening=placement.widening, **added)
+        structure = structure_of(ops=ops)
         check_blocks(structure, placement)
         geometry = CacheGeometry.of(
             config,
             model_class.cache_layout(config, ops.num_stages),
             page_size=page_size,
-            dtype=jnp.dtype(dtype),
+            dtype=cache_dtype,
             page_shape=ops.page_shape,
             placement=placement,
+            floats_as_bits=platform == "cpu" and ops.attention_name == "xla",
         )
-        sizes = config.vocab_size, config.hidden_size, _num_logprobs(max_logprobs, config.vocab_size)
+        sizes = config.vocab_size, config.hidden_size, jnp.dtype(dtype), _num_logprobs(max_logprobs, config.vocab_size)
         options = compiler_options(_devices_of(placement), deterministic=deterministic) if platform == "gpu" else ()
         block = row_block(platform) if deterministic else None
-        return cls(structure, geometry, placement, *sizes, block, processors, options, num_drafts=num_drafts)
+        placed = cls(structure, geometry, placement, *sizes, block, processors, options, None, num_drafts)
+        if not calculate_kv_scales:
+            return placed
+        return replace(placed, measuring=structure_of(ops=replace(ops, attention=MeasuringAttention(ops.attention))))
 
     def sharding_of(self, parameter: Parameter) -> Sharding:
         """Where a parameter lies."""
@@ -199,8 +200,7 @@ class PlacedModel:
         rows, num_sequences = bucket.num_tokens, bucket.num_sequences
         leaves, state, whole = self.leaf_shapes(), self.state_shapes(size), self.placement.of()
         full, num_drafts = self.full_state_shapes(size.num_slots), self.num_drafts if drafts else None
-        dtype = self.geometry.dtype
-        undrawn = jax.eval_shape(lambda: Undrawn.zeros(rows, num_sequences, self.hidden_size, dtype, num_drafts))
+        undrawn = jax.eval_shape(lambda: Undrawn.zeros(rows, num_sequences, self.hidden_size, self.dtype, num_drafts))
         inputs = jax.eval_shape(lambda: DrawInputs.zeros(num_sequences, rows, self.vocab_size))
         draw = draw_function(
             self.structure,
@@ -242,16 +242,14 @@ class PlacedModel:
 
     def _zeros(self, size: StateSize) -> DeviceState:
         state = DeviceState.zeros(
-            self.geometry.shape(size.num_pages),
-            jnp.dtype(self.geometry.dtype),
+            self.geometry.empty_cache(size.num_pages),
             num_slots=size.num_slots,
             num_groups=self.geometry.layout.num_groups,
             max_pages=size.max_pages,
         )
         if self.draft is None:
             return state
-        cache = self.draft.geometry
-        return state.with_draft_cache(cache.shape(size.num_pages), jnp.dtype(cache.dtype), num_drafts=self.num_drafts)
+        return state.with_draft_cache(self.draft.geometry.empty_cache(size.num_pages), num_drafts=self.num_drafts)
 
 
 def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement: Placement) -> None:
@@ -261,6 +259,19 @@ def _log_choices(config: ModelConfig, ops: Ops, attention_reason: str, placement
         logger.info("experts: %s (%s)", ops.experts.name, ops.experts.reason)
     if placement.mesh is not None:
         logger.info("%s", placement.describe(config))
+
+
+def _chosen_ops(
+    backend: str, config: ModelConfig, placement: Placement, shapes: KernelShapes, platform: str, *, deterministic: bool
+) -> Ops:
+    """The operations for a model that lies as `placement` says."""
+    partition = placement.activations
+    ops, reason = select_ops(
+        backend, platform=platform, partition=partition, deterministic=deterministic, shapes=shapes
+    )
+    ops = _gathering(ops, placement).in_stages(platform)
+    _log_choices(config, ops, reason, placement)
+    return ops
 
 
 def _gathering(ops: Ops, placement: Placement) -> Ops:
@@ -289,7 +300,7 @@ def _shardings(shapes: Shapes) -> Shapes:
 
 
 def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
-    """The dtype of weights, activations and cache: `auto` is float32 on a CPU, whose bfloat16 is slow, else the
+    """The dtype of weights and activations: `auto` is float32 on a CPU, whose bfloat16 is slow, else the
     checkpoint's.
     """
     if asked != "auto":
@@ -297,3 +308,9 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
     if platform == "cpu":
         return jnp.dtype(jnp.float32)
     return jnp.dtype(stored if stored in ("bfloat16", "float16") else jnp.bfloat16)
+
+
+def resolve_cache_dtype(asked: str, dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of pages, by `kv_cache_dtype`; `auto` is that of the model."""
+    names = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+    return dtype if asked == "auto" else jnp.dtype(names.get(asked, asked))

@@ -15,10 +15,11 @@ from jax_engine.compilation.compiled_steps import CompiledSteps
 from jax_engine.compilation.planner import draft_model_programs
 from jax_engine.compilation.surroundings import Surroundings
 from jax_engine.config import EngineConfig
+from jax_engine.execution.kv_scales import load_weights
 from jax_engine.execution.step_batch import BatchLayout, SlotParameters, order_chunks, pack_batch, page_updates_of
 from jax_engine.execution.step_program import Program
 from jax_engine.execution.weights import Weights
-from jax_engine.loading.loader import load_config, load_leaves
+from jax_engine.loading.loader import load_config
 from jax_engine.loading.model_files import resolve_model_path
 from jax_engine.scheduling.step_plan import Chunk
 from jax_engine.sharding.placed_model import PlacedModel, StateSize
@@ -90,16 +91,7 @@ class DraftModel:
 
     def load(self, config: EngineConfig) -> None:
         """Read its weights, or draw them."""
-        self.weights = Weights(
-            partial(
-                load_leaves,
-                self._draft.structure,
-                self._folder,
-                load_format=config.load_format,
-                sharding_of=self._draft.sharding_of,
-                seed=config.seed,
-            )
-        )
+        self.weights = Weights(partial(load_weights, self._draft, self.model, self._folder, config))
 
     def lower(self, program: Program, size: StateSize) -> jax.stages.Lowered:
         """Trace one of its programs."""

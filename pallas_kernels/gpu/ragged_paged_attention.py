@@ -93,7 +93,7 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    kv_scales: Float[Array, "L 2 K"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     stages: int | None = None,
     multiprocessors: int = MULTIPROCESSORS,
     deterministic: bool = False,
@@ -134,13 +134,13 @@ def attend(
         interpret=interpret,
     )
     if kv_scales is not None:
-        queries = _scaled(queries, kv_scales[layer, 0])
+        queries = _scaled(queries, kv_scales[0])
     rows = _rows_by_head(queries, call)
     of_layer = jnp.asarray(layer, jnp.int32).reshape(1)
     inputs = rows, pages.reshape(-1, head_dim), block_tables, work.items, work.num_items, of_layer
     tiles, sums = attend_items(*inputs, call)
     out = _merge(tiles, sums, work, sinks, num_kv_heads, heads_a_group, shape.max_parts)
-    return out if kv_scales is None else _scaled(out, kv_scales[layer, 1])
+    return out if kv_scales is None else _scaled(out, kv_scales[1])
 
 
 def _rows_by_head(queries: Float[Array, "T N H"], call: Call) -> Float[Array, "R H"]:

@@ -64,7 +64,7 @@ def ragged_paged_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
-    kv_scales: Float[Array, "L 2 K"] | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
     device_kind: str | None = None,
     num_cores: int | None = None,
     work: Int[Array, " work"] | None = None,
@@ -92,7 +92,7 @@ def ragged_paged_attention(
     if work is None:
         tables = (block_tables, query_starts, kv_lengths, num_decodes, token_sequences, positions)
         work = build_work(layout, *tables, blocks=blocks, page_size=geometry.page_size, window=window)
-    key_scales, value_scales = (None, None) if kv_scales is None else (kv_scales[layer, 0], kv_scales[layer, 1])
+    key_scales, value_scales = (None, None) if kv_scales is None else kv_scales
     scaled = _scale_heads(queries.astype(jnp.float32) * query_factor(scale, soft_cap), key_scales)
     inputs = {
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),

@@ -16,6 +16,7 @@ from jax_engine.config import (
     SCHEDULING_POLICIES,
     EngineConfig,
 )
+from jax_engine.kv_cache.cache_settings import KV_CACHE_DTYPES
 from jax_engine.sharding.strategies import STRATEGIES
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
@@ -186,6 +187,17 @@ MEMORY_FLAGS = (
         "kv_offloading_load",
         "pages come back from host memory if that is measured to be faster than computing them, or always",
         choices=OFFLOADING_LOADS,
+    ),
+    Flag(
+        "kv_cache_dtype",
+        "type of keys and values in pages; auto: the model's; of 8 bits, twice or four times as many fit",
+        choices=KV_CACHE_DTYPES,
+    ),
+    Flag(
+        "calculate_kv_scales",
+        "measure at start, on random tokens, what 8-bit keys and values are scaled by, instead of taking the "
+        "checkpoint's scales or none; int8 needs it",
+        type=bool,
     ),
     Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
 )

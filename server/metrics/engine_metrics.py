@@ -139,7 +139,7 @@ class EngineMetrics:
         about_cache = {
             "block_size": stats.page_size,
             "num_gpu_blocks": stats.num_pages,
-            "cache_dtype": "auto",
+            "cache_dtype": self._config.kv_cache_dtype,
             **{name: getattr(self._config, name) for name in CACHE_SETTINGS},
         }
         cache = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=(*LABELS, *about_cache))

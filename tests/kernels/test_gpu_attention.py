@@ -87,8 +87,8 @@ def case_of(
     case["pages"] = jnp.where(held[None, :, None, None, :, None], case["pages"], jnp.nan)
     if not stored:
         return case
-    scales = jnp.linspace(0.01, 0.1, 4 * heads[1]).reshape(2, 2, heads[1])
-    pages = case["pages"].astype(jnp.float32) / scales[:, None, :, :, None, None]
+    scales = jnp.linspace(0.01, 0.1, 2 * heads[1]).reshape(2, heads[1])
+    pages = case["pages"].astype(jnp.float32) / scales[None, None, :, :, None, None]
     return case | {"pages": pages.astype(stored), "kv_scales": scales}
 
 
@@ -96,7 +96,7 @@ def attend(case: dict[str, Array], sinks: Array, *, window: int | None, soft_cap
     tables, scales = (case["block_tables"], case["token_sequences"], case["positions"]), case.get("kv_scales")
     new = case["keys"], case["values"]
     if scales is not None:
-        new = tuple(rows.astype(jnp.float32) / scales[LAYER, plane, :, None] for plane, rows in enumerate(new))
+        new = tuple(rows.astype(jnp.float32) / scales[plane, :, None] for plane, rows in enumerate(new))
     pages = write_pages(*new, case["pages"], *tables, LAYER)
     sizes = {"num_heads": case["queries"].shape[1], "num_kv_heads": pages.shape[3]}
     shared: dict[str, Any] = {"window": window, "multiprocessors": MULTIPROCESSORS}

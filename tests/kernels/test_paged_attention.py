@@ -134,17 +134,22 @@ def test_soft_cap_and_sinks(ragged_case, implementation):
 @pytest.mark.parametrize("sizes", [xla.CPU_SIZES, SMALL_ITEMS], ids=["groups", "items"])
 @pytest.mark.parametrize("stored", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
 def test_eight_bit_pages_with_scales(ragged_case, stored, sizes):
-    """Scales differ by layer, by key and value and by head; new tokens are stored rounded and clipped."""
+    """Scales differ by key and value and by head; new tokens are stored rounded and clipped."""
     case = ragged_case([(1, 40), (30, 9)], seed=6)
     rows = case["pages"].swapaxes(3, 4)  # [L, P, 2, S, K, H]
     pages = reference.to_storage(rows.reshape(-1, *rows.shape[4:]), stored, jnp.full(2, 0.05))
     case["pages"] = pages.reshape(rows.shape).swapaxes(3, 4)
-    scales = jnp.asarray([[[9.0, 9.0], [9.0, 9.0]], [[0.02, 0.1], [0.05, 0.01]]])
+    scales = jnp.asarray([[0.02, 0.1], [0.05, 0.01]])
     options = {"layer": 1, "scale": 0.3, "kv_scales": scales}
     expected, expected_pages = reference.ragged_paged_attention(**case, **options)
     out, new_pages = xla.ragged_paged_attention(**case, **options, sizes=sizes)
     np.testing.assert_allclose(out, expected, atol=1e-4 * max(1, float(jnp.abs(expected).max())))
     np.testing.assert_array_equal(new_pages.astype(np.float32), expected_pages.astype(np.float32))
+    if stored != jnp.int8:
+        bits = dict(case, pages=jax.lax.bitcast_convert_type(case["pages"], jnp.uint8))
+        of_bits, new_bits = xla.ragged_paged_attention(**bits, **options, bits_of=stored, sizes=sizes)
+        np.testing.assert_array_equal(of_bits, out)
+        np.testing.assert_array_equal(new_bits, jax.lax.bitcast_convert_type(new_pages, jnp.uint8))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)

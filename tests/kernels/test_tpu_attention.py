@@ -159,7 +159,7 @@ def test_page_sizes(ragged_case, page_size):
 @pytest.mark.parametrize("stored", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=str)
 def test_eight_bit_pages_with_scales(ragged_case, stored):
     case = ragged_case([(1, 140), (20, 9)], seed=2, head_dim=128)
-    scales = jnp.asarray([[[0.5, 2.0], [1.0, 0.25]]] * 2) * (0.05 if stored == jnp.int8 else 1.0)
+    scales = jnp.asarray([[0.5, 2.0], [1.0, 0.25]]) * (0.05 if stored == jnp.int8 else 1.0)
     rows = case["pages"].swapaxes(3, 4)  # [L, P, 2, S, K, H]
     pages = reference.to_storage(rows.reshape(-1, *rows.shape[4:]), stored, jnp.ones(2) * 0.05)
     pages = pages.reshape(rows.shape).swapaxes(3, 4)
