@@ -24,10 +24,26 @@ from jax_engine.cuda_fallback.cpu.call_frame import (
     elements,
     scalar,
 )
+from jax_engine.cuda_fallback.cpu.sharing import (
+    FRAME,
+    NEXT_ITEM,
+    NUM_DONE,
+    NUM_ITEMS,
+    add,
+    address_of,
+    ask_for_help,
+    call,
+    leave_block,
+    look,
+    num_threads,
+    open_block,
+    wait,
+)
 from jax_engine.cuda_fallback.cpu.vectors import (
     KEYS,
     add_values,
     read,
+    set_word,
     transpose,
     weigh_scores,
     word,
@@ -37,6 +53,7 @@ from jax_engine.cuda_fallback.cpu.vectors import (
 
 TILE_ROWS = 32  # query rows of a tile, at most: a query counts once for each head that shares its keys
 WIDE, NARROW = 32, 8  # dimensions of a head that are summed at once, as long as there are so many left
+WORK_OF_A_THREAD = 4096  # keys, each for a tile and a head: what pays for waking another thread
 NOTHING = np.float32(-1e30)
 
 
@@ -86,20 +103,45 @@ class Tile(NamedTuple):
     head: int
 
 
-def make_handler(dtype: type) -> Callable[[int], int]:
-    """The function that XLA calls, for Numba to compile: from the address of a call frame to an error, of which it has
-    none. `dtype` is that of queries and pages, uint16 for bfloat16.
+def make_task(dtype: type) -> Callable[[int], int]:
+    """What every thread does that has part in a call, for Numba to compile: it takes a block, and returns nothing. The
+    first one is the caller's.
+
+    `dtype` is that of queries and pages, uint16 for bfloat16.
     """
 
     @no_type_check  # nor shapes, under pytest: Numba takes functions as they are
+    def task(block: int) -> int:
+        is_first = look(block, NUM_ITEMS) < 0
+        item = -1 if is_first else add(block, NEXT_ITEM, 1)
+        if is_first or item < look(block, NUM_ITEMS):  # else the call may have ended
+            step = read_step(word(block, FRAME), dtype)
+            if is_first:
+                write_pages(step)
+                share(step, block)
+                item = add(block, NEXT_ITEM, 1)
+            attend(step, block, item)
+        if is_first:
+            wait(block)
+        leave_block(block)
+        return 0
+
+    return task
+
+
+def make_handler(task_name: str) -> Callable[[int], int]:
+    """The function that XLA calls, for Numba to compile: from the address of a call frame to an error, of which it has
+    none. The C function of `make_task` is known by a name.
+    """
+
+    @no_type_check
     def handler(frame: int) -> int:
         extension = word(frame, EXTENSION)
         if extension:
             answer_question(extension)
-            return 0
-        step = read_step(word(frame, ARGUMENTS), word(frame, RESULTS), word(frame, ATTRIBUTES), dtype)
-        write_pages(step)
-        attend(step)
+        else:
+            task = address_of(task_name)
+            call(task, open_block(frame, task))
         return 0
 
     return handler
@@ -107,8 +149,9 @@ def make_handler(dtype: type) -> Callable[[int], int]:
 
 @njit(inline="always")
 @no_type_check
-def read_step(arguments, results, attributes, dtype):
+def read_step(frame, dtype):
     """A call's arrays and numbers, as `attention.py` gives them; scalar attributes are in the order of their names."""
+    arguments, results, attributes = word(frame, ARGUMENTS), word(frame, RESULTS), word(frame, ATTRIBUTES)
     queries, pages, tables = word(arguments, 0), word(arguments, 3), word(arguments, 4)
     num_tokens, num_heads, head_dim = dimension(queries, 0), dimension(queries, 1), dimension(queries, 2)
     num_layers, num_pages = dimension(pages, 0), dimension(pages, 1)
@@ -142,7 +185,10 @@ def read_step(arguments, results, attributes, dtype):
 @njit(inline="always")
 @no_type_check
 def write_pages(step):
-    """Copy the step's keys and values into their pages."""
+    """Copy the step's keys and values into their pages, and zeros into padding rows of the output."""
+    width = step.num_heads * step.head_dim
+    for place in range(np.int64(step.starts[step.num_sequences]) * width, step.num_tokens * width):
+        step.out[place] = 0
     head_dim, page_size = step.head_dim, step.page_size
     plane = step.num_kv_heads * page_size * head_dim
     for sequence in range(step.num_sequences):
@@ -163,14 +209,36 @@ def write_pages(step):
 
 @njit(inline="always")
 @no_type_check
-def attend(step):
-    """All tiles of all ranges, and zeros in padding rows."""
-    width = step.num_heads * step.head_dim
-    for place in range(np.int64(step.starts[step.num_sequences]) * width, step.num_tokens * width):
-        step.out[place] = 0
-    group = step.num_heads // step.num_kv_heads
-    num_queries = max(1, TILE_ROWS // group)
-    rows = num_queries * group
+def share(step, block):
+    """Say how many items there are, tiles of all ranges, and ask as many threads for help as there is work for: keys
+    that are read, once for each tile and head.
+    """
+    num_queries = queries_a_tile(step)
+    items = work = 0
+    for sequence in range(step.num_sequences):
+        tiles = (np.int64(step.starts[sequence + 1] - step.starts[sequence]) + num_queries - 1) // num_queries
+        items += tiles * step.num_kv_heads
+        work += tiles * step.num_kv_heads * step.lengths[sequence]
+    set_word(block, NUM_ITEMS, items)
+    if work >= 2 * WORK_OF_A_THREAD:
+        for _ in range(min(num_threads(block), items, work // WORK_OF_A_THREAD) - 1):
+            ask_for_help(block)
+
+
+@njit(inline="always")
+@no_type_check
+def queries_a_tile(step):
+    return max(1, TILE_ROWS * step.num_kv_heads // step.num_heads)
+
+
+@njit(inline="always")
+@no_type_check
+def attend(step, block, item):
+    """Tiles of all ranges, from the given one on, each the next that nobody has taken yet. Items of a sequence lie side
+    by side, by heads and then by queries.
+    """
+    num_queries = queries_a_tile(step)
+    rows = num_queries * (step.num_heads // step.num_kv_heads)
     scratch = Scratch(
         np.empty(rows * step.head_dim, np.float32),
         np.empty(step.head_dim * KEYS, np.float32),
@@ -179,12 +247,19 @@ def attend(step):
         np.empty(rows, np.float32),
         np.empty(rows, np.float32),
     )
+    before = 0
     for sequence in range(step.num_sequences):
         first, end = np.int64(step.starts[sequence]), np.int64(step.starts[sequence + 1])
-        cached = np.int64(step.lengths[sequence]) - (end - first)
-        for head in range(step.num_kv_heads):
-            for row in range(first, end, num_queries):
-                attend_tile(step, scratch, Tile(sequence, row, cached + row - first, min(num_queries, end - row), head))
+        tiles = (end - first + num_queries - 1) // num_queries
+        behind = before + tiles * step.num_kv_heads
+        while item < behind:
+            head = (item - before) // tiles
+            row = first + (item - before - head * tiles) * num_queries
+            position = np.int64(step.lengths[sequence]) - (end - row)
+            attend_tile(step, scratch, Tile(sequence, row, position, min(num_queries, end - row), head))
+            add(block, NUM_DONE, 1)
+            item = add(block, NEXT_ITEM, 1)
+        before = behind
 
 
 @njit

@@ -257,6 +257,16 @@ def test_a_cpus_kernel_does_not_depend_on_how_a_prompt_is_cut(ragged_case, windo
     np.testing.assert_array_equal(case["pages"], pages)
 
 
+def test_threads_that_share_a_call_change_nothing(ragged_case):
+    """A prompt that is worth the help of other threads, over and over: to the same bits every time, the right ones."""
+    case = ragged_case([(1, 400), (560, 0), (1, 30)], seed=9, num_tokens=600)
+    compare(cpu.ragged_paged_attention, case, window=None)
+    attend = compiled(cpu.ragged_paged_attention, None)
+    first, _ = attend(**case)
+    for _ in range(50):
+        np.testing.assert_array_equal(attend(**case)[0], first)
+
+
 def test_a_cpus_kernel_writes_pages_in_place(ragged_case):
     """In a loop over layers too: nothing as large as the pages is allocated, and no instruction copies them."""
     case = ragged_case([(1, 40), (30, 9)], seed=6, num_pages=2000)
