@@ -124,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-num-batched-tokens", type=int, metavar="N", help="a step may process (default: engine's)"
     )
+    parser.add_argument("--block-size", type=int, metavar="N", help="tokens a KV page (default: engine's)")
     sizes: dict[str, Any] = {"type": int, "nargs": "+", "default": (8, 16, 32, 64), "metavar": "N"}
     parser.add_argument("--peer-batch-sizes", help="of transformers (default: 8 16 32 64)", **sizes)
     parser.add_argument("--deterministic", action="store_true", help="measure deterministic=True too, for its cost")
@@ -150,6 +151,7 @@ def measure_engine(
         load_format=options.load_format,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        block_size=options.block_size,
         max_model_len=max(len(item.prompt_token_ids) + item.output_tokens for item in (*workload, *steady)),
         deterministic=deterministic,
         compile_before_ready=True,

@@ -117,7 +117,7 @@ class EngineConfig:
     num_scheduler_steps: int = 1  # tokens that a request draws in one step while nothing waits: a loop on the device
     # vLLM's dictionary (see `SpeculativeConfig`): tokens are guessed ahead, and checked several in a step.
     speculative_config: dict[str, Any] | None = None
-    block_size: int | None = None  # tokens a page; None: 16 on CPU, 64 elsewhere
+    block_size: int | None = None  # tokens a page; None: 8 on CPU, 64 elsewhere
     # How vectors are pooled unless a request says otherwise: {"pooling_type": "LAST", "normalize": true}, "dimensions".
     pooler_config: dict[str, Any] | None = None
     max_logprobs: int = 20  # the most that `logprobs` and `prompt_logprobs` may ask for; -1: the whole vocabulary

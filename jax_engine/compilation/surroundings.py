@@ -49,7 +49,7 @@ def surroundings_of(config: EngineConfig, model: ModelConfig, devices: Sequence[
         "dtype": dtype,
         "cache_dtype": resolve_cache_dtype(config.kv_cache_dtype, dtype),
         "calculate_kv_scales": config.calculate_kv_scales,
-        "page_size": config.block_size or (16 if on_cpu else 64),
+        "page_size": config.block_size or (8 if on_cpu else 64),
         # Elsewhere XLA copies a layer's weights out of the stack before it uses them: three times their traffic.
         "scan_layers": platform == "tpu" if config.scan_layers is None else config.scan_layers,
     }

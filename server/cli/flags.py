@@ -199,7 +199,7 @@ MEMORY_FLAGS = (
         "checkpoint's scales or none; int8 needs it",
         type=bool,
     ),
-    Flag("block_size", "tokens a KV page holds; 16 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
+    Flag("block_size", "tokens a KV page holds; 8 on CPU, 64 elsewhere", type=int, metavar="TOKENS"),
 )
 SCHEDULING_FLAGS = (
     Flag(

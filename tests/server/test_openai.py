@@ -221,7 +221,7 @@ def cached_tokens(answer) -> int:
 
 @pytest.mark.parametrize("route", ["completions", "chat"])
 def test_usage_tells_what_came_from_the_cache(server, route):
-    """Both routes, whole and streamed; the prompt is this test's own, and longer than two pages of 16."""
+    """Both routes, whole and streamed; the prompt is this test's own, and longer than four pages of 8."""
     words = f"{route}: " + " ".join(map(str, range(40)))
 
     def ask(**settings):
@@ -231,7 +231,7 @@ def test_usage_tells_what_came_from_the_cache(server, route):
         return server.client.completions.create(prompt=words, **settings)
 
     first, again = ask(), ask()
-    expected = (again.usage.prompt_tokens - 1) // 16 * 16
+    expected = (again.usage.prompt_tokens - 1) // 8 * 8
     assert expected >= 32
     assert cached_tokens(first) < expected
     assert cached_tokens(again) == expected
@@ -273,7 +273,7 @@ def test_metrics_count_what_was_served(server):
     assert server.metric("vllm:request_success_total", finished_reason="length") == before + 2
     assert server.metric("vllm:request_generation_tokens_sum") == tokens + 10
     assert server.metric("jax_engine:compiles_in_request_path_total", model_name="demo", engine="0") == 0
-    assert server.metric("vllm:cache_config_info", block_size="16") == 1
+    assert server.metric("vllm:cache_config_info", block_size="8") == 1
 
 
 def test_an_answer_has_the_form_that_was_asked_for(server):
