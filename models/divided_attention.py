@@ -10,13 +10,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from jax_engine.cuda_fallback.paged_attention import Sizes, Stripe, striped_paged_attention
+from jax_engine.cuda_fallback.paged_attention import Partial, Stripe
 from jax_engine.models.device_tables import merge_partial, owned_tables, put_rows, striped_tables, take_rows
 from jax_engine.models.kv_pages import ATTENTION_SCOPE, PAGE_AXES, DeviceTables, KVPages, SequenceTable
 from jax_engine.models.partition import Partition
 
 # An attention kernel, by the calling convention of `pallas_kernels.reference`.
 Kernel = Callable[..., tuple[Array, Array]]
+# One by that of `striped_paged_attention`.
+Striped = Callable[..., tuple[Partial, Array]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,11 @@ class DividedAttention:
     axes: tuple[str, ...]  # of the mesh, that pages are divided over
     # Parts that they are divided into; asked of `partition` outside of the `shard_map`s, within which an axis is one.
     count: int
-    sizes: Sizes  # of what attends over a part of a sequence's pages
+    striped: Striped | None  # what attends over a part of a sequence's pages
 
     @classmethod
     def of(
-        cls, kernel: Kernel, partition: Partition, backend: str, *, sizes: Sizes, deterministic: bool
+        cls, kernel: Kernel, partition: Partition, backend: str, *, striped: Striped | None, deterministic: bool
     ) -> "DividedAttention":
         """With the kernel of an attention backend, as `partition` splits `pages`.
 
@@ -40,7 +42,7 @@ class DividedAttention:
             ValueError: the backend needs all pages of a sequence, and they are striped; or numbers are to be the same
                 whatever shares a step.
         """
-        if backend != "xla" and not partition.owned_pages:
+        if striped is None and not partition.owned_pages:
             raise ValueError(
                 f"attention_backend={backend!r} cannot attend over a part of a sequence's pages, and the sharding "
                 "strategy spreads them over devices (page_rule 'striped'); use attention_backend='xla', or a strategy "
@@ -51,7 +53,7 @@ class DividedAttention:
                 "deterministic=True is for caches that every device has all pages of, and the sharding strategy "
                 "divides them between devices; use sharding_strategy='tensor'"
             )
-        return cls(kernel, partition, partition.mesh_axes("pages"), partition.num_parts("pages"), sizes)
+        return cls(kernel, partition, partition.mesh_axes("pages"), partition.num_parts("pages"), striped)
 
     def prepare(
         self,
@@ -136,14 +138,13 @@ class DividedAttention:
     ) -> tuple[Float[Array, "T N H"], Num[Array, "L P *page"]]:
         """A step's attention, all of it on every device, and the device's pages.
 
-        Of owned pages by `kernel`, with one sum over devices; of striped ones by XLA's, with a maximum and a sum.
+        Of owned pages by `kernel`, with one sum over devices; of striped ones by `striped`, with a maximum and a sum.
         """
         if self.partition.owned_pages:
             rows = (take_rows(array, tables) for array in (queries, keys, values))
             out, pages = self.kernel(*rows, pages, *tables.convention, **options)
             return lax.psum(put_rows(out, tables), self.axes), pages
+        assert self.striped is not None
         stripe = Stripe(lax.axis_index(self.axes), self.count)
-        part, pages = striped_paged_attention(
-            queries, keys, values, pages, *tables.convention, stripe=stripe, sizes=self.sizes, **options
-        )
+        part, pages = self.striped(queries, keys, values, pages, *tables.convention, stripe=stripe, **options)
         return merge_partial(part, self.axes).astype(queries.dtype), pages

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from jax_engine.cuda_fallback.paged_attention import write_pages
+from jax_engine.cuda_fallback.paged_attention import Partial, Stripe, write_pages
 from jax_engine.models.kv_pages import KVPages, PageShape, SequenceTable, split_page_shape
 from jax_engine.models.partition import Partition
 from jax_engine.pallas_kernels import gpu
@@ -152,6 +152,45 @@ class GpuAttention:
         )
         return out, pages
 
+    def striped(
+        self,
+        queries: Float[Array, "T N H"],
+        keys: Float[Array, "T K H"],
+        values: Float[Array, "T K H"],
+        pages: Num[Array, "L P 2 K S H"],
+        block_tables: Int[Array, "B M"],
+        query_starts: Int[Array, "B+1"],
+        kv_lengths: Int[Array, " B"],
+        num_decodes: Int[Array, ""],
+        token_sequences: Int[Array, " T"],
+        positions: Int[Array, " T"],
+        *,
+        layer: int | Int[Array, ""],
+        scale: float,
+        stripe: Stripe,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        kv_scales: Float[Array, "2 K"] | None = None,
+    ) -> tuple[Partial, Num[Array, "L P 2 K S H"]]:
+        """The same where only a stripe of every sequence's pages is here (`striped_paged_attention`)."""
+        self._check(queries.shape[1], keys.shape[1], queries.shape[2], queries.dtype, pages.dtype)
+        here = gpu.Stripe(stripe.rank, stripe.num, page_size=pages.shape[4])
+        shared: dict[str, Any] = {"window": window, "multiprocessors": self.multiprocessors}
+        heads: dict[str, Any] = {"num_heads": queries.shape[1], "num_kv_heads": keys.shape[1]}
+        work = gpu.step_work(query_starts, token_sequences, positions, stripe=here, **heads, **shared)
+        if kv_scales is not None:
+            keys, values = keys / kv_scales[0, :, None], values / kv_scales[1, :, None]
+        pages = write_pages(keys, values, pages, block_tables, token_sequences, positions, layer, stripe)
+        options: dict[str, Any] = {
+            "layer": layer,
+            "scale": scale,
+            "soft_cap": soft_cap,
+            "kv_scales": kv_scales,
+            **shared,
+        }
+        options["interpret"] = gpu.interpreter() if self.interpret else None
+        return Partial(*gpu.attend_stripe(queries, pages, block_tables, work, here, **options)), pages
+
     def _work(
         self,
         query_starts: Int[Array, " boundaries"],
@@ -163,7 +202,11 @@ class GpuAttention:
         window: int | None,
     ) -> gpu.Work:
         """`room` is that of a block table, in tokens."""
-        sizes = {"num_heads": heads[0], "num_kv_heads": heads[1], "multiprocessors": self.multiprocessors}
+        sizes: dict[str, Any] = {
+            "num_heads": heads[0],
+            "num_kv_heads": heads[1],
+            "multiprocessors": self.multiprocessors,
+        }
         fixed = room if self.deterministic else None
         return gpu.step_work(query_starts, token_sequences, positions, window=window, fixed_tokens=fixed, **sizes)
 

@@ -22,7 +22,7 @@ from jax_engine.cuda_fallback.cpu import attention as cpu
 from jax_engine.cuda_fallback.experts import ragged_experts
 from jax_engine.cuda_fallback.whole_prompts import check_cudnn_allowed
 from jax_engine.models.dense_attention import dense_attention
-from jax_engine.models.divided_attention import DividedAttention, Kernel
+from jax_engine.models.divided_attention import DividedAttention, Kernel, Striped
 from jax_engine.models.experts import MixtureOfExperts, select_experts
 from jax_engine.models.kv_pages import (
     ATTENTION_SCOPE,
@@ -211,8 +211,8 @@ def select_ops(
     if partition.num_parts("pages") == 1:
         return ops, reason
     assert isinstance(ops.attention, _PagedAttention)
-    sizes = xla.sizes_for(platform)
-    attention = DividedAttention.of(ops.attention.kernel, partition, backend, sizes=sizes, deterministic=deterministic)
+    kernel, striped = ops.attention.kernel, _striped(backend, ops.attention.kernel, platform=platform)
+    attention = DividedAttention.of(kernel, partition, backend, striped=striped, deterministic=deterministic)
     return replace(ops, attention=attention, prepare=attention.prepare), reason
 
 
@@ -287,6 +287,18 @@ def _gpu_ops(
     check_device(backend, platform=platform, partition=partition)
     kernel = GpuAttention.of(backend, partition, deterministic=deterministic)
     return Ops(_PagedAttention(kernel, partition), backend, experts, kernel.page_shape, kernel.prepare, partition)
+
+
+def _striped(backend: str, kernel: Kernel, *, platform: str) -> Striped | None:
+    """What attends over a part of a sequence's pages; None where nothing of a backend does."""
+    if backend == "xla":
+        return partial(xla.striped_paged_attention, sizes=xla.sizes_for(platform))
+    if not backend.startswith("pallas_gpu"):
+        return None
+    from jax_engine.models.gpu_attention import GpuAttention
+
+    assert isinstance(kernel, GpuAttention)
+    return kernel.striped
 
 
 def _tables(sequences: SequenceTable) -> tuple[Array, ...]:

@@ -32,6 +32,13 @@ def test_a_strategy_says_where_pages_are_and_whose():
     assert "pages owned" in owned.describe(ModelConfig.from_hf(TINY))
 
 
+@pytest.mark.parametrize("strategy", ["context", "data_attention"])
+@pytest.mark.parametrize("backend", ["xla", "pallas_gpu_interpret"])
+def test_some_backends_attend_over_divided_pages(strategy, backend):
+    ops, _ = select_ops(backend, platform="cpu", partition=placed(strategy, 2, 1).activations)
+    assert ops.attention_name == backend
+
+
 def test_an_unknown_page_rule_is_refused():
     with pytest.raises(ValueError, match="page_rule='shared' must be one of striped, owned"):
         Strategy("mine", weights={}, page_rule="shared")
@@ -41,7 +48,6 @@ def test_an_unknown_page_rule_is_refused():
     ("strategy", "options", "message"),
     [
         ("context", {"backend": "reference"}, "attention_backend='reference' cannot attend over a part .*; use att"),
-        ("context", {"backend": "pallas_gpu_interpret"}, "'pallas_gpu_interpret' cannot attend over a part .*; use"),
         ("context", {"backend": "pallas_tpu_interpret"}, "use attention_backend='xla', or a strategy that keeps"),
         ("context", {"deterministic": True}, "deterministic=True .* divides them between devices; use sharding_str"),
         ("data_attention", {"deterministic": True}, "deterministic=True is for caches that every device has all"),

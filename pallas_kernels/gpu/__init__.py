@@ -2,6 +2,7 @@
 
 from jax_engine.pallas_kernels.gpu.ragged_paged_attention import (
     attend,
+    attend_stripe,
     interpreter,
     num_stages,
     shared_bytes,
@@ -9,6 +10,17 @@ from jax_engine.pallas_kernels.gpu.ragged_paged_attention import (
     why_not,
     why_not_pages,
 )
-from jax_engine.pallas_kernels.gpu.work_list import Work
+from jax_engine.pallas_kernels.gpu.work_list import Stripe, Work
 
-__all__ = ["Work", "attend", "interpreter", "num_stages", "shared_bytes", "step_work", "why_not", "why_not_pages"]
+__all__ = [
+    "Stripe",
+    "Work",
+    "attend",
+    "attend_stripe",
+    "interpreter",
+    "num_stages",
+    "shared_bytes",
+    "step_work",
+    "why_not",
+    "why_not_pages",
+]

@@ -64,6 +64,7 @@ class Call:
     soft_cap: float | None
     stages: int  # chunks in shared memory
     num_programs: int  # of the grid
+    num_stripes: int = 1  # that sequences' pages are dealt out to, of which one is here
     interpret: Any = None  # None, or parameters of the interpreter
 
     @property
@@ -100,7 +101,7 @@ class Inputs(NamedTuple):
     block_tables: Ref  # [B, M]
     items: Ref  # [W, C]
     num_items: Ref  # [1]
-    layer: Ref  # [1]
+    layer: Ref  # [2], and which stripe of pages is here
 
 
 class Scratch(NamedTuple):
@@ -123,12 +124,17 @@ class Item(NamedTuple):
     sequence: jax.Array
     head: jax.Array
     first_row: jax.Array
+    num_tokens: jax.Array
     num_rows: jax.Array
     first_position: jax.Array  # of the first row, also if it is skipped
     own_position: jax.Array  # of the first that is not
     first_key: jax.Array
     end_key: jax.Array
     output: jax.Array
+
+    @property
+    def end_position(self) -> jax.Array:
+        return self.first_position + self.num_tokens
 
     @property
     def chunks(self) -> tuple[jax.Array, jax.Array]:
@@ -189,6 +195,7 @@ class _Program:
                 column(SEQUENCE),
                 lax.rem(number, heads),
                 column(FIRST_ROW),
+                column(NUM_TOKENS),
                 column(NUM_TOKENS) * self.call.rows_a_token,
                 column(FIRST_POSITION),
                 column(FIRST_POSITION) + column(SKIPPED),
@@ -251,12 +258,20 @@ class _Program:
 
         lax.fori_loop(step, end, read, None)
 
+    def _position(self, key: jax.Array) -> jax.Array:
+        """Of a key, in its sequence."""
+        if self.call.num_stripes == 1:
+            return key
+        size = jnp.full_like(key, self.call.page_size)
+        page = lax.div(key, size) * self.call.num_stripes + self.inputs.layer[1]
+        return page * self.call.page_size + lax.rem(key, size)
+
     def _is_masked(self, item: Item, chunk: jax.Array) -> jax.Array:
         """Whether some row of the tile does not see all of a chunk."""
-        masked = (chunk + 1) * CHUNK > item.own_position + 1
+        masked = self._position(chunk * CHUNK + CHUNK - 1) > item.own_position
         if self.call.window is not None:
             last = item.first_position + lax.div(item.num_rows - 1, self.call.rows_a_token)
-            masked |= chunk * CHUNK < last - self.call.window + 1
+            masked |= self._position(chunk * CHUNK) < last - self.call.window + 1
         return masked
 
     def _attend(self, item: Item, step: jax.Array, turn: Turn) -> jax.Array:
@@ -375,7 +390,7 @@ class _Program:
     def _masked(self, item: Item, chunk: jax.Array, first_row: jax.Array, scores: jax.Array, lanes: Lanes) -> jax.Array:
         """Scores of what a row does not see, out of the way."""
         rows = lanes.iota(scores.shape, 0) + first_row
-        place = lanes.iota(scores.shape, 1) + chunk * CHUNK
+        place = self._position(lanes.iota(scores.shape, 1) + chunk * CHUNK)
         position = lax.div(rows, jnp.full_like(rows, self.call.rows_a_token)) + item.first_position
         visible = place <= position
         if self.call.window is not None:
@@ -384,8 +399,8 @@ class _Program:
 
     def _clear_unseen(self, item: Item, chunk: jax.Array, values: Ref, lanes: Lanes) -> None:
         """Zero the values that no row of the tile sees: a weight of zero does not undo a NaN."""
-        place = lanes.iota((CHUNK, COLUMNS), 0) + chunk * CHUNK
-        seen = place < item.end_key
+        place = self._position(lanes.iota((CHUNK, COLUMNS), 0) + chunk * CHUNK)
+        seen = place < item.end_position
         if self.call.window is not None:
             seen &= place > item.own_position - self.call.window
         for first in range(0, self.call.head_dim, COLUMNS):  # few registers at a time

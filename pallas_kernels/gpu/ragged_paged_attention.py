@@ -12,6 +12,7 @@ from jax_engine.pallas_kernels.gpu.work_list import (
     CHUNK,
     GROUP_ROWS,
     ROWS,
+    Stripe,
     Work,
     WorkShape,
     build_work,
@@ -74,12 +75,17 @@ def step_work(
     window: int | None = None,
     multiprocessors: int = MULTIPROCESSORS,
     fixed_tokens: int | None = None,
+    stripe: Stripe | None = None,
 ) -> Work:
-    """What a step has to do, the same in all its layers of one window. With `fixed_tokens`, the room of a block table,
-    a row's result does not depend, bit for bit, on the other rows of its step.
+    """What a step has to do, the same in all its layers of one window; with a `stripe`, over the pages of that alone.
+
+    With `fixed_tokens`, the room of a block table, a row's result does not depend, bit for bit, on the other rows of
+    its step.
     """
     sizes = token_sequences.shape[0], query_starts.shape[0] - 1, num_heads, num_kv_heads, multiprocessors, fixed_tokens
-    return build_work(query_starts, token_sequences, positions, shape=WorkShape.of(*sizes), window=window)
+    return build_work(
+        query_starts, token_sequences, positions, shape=WorkShape.of(*sizes), window=window, stripe=stripe
+    )
 
 
 def attend(
@@ -102,45 +108,98 @@ def attend(
     """The attention of `pallas_kernels.reference.ragged_paged_attention`, after its write of keys and values.
 
     `work` is of `step_work`, with the same window and the same number of multiprocessors, and with `fixed_tokens` if
-    `deterministic`. `stages` chunks of keys and
-    values are in shared memory at a time (None: as many as fit, four at most).
+    `deterministic`. `stages` chunks of keys and values are in shared memory at a time (None: as many as fit, four at
+    most).
 
     Raises:
         ValueError: the cache has more rows than a bulk tensor copy can name.
     """
-    num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads, page_size = pages.shape[3:5]
-    _check_rows(pages)
+    if kv_scales is not None:
+        queries = _scaled(queries, kv_scales[0])
     fixed_tokens = block_tables.shape[1] * page_size if deterministic else None
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "interpret": interpret}
+    options |= {"stages": stages, "multiprocessors": multiprocessors, "fixed_tokens": fixed_tokens}
+    values, highest, total = _sums(queries, pages, block_tables, work, (layer, 0), **options)
+    if sinks is not None:
+        total += jnp.exp2(sinks.astype(jnp.float32).reshape(1, num_kv_heads, -1) * LOG2_E - highest)
+    out = (values / jnp.maximum(total, 1e-30)[..., None]).astype(queries.dtype).reshape(queries.shape)
+    return out if kv_scales is None else _scaled(out, kv_scales[1])
+
+
+def attend_stripe(
+    queries: Float[Array, "T N H"],
+    pages: Float[Array, "L P 2 K S H"],
+    block_tables: Int[Array, "B M"],
+    work: Work,
+    stripe: Stripe,
+    *,
+    layer: int | Int[Array, ""],
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    kv_scales: Float[Array, "2 K"] | None = None,
+    multiprocessors: int = MULTIPROCESSORS,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"], Float[Array, "T N"]]:
+    """Attention over a stripe of every sequence's pages, whose numbers `block_tables` hold side by side, in float32:
+    of softmax weights `exp(score - maximum)`, the sum of the values times them, the maximum, and the weights' own sum.
+
+    The maximum is that of the logarithms of what the row's parts add up to, no score. `work` is of `step_work` with
+    this stripe. A row that sees nothing here has a maximum of -1e30, and zeros.
+    """
+    num_tokens, num_heads, _ = queries.shape
+    if kv_scales is not None:
+        queries = _scaled(queries, kv_scales[0])
+    options: dict[str, Any] = {"scale": scale, "window": window, "soft_cap": soft_cap, "interpret": interpret}
+    options |= {"multiprocessors": multiprocessors, "num_stripes": stripe.num}
+    values, highest, total = _sums(queries, pages, block_tables, work, (layer, stripe.rank), **options)
+    sees = highest > LOWEST
+    maximum, total = jnp.where(sees, highest / LOG2_E, -1e30), jnp.where(sees, total, 0)
+    values = values.reshape(queries.shape)
+    values = values if kv_scales is None else _scaled(values, kv_scales[1])
+    return values, maximum.reshape(num_tokens, num_heads), total.reshape(num_tokens, num_heads)
+
+
+def _sums(
+    queries: Float[Array, "T N H"],
+    pages: Float[Array, "L P 2 K S H"],
+    block_tables: Int[Array, "B M"],
+    work: Work,
+    place: tuple[int | Int[Array, ""], int | Int[Array, ""]],
+    *,
+    multiprocessors: int,
+    stages: int | None = None,
+    fixed_tokens: int | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "T K G H"], Float[Array, "T K G"], Float[Array, "T K G"]]:
+    """Of softmax weights to the base 2: the values times them, the highest exponent, and their own sum. `place` is the
+    layer and the stripe of the pages that are here.
+    """
+    num_tokens, num_heads, head_dim = queries.shape
+    num_pages, _, num_kv_heads, page_size, _ = pages.shape[1:]
+    _check_rows(pages)
     sizes = num_tokens, block_tables.shape[0], num_heads, num_kv_heads, multiprocessors, fixed_tokens
     shape = WorkShape.of(*sizes)
-    padded_tokens = -(-num_tokens // shape.aligned_tokens) * shape.aligned_tokens
-    heads_a_group = num_heads // num_kv_heads
     call = Call(
-        num_tokens=padded_tokens,
+        num_tokens=-(-num_tokens // shape.aligned_tokens) * shape.aligned_tokens,
         num_kv_heads=num_kv_heads,
-        rows_a_token=rows_a_token(heads_a_group),
+        rows_a_token=rows_a_token(num_heads // num_kv_heads),
         head_dim=head_dim,
         page_size=page_size,
-        num_pages=pages.shape[1],
+        num_pages=num_pages,
         num_items=work.items.shape[0],
         dtype=queries.dtype,
         stored=pages.dtype,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
         stages=stages or num_stages(head_dim, pages.dtype.itemsize),
         num_programs=multiprocessors,
-        interpret=interpret,
+        **options,
     )
-    if kv_scales is not None:
-        queries = _scaled(queries, kv_scales[0])
     rows = _rows_by_head(queries, call)
-    of_layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    inputs = rows, pages.reshape(-1, head_dim), block_tables, work.items, work.num_items, of_layer
+    here = jnp.stack([jnp.asarray(number, jnp.int32) for number in place])
+    inputs = rows, pages.reshape(-1, head_dim), block_tables, work.items, work.num_items, here
     tiles, sums = attend_items(*inputs, call)
-    out = _merge(tiles, sums, work, sinks, num_kv_heads, heads_a_group, shape.max_parts)
-    return out if kv_scales is None else _scaled(out, kv_scales[1])
+    return _merge(tiles, sums, work, num_kv_heads, num_heads // num_kv_heads, shape.max_parts)
 
 
 def _rows_by_head(queries: Float[Array, "T N H"], call: Call) -> Float[Array, "R H"]:
@@ -184,12 +243,12 @@ def _merge(
     tiles: Float[Array, "items R H"],
     sums: Float[Array, "items R"],
     work: Work,
-    sinks: Float[Array, " N"] | None,
     num_kv_heads: int,
     heads_a_group: int,
     max_parts: int,
-) -> Float[Array, "T N H"]:
-    """Each token row's parts, weighted by their shares of the whole softmax; zero in padding rows.
+) -> tuple[Float[Array, "T K G H"], Float[Array, "T K G"], Float[Array, "T K G"]]:
+    """Each token row's parts: their results, weighted by their sums over the highest of these, that, and the weights'
+    own sum. Zeros in padding rows, but for `LOWEST`.
 
     A part of a narrow tile has two results, of a warpgroup each.
     """
@@ -209,15 +268,11 @@ def _merge(
     found = [jnp.where(there, _taken(sums, tile, row), -jnp.inf) for tile, row, there in parts]
     highest = jnp.maximum(jnp.max(jnp.stack(found), axis=0), LOWEST)
     weights = [jnp.exp2(one - highest) for one in found]
-    total = sum(weights)
-    if sinks is not None:
-        total += jnp.exp2(sinks.astype(jnp.float32).reshape(1, num_kv_heads, heads_a_group) * LOG2_E - highest)
-    out = jnp.zeros((*highest.shape, tiles.shape[-1]), jnp.float32)
+    values = jnp.zeros((*highest.shape, tiles.shape[-1]), jnp.float32)
     for (tile, row, there), weight in zip(parts, weights, strict=True):
-        share = (weight / jnp.maximum(total, 1e-30))[..., None]
         # Where there is no such part, there is garbage.
-        out += jnp.where(there[..., None], share * _taken(tiles, tile, row).astype(jnp.float32), 0)
-    return out.astype(tiles.dtype).reshape(out.shape[0], num_kv_heads * heads_a_group, -1)
+        values += jnp.where(there[..., None], weight[..., None] * _taken(tiles, tile, row).astype(jnp.float32), 0)
+    return values, highest, sum(weights, start=jnp.zeros_like(highest))
 
 
 def _taken(array: Array, tile: Int[Array, "T K 1"], row: Int[Array, "T 1 G"]) -> Array:

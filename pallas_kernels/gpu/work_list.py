@@ -33,6 +33,26 @@ def rows_a_token(heads_a_group: int) -> int:
     return 1 << (heads_a_group - 1).bit_length()
 
 
+class Stripe(NamedTuple):
+    """Which pages of every sequence are here: page `rank`, and every `num`-th one after it; keys are then counted
+    without the others.
+    """
+
+    rank: int | Int[Array, ""]
+    num: int
+    page_size: int
+
+    def first_key(self, position: Int[Array, " N"]) -> Int[Array, " N"]:
+        """The first key here of the page that a position is in, and of those behind it."""
+        page = position // self.page_size - self.rank
+        return jnp.maximum(-(-page // self.num), 0) * self.page_size
+
+    def end_key(self, position: Int[Array, " N"]) -> Int[Array, " N"]:
+        """The one behind the last key here of the pages up to that which a position is in."""
+        page = position // self.page_size - self.rank
+        return jnp.maximum(page // self.num + 1, 0) * self.page_size
+
+
 @dataclass(frozen=True)
 class WorkShape:
     """The static sizes of a step's list, for `num_tokens` rows of `num_sequences` sequences at most."""
@@ -94,8 +114,9 @@ def build_work(
     *,
     shape: WorkShape,
     window: int | None,
+    stripe: Stripe | None = None,
 ) -> Work:
-    """The items of a step whose sequences' ranges are `query_starts`."""
+    """The items of a step whose sequences' ranges are `query_starts`; of a `stripe` of its pages, or all."""
     tokens = shape.tile_tokens
     starts, ends = query_starts[:-1], query_starts[1:]
     aligned = starts - starts % shape.aligned_tokens
@@ -113,10 +134,12 @@ def build_work(
     first_position = own_position - skipped
     end_key = first_position + num_tokens
     first_key = jnp.zeros_like(end_key) if window is None else jnp.maximum(own_position - window + 1, 0)
+    if stripe is not None:
+        first_key, end_key = stripe.first_key(first_key), stripe.end_key(end_key - 1)
     first_chunk = first_key // CHUNK
-    num_chunks = jnp.where(is_tile, -(-end_key // CHUNK) - first_chunk, 0)
+    num_chunks = jnp.where(is_tile & (end_key > first_key), -(-end_key // CHUNK) - first_chunk, 0)
     part, base = _parts(first_chunk, num_chunks, shape)
-    parts_of = jnp.where(is_tile, -(-(first_chunk + num_chunks - base) // part), 0)
+    parts_of = jnp.where(num_chunks > 0, -(-(first_chunk + num_chunks - base) // part), 0)
     item_ends = jnp.cumsum(parts_of)
     item = jnp.arange(shape.num_items)
     own = jnp.minimum(jnp.searchsorted(item_ends, item, side="right", method="compare_all"), tile.shape[0] - 1)

@@ -26,7 +26,6 @@ from jaxtyping import Array
 from ragged_cases import build_ragged_case
 
 from jax_engine.cuda_fallback.paged_attention import write_pages
-from jax_engine.models.device_tables import owned_tables, put_rows, take_rows
 from jax_engine.models.gpu_attention import GpuAttention
 from jax_engine.models.kv_pages import KVPages, SequenceTable
 from jax_engine.models.ops import select_ops
@@ -134,9 +133,9 @@ def run_case(name: str) -> dict[str, Any]:
     }
 
 
-def child(expression: str) -> Any:
-    """The value of an expression about this module in a process with threads for all warpgroups."""
-    script = f"import json, test_gpu_attention as t; print(json.dumps({expression}))"
+def child(expression: str, module: str = "test_gpu_attention") -> Any:
+    """The value of an expression about a module `t`, in a process with threads for all warpgroups."""
+    script = f"import json, {module} as t; print(json.dumps({expression}))"
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, (here, here.parent / "engine", here.parent / "support")))
     result = subprocess.run(
@@ -250,26 +249,14 @@ def test_with_fixed_parts_a_row_is_the_same_to_the_last_bit_in_any_company():
     assert child("t.rows_alone_and_among_others()") is True
 
 
-def error_of_owned_pages() -> float:
-    """Of attention whose sequences' pages are on one of two devices each, each device's results put together."""
-    from test_divided_pages import divided, table_of
-
-    case = case_of([(1, 5), (1, 140), (9, 92), (20, 30)], num_tokens=34, num_sequences=5, num_pages=40)
-    expected, _ = reference.ragged_paged_attention(**case, layer=LAYER, scale=SCALE)
-    moved = divided(case, 2, lambda row, _: row % 2)
-    kernel, found = GpuAttention.of("pallas_gpu_interpret", ONE_DEVICE), []
-    for rank in range(2):
-        tables = owned_tables(table_of(moved), rank, num_pages=20, page_size=16)
-        rows = [take_rows(case[name], tables) for name in ("queries", "keys", "values")]
-        own = moved["pages"][:, 20 * rank : 20 * (rank + 1)]
-        attend = jax.jit(lambda *given: kernel(*given, layer=LAYER, scale=SCALE)[0])
-        found.append(put_rows(attend(*rows, own, *tables.convention), tables))
-    return float(jnp.abs(sum(found) - expected).max())
+@pytest.mark.slow
+def test_devices_that_own_sequences_pages_attend_to_them():
+    assert child("t.error_of_owned_pages()", "gpu_divided_pages") < 0.02
 
 
 @pytest.mark.slow
-def test_devices_that_own_sequences_pages_attend_to_them():
-    assert child("t.error_of_owned_pages()") < 0.02
+def test_a_stripe_of_the_pages_gives_its_part_of_each_rows_softmax():
+    assert child("t.error_of_stripes()", "gpu_divided_pages") < 0.02
 
 
 def test_a_window_skips_chunks_and_a_long_sequence_alone_is_cut_for_all_multiprocessors():
