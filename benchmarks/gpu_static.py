@@ -47,6 +47,7 @@ from jax_engine.sharding.strategies import STRATEGIES
 JOB_TIMEOUT_SECONDS = 900
 MOST_LAUNCHES = {"pallas_gpu": 17, "xla": 65}  # of a layer, one trip of each loop on data counted
 MOST_OF_EXPERTS = 10  # more, of a layer with a mixture of them
+MOST_OF_QUANTIZATION = 20  # rows that are brought to 8 bits, and scales
 LAUNCHES_BESIDE_LAYERS = 360  # sampling, for the most part
 PAGE_SIZE = 64
 CONTEXT_TOKENS = 8192
@@ -83,6 +84,7 @@ class StepJob:
     num_tokens: int = 256
     scan_layers: bool = False
     num_layers: int = 0  # all if 0
+    quantization: str = ""
     kind: str = field(default="step", init=False)
 
 
@@ -147,6 +149,7 @@ def step_jobs(*, fast: bool) -> list[StepJob]:
         StepJob("h100", "llama-3-8b", "pallas_gpu"),
         StepJob("h200", "llama-3-8b", "pallas_gpu", num_tokens=1),
         StepJob("h200", "qwen3-235b-a22b", "pallas_gpu", num_tokens=16, num_layers=2),
+        *(StepJob("h200", "llama-3-8b", "xla", num_layers=4, quantization=name) for name in ("fp8", "int8")),
         *(StepJob("h200", "llama-3-8b", backend, scan_layers=True) for backend in BACKENDS),
     ]
 
@@ -156,8 +159,8 @@ KERNEL_COLUMNS = (
     "num_tokens", "compile_seconds", "registers", "spilled_bytes", "stages", "shared_kib", "temporaries_mib", "verdict",
 )  # fmt: skip
 STEP_COLUMNS = (
-    "chip", "model", "backend", "num_tokens", "scan_layers", "trace_seconds", "compile_seconds", "temporaries_mib",
-    "launches", "loops_on_data", "weights_copied_mib", "caches_copied_mib", "verdict",
+    "chip", "model", "backend", "num_tokens", "scan_layers", "quantization", "trace_seconds", "compile_seconds",
+    "temporaries_mib", "launches", "loops_on_data", "weights_copied_mib", "caches_copied_mib", "verdict",
 )  # fmt: skip
 
 
@@ -206,6 +209,7 @@ def misses(job: Job, found: Mapping[str, Any]) -> list[str]:
         names += ["loops_on_data"] if job.backend == "pallas_gpu" else []  # XLA's attention has a loop over pages
         missed += [f"{name}: {found[name]:g}" for name in names if found[name]]
         a_layer = MOST_LAUNCHES[job.backend] + (MOST_OF_EXPERTS if found["has_experts"] else 0)
+        a_layer += MOST_OF_QUANTIZATION if job.quantization else 0
         most = a_layer * found["num_layers"] + LAUNCHES_BESIDE_LAYERS
         missed += [f"launches: {found['launches']} of {most}"] if found["launches"] > most else []
     return missed
@@ -265,6 +269,7 @@ def _compile_step(job: StepJob) -> dict[str, Any]:
         dtype="bfloat16",
         page_size=PAGE_SIZE,
         scan_layers=job.scan_layers,
+        quantization=job.quantization or None,
     )
     bucket = Bucket(job.num_tokens, min(job.num_tokens, 256))
     layout = BatchLayout(bucket, PAGE_SIZE, bucket.num_sequences)
@@ -276,7 +281,8 @@ def _compile_step(job: StepJob) -> dict[str, Any]:
     done = time.monotonic()
     text = executable.as_text()
     assert text is not None
-    weights = {parameter.num_bytes for part in placed.structure.parameters for parameter in part.parts}
+    parts = [part for parameter in placed.structure.parameters for part in parameter.parts]
+    weights = {size for part in parts for size in (part.num_bytes, part.unquantized.num_bytes)}
     counted = StepCount(parse_module(text), weights, NUM_PAGES * placed.geometry.page_bytes)
     counted.count_entry()
     return {

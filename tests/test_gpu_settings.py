@@ -6,7 +6,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from jax_engine.compilation.gpu_settings import COMMANDS, HIDING, WITH_LOOPS, compiler_options, is_known, loops_work
+from jax_engine.compilation.gpu_settings import (
+    COMMANDS,
+    HIDING,
+    MERGED_MB,
+    WITH_LOOPS,
+    compiler_options,
+    is_known,
+    loops_work,
+)
 from jax_engine.compilation.gpu_settings import memory_variables as variables
 
 
@@ -26,6 +34,8 @@ def test_step_programs_have_loops_in_command_buffers_and_hide_exchanges(monkeypa
     monkeypatch.delenv("XLA_FLAGS")
     (device,) = jax.devices()
     assert dict(compiler_options([device], deterministic=False)) == {COMMANDS: WITH_LOOPS}
+    quantized = compiler_options([device], deterministic=False, quantized=True)
+    assert dict(quantized) == {COMMANDS: WITH_LOOPS, MERGED_MB: "0"}
     several = compiler_options([device, device], deterministic=True)
     assert dict(several) == {COMMANDS: WITH_LOOPS, HIDING: True, "xla_gpu_deterministic_ops": True}
 

@@ -30,6 +30,9 @@ COMMANDS = "xla_gpu_enable_command_buffer"
 # What XLA puts into command buffers (CUDA graphs) by itself, and loops and branches.
 WITH_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 HIDING = "xla_gpu_enable_latency_hiding_scheduler"
+# Up to how many MB products of the same rows become one. Of queries, keys and values, whose weights are of 8 bits, XLA
+# would write the weights anew in every step, in the order in which its products of 8 bits want them.
+MERGED_MB = "xla_gpu_dot_merger_threshold_mb"
 
 
 def prepare_gpus(config: EngineConfig) -> None:
@@ -50,7 +53,7 @@ def memory_variables(utilization: float, given: Mapping[str, str]) -> dict[str, 
     return {POOL_SHARE_VARIABLES[0]: str(GPU_POOL_SHARE), "XLA_PYTHON_CLIENT_PREALLOCATE": whole}
 
 
-def compiler_options(devices: Sequence[jax.Device], *, deterministic: bool) -> CompilerOptions:
+def compiler_options(devices: Sequence[jax.Device], *, deterministic: bool, quantized: bool = False) -> CompilerOptions:
     """What the step programs for these GPUs are compiled with; the devices need not be here."""
     given = {flag.removeprefix("--").partition("=")[0] for flag in compiler_flags()["XLA_FLAGS"].split()}
     here = [device for device in devices if device in set(jax.local_devices())]
@@ -59,6 +62,8 @@ def compiler_options(devices: Sequence[jax.Device], *, deterministic: bool) -> C
         chosen[COMMANDS] = WITH_LOOPS
     if HIDING not in given and len(devices) > 1 and is_known((here or devices)[0], HIDING, True):
         chosen[HIDING] = True
+    if quantized and MERGED_MB not in given and is_known((here or devices)[0], MERGED_MB, "0"):
+        chosen[MERGED_MB] = "0"
     if deterministic:
         # Else XLA takes whichever kernel was fastest while it compiled, which may be another at the next start.
         chosen["xla_gpu_deterministic_ops"] = True

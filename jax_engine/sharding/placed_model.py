@@ -121,7 +121,7 @@ class PlacedModel:
             floats_as_bits=platform == "cpu" and ops.attention_name == "xla",
         )
         sizes = config.vocab_size, config.hidden_size, jnp.dtype(dtype), _num_logprobs(max_logprobs, config.vocab_size)
-        options = compiler_options(_devices_of(placement), deterministic=deterministic) if platform == "gpu" else ()
+        options = _options(structure, placement, deterministic=deterministic) if platform == "gpu" else ()
         block = row_block(platform) if deterministic else None
         placed = cls(structure, geometry, placement, *sizes, block, processors, options, None, num_drafts)
         if not calculate_kv_scales:
@@ -272,6 +272,12 @@ def _chosen_ops(
     ops = _gathering(ops, placement).in_stages(platform)
     _log_choices(config, ops, reason, placement)
     return ops
+
+
+def _options(structure: ModelStructure, placement: Placement, *, deterministic: bool) -> CompilerOptions:
+    """What programs for GPUs are compiled with."""
+    quantized = structure.quantization is not None
+    return compiler_options(_devices_of(placement), deterministic=deterministic, quantized=quantized)
 
 
 def _gathering(ops: Ops, placement: Placement) -> Ops:
