@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from plans import Oracle, Untimed
 from tiny_engine import TINY, TINY_MIXTURE, VOCAB_SIZE, core_request, placed_model
 
 from jax_engine.config import EngineConfig
 from jax_engine.core.core_client import InProcessCore
-from jax_engine.core.messages import Add, CoreRequest
+from jax_engine.core.messages import Add, CoreRequest, TokenControls
 from jax_engine.execution.row_blocks import by_blocks
 from jax_engine.execution.step_program import run_model
 from jax_engine.loading.loader import load_leaves
@@ -32,7 +34,9 @@ from jax_engine.sharding.placed_model import StateSize
 
 PAGE = 8
 NUM_PAGES = 20  # of the engine: as many as one request of full length takes
+CACHE_BYTES = NUM_PAGES * TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * PAGE * TINY["head_dim"] * 4
 MAX_MODEL_LEN = 160
+DRAFTED = 5  # tokens in a step at most, where there is speculation
 # Long enough for two chunks of cached tokens and several blocks of rows.
 PROMPT = [(13 * i + 5) % VOCAB_SIZE for i in range(77)]
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "prng_key": (3, 5)}
@@ -40,24 +44,29 @@ ASKED = {"greedy": {}, "seeded": SAMPLED}
 
 
 class Numbers(NamedTuple):
-    """What a request leaves behind: its tokens, and a hash of the keys and values of all but the last."""
+    """What a request leaves behind: its tokens, what it was told of their log-probabilities, and a hash of the keys and
+    values of all but the last `DRAFTED + 1`, which may come in the step that ends it.
+    """
 
     tokens: list[int]
+    logprobs: list[list[float]]
     cached: str
 
 
 def subject(kind: str) -> CoreRequest:
-    return core_request("subject", PROMPT, max_tokens=24, **ASKED[kind])
+    return core_request("subject", PROMPT, max_tokens=24, controls=TokenControls(num_logprobs=2), **ASKED[kind])
 
 
 def numbers(core: InProcessCore, asked: CoreRequest, others: Sequence[CoreRequest] = (), after: int = 0) -> Numbers:
     """Run a request, with others that come before it and at its step `after`."""
     core.send(Add([*others[1:], asked]))
     request = core._core.scheduler.requests[asked.request_id]
-    kept = np.zeros(0, np.float32)
+    kept, logprobs = np.zeros(0, np.float32), []
     num_computed = steps = 0
     while core.has_work():
-        core.step()
+        for output in core.step().outputs:
+            if output.request_id == asked.request_id:
+                logprobs += [each.logprobs for each in output.logprobs or ()]
         steps += 1
         if steps == after:
             core.send(Add(list(others[:1])))
@@ -66,15 +75,16 @@ def numbers(core: InProcessCore, asked: CoreRequest, others: Sequence[CoreReques
             kept = pages.transpose(1, 4, 0, 2, 3, 5).reshape(-1, *pages.shape[:1], 2, *pages.shape[3::2])[:count].copy()
             num_computed = count
     tokens = request.tokens[request.num_prompt :]
-    assert num_computed >= len(request.tokens) - 1
-    return Numbers(tokens, hashlib.sha256(kept[: len(request.tokens) - 1].tobytes()).hexdigest())
+    assert len(logprobs) == len(tokens)
+    num_hashed = len(request.tokens) - 1 - DRAFTED
+    assert num_computed >= num_hashed
+    return Numbers(tokens, logprobs, hashlib.sha256(kept[:num_hashed].tobytes()).hexdigest())
 
 
 def engine(folder: str, **changes: object) -> InProcessCore:
     """A small deterministic engine over random weights, compiled afresh."""
-    page_bytes = TINY["num_hidden_layers"] * 2 * TINY["num_key_value_heads"] * PAGE * TINY["head_dim"] * 4
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 48, "block_size": PAGE, "max_model_len": MAX_MODEL_LEN}
-    given = {"deterministic": True, "kv_cache_memory_bytes": NUM_PAGES * page_bytes, **limits, **changes}
+    given = {"deterministic": True, "kv_cache_memory_bytes": CACHE_BYTES, **limits, **changes}
     return InProcessCore(EngineConfig(model=folder, load_format="dummy", compilation_cache_dir="", **given))
 
 
@@ -145,6 +155,41 @@ def test_with_a_cached_beginning(core, alone, kind):
     for _ in range(2):
         assert numbers(core, subject(kind)) == alone[kind]
     assert core.stats().prefix_cache_hits_total >= before + len(PROMPT) // PAGE * PAGE
+
+
+@pytest.fixture(scope="module", params=["ngram", "draft_model"])
+def drafting(request: pytest.FixtureRequest, folder: str) -> Iterator[InProcessCore]:
+    """Engines with drafts, in programs of their own: of what plain decoding says, some of it wrong, or of a model."""
+    given = {"method": request.param, "num_speculative_tokens": DRAFTED}
+    given |= {"model": folder} if request.param == "draft_model" else {}
+    cache_bytes = CACHE_BYTES * (1 + (request.param == "draft_model"))
+    few = {"max_num_seqs": 2} if request.param == "draft_model" else {}  # programs of the draft model
+    core = engine(folder, speculative_config=given, kv_cache_memory_bytes=cache_bytes, **few)
+    core._core.runner.compiled.wait()
+    yield core
+    assert core.stats().compiles_in_request_path_total == 0
+    core.shutdown()
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_behind_drafts_as_without(drafting, alone, kind):
+    """In any company, whose drafts and the subject's are right or wrong, however many come of a step's budget."""
+    drafts = drafting._core.scheduler.drafts
+    assert drafts is not None
+    drafts.times = Untimed((), ())
+    before = drafting.stats().spec_accepted_tokens_total
+
+    @settings(max_examples=10, deadline=None)
+    @given(others=crowds(), after=st.integers(1, 20), chance=st.sampled_from([0.0, 0.6, 1.0]), seed=st.integers(0, 99))
+    def check(others, after, chance, seed):
+        assert drafting.reset_prefix_cache()
+        if drafting._core.runner.draft is None:
+            answers = {"subject": alone[kind].tokens} | {other.request_id: PROMPT for other in others}
+            drafts.proposer = Oracle(drafting, answers, chance, Random(seed))
+        assert numbers(drafting, subject(kind), others, after) == alone[kind]
+
+    check()
+    assert drafting.stats().spec_accepted_tokens_total > before + 20
 
 
 class Steps:

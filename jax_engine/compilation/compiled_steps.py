@@ -63,6 +63,8 @@ class CompiledSteps:
         self._loops = sorted(program for program in self.programs if program.num_steps > 1)
         self._can_draft: set[bool] = set()  # in the FULL mode, or not
         self._with_drafts = [program for program in self.programs if program.draft_rows and not program.is_draw]
+        own = [program for program in self.programs if not program.num_drafts and not program.is_draw]
+        self._all_draw_behind_drafts = len(own) == len(self._with_drafts)
         self._of_draft_model = sorted(program for program in self.programs if program.num_drafts)
         self.num_threads = threads or min(MAX_DEFAULT_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._executables: dict[Program, jax.stages.Compiled] = {}
@@ -179,8 +181,8 @@ class CompiledSteps:
         step is padded into one far larger.
         """
         if full not in self._can_draft:
-            programs = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
-            programs += self._of_draft_model
+            of_mode = [program for program in self._with_drafts if (program.mode is SamplingMode.FULL) == full]
+            programs = (of_mode or self._with_drafts) + self._of_draft_model
             if not programs or not all(map(self._is_ready, programs)):
                 return False
             self._can_draft.add(full)
@@ -192,8 +194,9 @@ class CompiledSteps:
         """The smallest program that is ready and can run a step of this size and mode; `num_steps` above 1, which
         `num_steps` has allowed, loops; `draft_rows` above 0, which `can_draft` has allowed, are drawn from.
         """
+        least_rows = max(draft_rows, self._all_draw_behind_drafts)
         for program in self._by_mode.get(mode, ()):
-            if program.holds(num_tokens, num_sequences, num_steps, draft_rows):
+            if program.holds(num_tokens, num_sequences, num_steps, least_rows):
                 return program, self._executables[program]
         assert (num_steps, draft_rows) == (1, 0), "no program loops over so many steps, or has so many drafts, yet"
         largest = self._largest_of(mode)
@@ -348,9 +351,10 @@ def compile_order(programs: Iterable[Program]) -> list[Program]:
     drafts, and at last the FULL mode, each with what draws behind it.
     """
     ascending, modes = sorted(program for program in programs if not program.is_draw), list(SamplingMode)
+    has_others = any(program.mode is not SamplingMode.FULL and not program.num_drafts for program in ascending)
 
     def kind(program: Program) -> tuple[bool, bool, bool, int, int]:
-        is_full, drafts = program.mode is SamplingMode.FULL, program.num_drafts > 0
+        is_full, drafts = has_others and program.mode is SamplingMode.FULL, program.num_drafts > 0
         return is_full, drafts or program.draft_rows > 0, drafts, program.num_steps, -modes.index(program.mode)
 
     ordered = [

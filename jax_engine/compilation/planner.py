@@ -189,9 +189,12 @@ def programs_of(config: EngineConfig, *, row_block: int | None, only_full: bool)
     with_drafts: tuple[Program, ...] = ()
     of_draft_model: tuple[Program, ...] = ()
     if speculation is not None:
-        with_drafts = draft_programs(*limits, speculation.num_speculative_tokens)
+        num_drafts = speculation.num_speculative_tokens
+        with_drafts = draft_programs(*limits, num_drafts, row_block=row_block, only_full=only_full)
         if config.draft_model is not None:
             of_draft_model = draft_model_programs(*limits, speculation.num_speculative_tokens)
+    if with_drafts and row_block is not None:
+        return *with_drafts, *of_draft_model
     plain = step_programs(
         *limits,
         row_block=row_block,
@@ -247,17 +250,28 @@ def with_draws(programs: Sequence[Program]) -> tuple[Program, ...]:
     return tuple(dict.fromkeys((*programs, *(part for program in programs for part in program.parts))))
 
 
-def draft_programs(max_num_seqs: int, token_budget: int, num_drafts: int) -> tuple[Program, ...]:
+def draft_programs(
+    max_num_seqs: int, token_budget: int, num_drafts: int, *, row_block: int | None = None, only_full: bool = False
+) -> tuple[Program, ...]:
     """Step programs for ranges with up to `num_drafts` drafted tokens: those of one sequence, and from there on powers
     of two times as many rows up to the token budget, as far as `MAX_DRAFT_PROGRAMS` allow; in the FULL mode the first
-    and the last of them, with their draws.
+    and the last of them, with their draws, or, with `only_full`, half as many as are allowed, and no others.
+
+    Where steps run in blocks of `row_block` rows, the one program that does everything draws behind drafts, too: what
+    a step has of them must not show in its numbers, and the same arithmetic in another program may end in other bits.
     """
     most, smallest = max_num_seqs * (1 + num_drafts), min(1 + num_drafts, token_budget)
+    if row_block is not None:
+        bucket = Bucket(whole_blocks(token_budget, row_block), whole_blocks(max_num_seqs, row_block))
+        rows = whole_blocks(min(token_budget, most), row_block)
+        return with_draws([Program(bucket, SamplingMode.FULL, draft_rows=rows)])
     ends = tuple(sorted({smallest, token_budget}))
     ladder = sorted({*(smallest * 2**power for power in range((token_budget // smallest).bit_length())), token_budget})
-    while len(ladder) > MAX_DRAFT_PROGRAMS - 2 * len(ends):
+    while len(ladder) > (MAX_DRAFT_PROGRAMS // 2 if only_full else MAX_DRAFT_PROGRAMS - 2 * len(ends)):
         _thin(ladder, ends)
-    kinds = [*((size, LOOPING_MODES[-1]) for size in ladder), *((size, SamplingMode.FULL) for size in ends)]
+    others = () if only_full else ladder
+    full = ladder if only_full else ends
+    kinds = [*((size, LOOPING_MODES[-1]) for size in others), *((size, SamplingMode.FULL) for size in full)]
     return with_draws(
         [Program(Bucket(size, min(size, max_num_seqs)), mode, draft_rows=min(size, most)) for size, mode in kinds]
     )

@@ -165,7 +165,8 @@ def draw_function(
             inputs.logprobs[of],
             None if drafted is None else drafted.before,
         )
-        drawn = draw_tokens(model, undrawn.hidden, given.num_used, draw_rows, rows, placement, row_block)
+        num_used = given.num_used if drafted is None else jnp.sum(num_draws)
+        drawn = draw_tokens(model, undrawn.hidden, num_used, draw_rows, rows, placement, row_block)
         num_kept = num_draws
         if drafted is not None:
             num_kept = drawn_from.num_kept(drafted.tokens, drawn.tokens, num_draws)

@@ -165,7 +165,9 @@ class Runner:
             seconds_per_loaded_page=self._seconds_per_loaded_page,
             step_sizes=self.step_sizes,
             windows=self._geometry.layout.windows,
-            draft_sizes=tuple(
+            draft_sizes=self.step_sizes
+            if self.placed.row_block is not None
+            else tuple(
                 sorted({program.bucket.num_tokens for program in self.blueprint.programs if program.draft_rows})
             ),
             draft_context=self.draft.max_len if self.draft is not None else 0,
@@ -250,10 +252,7 @@ class Runner:
         num_steps, num_tokens = 1, pending.plan.num_tokens
         if pending.program.num_steps > 1:
             num_steps, num_tokens = int(num_drawn.max()), int(num_drawn.sum())
-        token_rows = num_steps * pending.program.bucket.num_tokens
-        if self.placed.row_block is not None:
-            token_rows = whole_blocks(num_tokens, self.placed.row_block)
-        self._count_rows(token_rows, num_tokens)
+        self._count_rows(num_steps * pending.program.bucket.num_tokens, num_tokens)
         return [tokens[:count] for tokens, count in zip(drawn.T.tolist(), num_drawn.tolist(), strict=True)]
 
     def _collect_drafted(self, pending: PendingTokens) -> list[list[int]]:
@@ -263,6 +262,8 @@ class Runner:
         return [drawn[end : (end := end + chunk.num_draws)] for chunk in pending.plan.chunks]
 
     def _count_rows(self, token_rows: int, num_tokens: int) -> None:
+        if self.placed.row_block is not None:
+            token_rows = whole_blocks(num_tokens, self.placed.row_block)
         self.counters.token_rows += token_rows
         self.counters.padding_tokens += token_rows - num_tokens
         self.counters.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, num_tokens)] += 1
@@ -273,7 +274,8 @@ class Runner:
         """
         if pending.found is None:
             return None
-        findings = read_logprobs(pending.logprobs, pending.found.prompt, pending.plan.chunks, drawn)
+        by_draws = pending.program.draft_rows > 0
+        findings = read_logprobs(pending.logprobs, pending.found.prompt, pending.plan.chunks, drawn, by_draws=by_draws)
         return with_pooled(findings, pending.found.pooled, pending.plan.chunks)
 
     def shutdown(self) -> None:

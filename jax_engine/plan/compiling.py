@@ -24,11 +24,12 @@ def programs_of_plan(blueprint: Blueprint) -> list[Program]:
     """What is compiled: the step of decodes, which takes the likeliest tokens, and the largest step, in the mode that
     most requests need.
     """
-    plain = sorted(
+    own = sorted(
         program
         for program in blueprint.programs
-        if (program.num_steps, program.draft_rows, program.num_drafts) == (1, 0, 0) and not program.is_draw
+        if (program.num_steps, program.num_drafts) == (1, 0) and not program.is_draw
     )
+    plain = [program for program in own if not program.draft_rows] or own
     most = blueprint.config.max_num_seqs
     by_mode = {mode: [program for program in plain if program.mode is mode] for mode in SamplingMode}
     widest = by_mode[SamplingMode.SAMPLE] or by_mode[SamplingMode.FULL]

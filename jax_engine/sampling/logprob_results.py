@@ -52,16 +52,19 @@ def read_logprobs(
     of_prompt_rows: RowLogprobs | None,
     chunks: Sequence[Chunk],
     tokens: Sequence[Sequence[int]],
+    *,
+    by_draws: bool,
 ) -> list[ChunkFindings] | None:
-    """What a step found for each of its ordered chunks, which drew these tokens; None if nobody asked. Waits for it."""
+    """What a step found for each of its ordered chunks, which drew these tokens; None if nobody asked. Waits for it.
+    `by_draws`: each chunk has a row for each of its draws, as in programs that draw behind drafts, and not just one.
+    """
     if of_drawn is None and of_prompt_rows is None:
         return None
     drawn = None if of_drawn is None else _Rows(of_drawn)
     prompt = None if of_prompt_rows is None else _Rows(of_prompt_rows)
-    results, first_row = [NO_FINDINGS] * len(chunks), 0
-    has_drafts, next_row = any(chunk.drafts for chunk in chunks), 0  # then each chunk has a row for each draw
+    results, first_row, next_row = [NO_FINDINGS] * len(chunks), 0, 0
     for index, chunk in enumerate(chunks):
-        row = next_row if has_drafts else index
+        row = next_row if by_draws else index
         next_row += chunk.num_draws
         controls, scored = chunk.request.asked.controls, chunk.scored
         if controls is not None and (scored or asks_logprobs(chunk)):

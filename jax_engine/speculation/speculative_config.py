@@ -108,16 +108,11 @@ def check_speculation(config: "EngineConfig") -> None:
     speculation = config.speculation
     if speculation is None:
         return
-    for name, value, reason in (
-        ("num_scheduler_steps", 1, "both draw several tokens a step"),
-        ("deterministic", False, "its one step program draws one token for each sequence"),
-        ("logits_processors", (), "their steps draw one token for each sequence"),
-    ):
-        if getattr(config, name) != value:
-            raise ValueError(
-                f"{name}={getattr(config, name)} must be {value} with speculative_config ({reason}); "
-                "leave one of them out"
-            )
+    if config.num_scheduler_steps != 1:
+        raise ValueError(
+            f"num_scheduler_steps={config.num_scheduler_steps} must be 1 with speculative_config (both draw several "
+            "tokens a step); leave one of them out"
+        )
     if speculation.num_speculative_tokens >= config.token_budget:
         raise ValueError(
             f"speculative_config.num_speculative_tokens={speculation.num_speculative_tokens} must be less than "

@@ -1,6 +1,9 @@
 """The user's own logits processors: compiled into every step, each row by its own arguments."""
 
+from random import Random
+
 import pytest
+from plans import Oracle, Untimed
 from tiny_engine import core_request, run_requests
 
 from jax_engine.config import EngineConfig
@@ -18,7 +21,11 @@ def asked(name: str, controls: TokenControls | None = None, **arguments: float):
 
 @pytest.mark.parametrize("settings", [{}, {"deterministic": True}], ids=str)
 def test_each_row_by_its_own_arguments(make_core, core, settings):
-    processed = make_core(logits_processors=PATHS, **settings)
+    """In steps of one token each, and then behind drafts, some of them wrong: by the output up to each row's place."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 5}
+    few = {"max_num_batched_tokens": 8, "max_num_seqs": 4, "compile_before_ready": True}
+    processed = make_core(logits_processors=PATHS, speculative_config=speculation, **few, **settings)
+    drafts, processed._core.scheduler.drafts = processed._core.scheduler.drafts, None
     assert processed.info.processor_arguments == {"repeats": 1.0, "first": -1.0, "prompt_only": 0.0}
     requests = [
         asked("plain"),
@@ -37,6 +44,11 @@ def test_each_row_by_its_own_arguments(make_core, core, settings):
     if not settings:
         assert tokens["plain"] == run_requests(core, [asked("plain")])["plain"], "its arguments ask for nothing"
         assert tokens["plain"] != tokens["never again"]
+    processed._core.scheduler.drafts, drafts.times = drafts, Untimed((), ())
+    for seed in range(4):
+        drafts.proposer = Oracle(processed, tokens, 0.7, Random(seed))
+        assert run_requests(processed, requests) == tokens
+    assert processed.stats().spec_accepted_tokens_total > 20
     assert processed.stats().compiles_in_request_path_total == 0
 
 
@@ -66,7 +78,5 @@ def test_the_setting_is_checked():
     assert EngineConfig(logits_processors=["a:b"]).logits_processors == ("a:b",)
     with pytest.raises(ValueError, match=r"logits_processors='a:b' must be a list of module:function"):
         EngineConfig(logits_processors="a:b")
-    with pytest.raises(ValueError, match=r"logits_processors=\('a:b',\) must be \(\) with speculative_config"):
-        EngineConfig(logits_processors=["a:b"], speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     with pytest.raises(ValueError, match=r"num_scheduler_steps=4 must be 1 with logits_processors"):
         EngineConfig(logits_processors=["a:b"], num_scheduler_steps=4)

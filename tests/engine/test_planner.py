@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plans import asked, limits, ranges
 from tiny_engine import TINY
 
+from jax_engine.compilation.compiled_steps import compile_order
 from jax_engine.compilation.planner import (
     CacheGeometry,
     draft_model_programs,
@@ -130,6 +131,24 @@ def test_a_draft_model_has_programs_for_all_that_it_is_given_and_all_are_few(max
 def test_steps_in_blocks_of_rows_have_one_program_and_its_draw():
     step = Program(Bucket(64, 32), SamplingMode.FULL)
     assert step_programs(5, 48, row_block=32) == (step, Program(Bucket(32, 32), SamplingMode.FULL, is_draw=True))
+    ngram = {"method": "ngram", "num_speculative_tokens": 7}
+    config = EngineConfig(max_num_seqs=5, max_num_batched_tokens=48, speculative_config=ngram)
+    step = Program(Bucket(64, 32), SamplingMode.FULL, draft_rows=64)
+    draw = Program(Bucket(64, 32), SamplingMode.FULL, draft_rows=64, is_draw=True)
+    assert programs_of(config, row_block=32, only_full=False) == (step, draw)
+
+
+@given(max_num_seqs=st.integers(1, 64), extra=st.integers(1, 512), num_drafts=st.integers(1, 7))
+def test_the_program_that_serves_first_holds_every_step(max_num_seqs, extra, num_drafts):
+    """Also where a draft model has programs, and where all programs are of one mode."""
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": max_num_seqs + extra + num_drafts}
+    speculation = {"method": "draft_model", "model": "m", "num_speculative_tokens": num_drafts}
+    config = EngineConfig(speculative_config=speculation, **limits)
+    for row_block, only_full in ((None, False), (None, True), (32, False), (32, True)):
+        largest, *_ = compile_order(programs_of(config, row_block=row_block, only_full=only_full))
+        assert not largest.num_drafts
+        assert largest.bucket.holds(config.token_budget, max_num_seqs)
+        assert (largest.mode is SamplingMode.FULL) == (only_full or row_block is not None)
 
 
 def test_a_page_is_what_the_layout_says():

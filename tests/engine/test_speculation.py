@@ -319,7 +319,6 @@ def test_settings_that_mean_nothing_are_refused(given, message):
     ("others", "message"),
     [
         ({"num_scheduler_steps": 2}, "num_scheduler_steps=2 must be 1 with speculative_config"),
-        ({"deterministic": True}, "deterministic=True must be False with speculative_config"),
         ({"max_num_seqs": 2, "max_num_batched_tokens": 5}, "must be less than max_num_batched_tokens=5"),
     ],
     ids=str,
