@@ -92,10 +92,11 @@ def test_a_steps_limits() -> None:
     kernel, xla = StepJob("h200", "qwen3-0.6b", "pallas_gpu"), StepJob("h200", "qwen3-0.6b", "xla")
     good = {"spilled_bytes": 0, "loops_on_data": 0, "weights_copied_mib": 0, "caches_copied_mib": 0, "launches": 600}
     good |= {"num_layers": 28, "has_experts": False}
-    assert misses(kernel, good) == []
-    assert misses(kernel, good | {"loops_on_data": 2}) == ["loops_on_data: 2"]
+    assert misses(kernel, good) == misses(kernel, good | {"loops_on_data": 1}) == [], "sampling may have one"
+    assert misses(kernel, good | {"loops_on_data": 2}) == ["loops_on_data: 2 of 1"]
     assert misses(xla, good | {"loops_on_data": 2}) == [], "it has a loop over each row's pages"
     assert misses(kernel, good | {"launches": 1000}) == ["launches: 1000 of 836"]
+    assert misses(kernel, good | {"launches": 1000, "has_experts": True}) == [], "of 1116"
     scanned = replace(kernel, scan_layers=True)
     assert misses(scanned, good | {"weights_copied_mib": 5.5, "launches": 1000}) == [], "as is known of scans"
     assert misses(scanned, good | {"caches_copied_mib": 5.5}) == ["caches_copied_mib: 5.5"]
