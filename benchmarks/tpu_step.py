@@ -35,6 +35,7 @@ class StepJob:
     topology: str | None
     tensor_parallel_size: int
     num_steps: int = 1  # above 1: decodes alone, looped over
+    cache_dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def compile_step(job: StepJob) -> CompiledStep:
         attention_backend="auto",
         dtype="bfloat16",
         page_size=PAGE_SIZE,
+        cache_dtype=job.cache_dtype,
         scan_layers=True,
     )
     bucket = BUCKET if job.num_steps == 1 else DECODES

@@ -58,9 +58,7 @@ class CacheGeometry:
         placement: Placement | None = None,
         floats_as_bits: bool = False,
     ) -> "CacheGeometry":
-        """Pages of `page_size` tokens, as the attention implementation wants them (`Ops.page_shape`). With
-        `floats_as_bits`, those of 8-bit floats are their bits (see `cuda_fallback/stored_pages.py`).
-        """
+        """Pages of `page_size` tokens, as attention wants them; 8-bit floats as their bits where it does."""
         placement = placement or Placement()
         heads = model.num_key_value_heads * placement.widening.kv_head_copies
         shape = page_shape(heads, page_size, model.head_dim)

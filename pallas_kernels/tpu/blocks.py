@@ -116,7 +116,7 @@ def block_sizes(geometry: Geometry, device_kind: str) -> Blocks:
     if geometry.cache_dtype.itemsize == 1 and not chip.eight_bit:
         raise ValueError(
             f"a cache of {geometry.cache_dtype.name} is not served on {device_kind}, which has no 8-bit arithmetic: "
-            "it would be about ten times slower than bfloat16; use a bfloat16 cache"
+            "it would be about ten times slower than bfloat16; use a bfloat16 cache (kv_cache_dtype='bfloat16')"
         )
     tuned = _table()["tuned"].get(device_kind, {}).get(tuning_key(geometry))
     if tuned is not None:
