@@ -188,8 +188,10 @@ def sample_full(
         logits = lax.cond(any_held, hold_back, lambda logits, _: logits, logits, rows.sampling)
         logits = lax.cond(asks[Ask.BIAS], add_bias, _same, logits, rows, state)
         logits = run_processors(logits, rows, state, processors)
-        way = jnp.where(asks[Ask.PENALTIES], 2, asks[Ask.MASKS].astype(jnp.int32))
-        logits = lax.switch(way, (_same, drop_masked, mask_and_penalize), logits, rows, state)
+        logits = lax.cond(asks[Ask.PENALTIES], mask_and_penalize, _same, logits, rows, state)
+        # One condition after the other: of three ways XLA makes another copy of the logits.
+        only_masks = asks[Ask.MASKS] & ~asks[Ask.PENALTIES]
+        logits = lax.cond(only_masks, drop_masked, _same, logits, rows, state)
         return lax.cond(asks[Ask.BAD_WORDS], drop_bad_words, _same, logits, rows, state)
 
     def draw(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

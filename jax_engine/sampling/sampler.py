@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jax_engine.models.partition import Partition
 from jax_engine.sampling.token_blocks import in_blocks, within_block
-from jax_engine.sampling.top_k import CANDIDATES, LOWEST, STEEP, kth_logits, num_from
+from jax_engine.sampling.top_k import CANDIDATES, LOWEST, Kept, keep_top_k, num_from
 
 
 class SamplingMode(StrEnum):
@@ -141,31 +141,6 @@ def _likeliest_of(blocks: Float[Array, "B N S"]) -> tuple[Int[Array, " B"], Floa
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Kept:
-    """What of each row's distribution a token is drawn from."""
-
-    highest: Float[Array, " B"]  # logit of the row
-    lowest: Float[Array, " B"]  # logit that is kept
-    rate: Float[Array, " B"]  # one over the temperature
-
-    def weigh(self, logits: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-        """The weight of each logit, 1 for the highest, 0 below the lowest.
-
-        Said without a comparison: what that chooses, XLA stores for the whole vocabulary before it is summed on a CPU,
-        where all this takes one pass.
-        """
-        highest, lowest, rate = (
-            column.reshape(-1, *[1] * (logits.ndim - 1)) for column in (self.highest, self.lowest, self.rate)
-        )
-        return jnp.exp(jnp.minimum((logits - highest) * rate, (logits - lowest) * STEEP))
-
-    def above(self, logits: Float[Array, " B"]) -> "Kept":
-        """Of that, what is above one logit of each row."""
-        return replace(self, lowest=jnp.maximum(jnp.nextafter(logits, jnp.inf), logits + 1 / STEEP))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Tries:
     """The tokens that rows have drawn last, and what limits still ask of them."""
 
@@ -189,8 +164,9 @@ def first_try(blocks: Float[Array, "B N S"], rows: SamplingRows, highest: Float[
     is_drawn, has_min_p, has_top_p = rows.temperature > 0, rows.min_p > 0, rows.top_p < 1
     is_checked = (rows.top_k > CANDIDATES[-1]) & ~has_top_p
     by_min_p = jnp.where(has_min_p, highest + rows.temperature * jnp.log(jnp.where(has_min_p, rows.min_p, 1)), LOWEST)
-    by_top_k = kth_logits(blocks, jnp.where(is_drawn & ~is_checked, rows.top_k, 0))
-    kept = Kept(highest, jnp.maximum(by_min_p, by_top_k), 1 / jnp.maximum(rows.temperature, 1e-6))
+    kept = Kept(highest, by_min_p, 1 / jnp.maximum(rows.temperature, 1e-6))
+    kept, is_settled = keep_top_k(blocks, kept, jnp.where(is_drawn & ~is_checked, rows.top_k, 0), rows.top_p)
+    has_top_p &= ~is_settled
     none = jnp.zeros_like(rows.positions)
     total, tokens, logits = _invert(blocks, kept, rows, none)
     share = jnp.where(has_top_p, rows.top_p * total, jnp.inf)

@@ -1,8 +1,10 @@
-"""How far down the k likeliest tokens of a row reach, without sorting the vocabulary."""
+"""What a row's limits keep of its tokens, by the lowest logit: the k likeliest, without sorting the vocabulary."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -13,45 +15,118 @@ from jax_engine.sampling.token_blocks import SMALLEST_BLOCK
 # On a CPU, of which `lax.top_k` finds the k-th: it takes four times as long for 256 as for 64.
 CANDIDATES = (64, 256)
 LOWEST = float(np.finfo(np.float32).min)  # tokens that are masked are below
-# What a difference of two logits is multiplied by so that `exp` makes 0 of it if it is negative. Smaller ones than
-# 2**-93 are none: they make no difference to any weight.
-STEEP = 2.0**100
+STEEP = 2.0**100  # what a difference of two logits is multiplied by so that `exp` makes 0 of it where it is negative
+CLOSE = 2.0**-80  # logits that differ by less count as equal, where zero is near: no weight tells them apart
 _SIGN = np.uint32(1 << 31)
 
 
-def kth_logits(blocks: Float[Array, "B N S"], top_k: Int[Array, " B"]) -> Float[Array, " B"]:
-    """The logit of each row's `top_k`-th likeliest token; `LOWEST` for a `top_k` of 0, or beyond what masks leave."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kept:
+    """What of each row's distribution a token is drawn from."""
+
+    highest: Float[Array, " B"]  # logit of the row
+    lowest: Float[Array, " B"]  # logit that is kept
+    rate: Float[Array, " B"]  # one over the temperature
+
+    def weigh(self, logits: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """The weight of each logit, 1 for the highest, 0 below the lowest.
+
+        Said without a comparison: what that chooses, XLA stores for the whole vocabulary before it is summed on a CPU,
+        where all this takes one pass.
+        """
+        highest, lowest, rate = (
+            column.reshape(-1, *[1] * (logits.ndim - 1)) for column in (self.highest, self.lowest, self.rate)
+        )
+        return jnp.exp(jnp.minimum((logits - highest) * rate, (logits - lowest) * STEEP))
+
+    def above(self, logits: Float[Array, " B"]) -> "Kept":
+        """Of that, what is above one logit of each row."""
+        return replace(self, lowest=jnp.maximum(jnp.nextafter(logits, jnp.inf), logits + CLOSE))
+
+
+def keep_top_k(
+    blocks: Float[Array, "B N S"], kept: Kept, top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> tuple[Kept, Bool[Array, " B"]]:
+    """What `top_k` keeps of that, 0 being all; and whether `top_p` is in it already, which depends on the row alone."""
     most = jnp.max(top_k)
 
-    def by_candidates(blocks: Float[Array, "B N S"], top_k: Int[Array, " B"]) -> Float[Array, " B"]:
-        find: Callable[..., Float[Array, " B"]] = bisect_kth
-        for size in reversed(CANDIDATES):
-            find = partial(lax.cond, most > size, find, partial(kth_of_candidates, num_candidates=size))
-        return find(blocks, top_k)
+    def by_candidates(*given: Array) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+        find: Callable[..., tuple[Float[Array, " B"], Bool[Array, " B"]]] = by_both
+        for sizes in (CANDIDATES, CANDIDATES[:1]):
+            find = partial(lax.cond, most > sizes[-1], find, partial(_among_candidates, kept, sizes=sizes))
+        return find(*given)
 
-    def find(blocks: Float[Array, "B N S"], top_k: Int[Array, " B"]) -> Float[Array, " B"]:
-        kth = lax.platform_dependent(blocks, top_k, cpu=by_candidates, default=bisect_kth)
-        return jnp.where((top_k > 0) & (kth > LOWEST), kth, LOWEST)
+    def by_both(
+        blocks: Float[Array, "B N S"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+    ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+        has_few = top_k <= CANDIDATES[-1]
+        lowest, is_settled = _among_candidates(kept, blocks, top_k, top_p, sizes=CANDIDATES)
+        return jnp.where(has_few, lowest, bisect_kth(blocks, jnp.where(has_few, 0, top_k))), is_settled & has_few
 
-    return lax.cond(most > 0, find, lambda _, top_k: jnp.full(top_k.shape, LOWEST), blocks, top_k)
+    def by_bisection(
+        blocks: Float[Array, "B N S"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+    ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+        return bisect_kth(blocks, top_k), jnp.zeros(top_k.shape, bool)
+
+    def find(*given: Array) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+        return lax.platform_dependent(*given, cpu=by_candidates, default=by_bisection)
+
+    def find_none(*_: Array) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+        return jnp.full(top_k.shape, LOWEST), jnp.zeros(top_k.shape, bool)
+
+    lowest, is_settled = lax.cond(most > 0, find, find_none, blocks, top_k, top_p)
+    # Not of a row of minus infinities, nor of numbers that are none.
+    lowest = jnp.where((top_k > 0) & (lowest > kept.lowest), lowest, kept.lowest)
+    return replace(kept, lowest=lowest), is_settled & (top_k > 0)
 
 
-def kth_of_candidates(
-    blocks: Float[Array, "B N S"], top_k: Int[Array, " B"], *, num_candidates: int
-) -> Float[Array, " B"]:
-    """The `top_k`-th highest logit of each row that wants no more than `num_candidates`: those lie in as many blocks of
+def _among_candidates(
+    kept: Kept,
+    blocks: Float[Array, "B N S"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    *,
+    sizes: tuple[int, ...],
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """The lowest logit that each row keeps, and whether `top_p` is in that; of rows with a `top_k` of at most the last
+    of the `sizes`. A row looks at one candidate more than the first of them that holds it, whatever others need.
+    """
+    values = candidates(blocks, sizes[-1] + 1)
+    found = [_cut(values[:, : size + 1], kept, top_k, top_p, whole=size >= blocks[0].size) for size in sizes]
+    lowest, is_settled = found[-1]
+    for size, (low, settled) in reversed(tuple(zip(sizes[:-1], found, strict=False))):
+        is_own = top_k <= size
+        lowest, is_settled = jnp.where(is_own, low, lowest), jnp.where(is_own, settled, is_settled)
+    return lowest, is_settled
+
+
+def _cut(
+    values: Float[Array, "B K"], kept: Kept, top_k: Int[Array, " B"], top_p: Float[Array, " B"], *, whole: bool
+) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """`_among_candidates`, of the highest logits in order, the `whole` row or not."""
+    kth = jnp.take_along_axis(values, jnp.clip(top_k, 1, values.shape[1])[:, None] - 1, axis=1)[:, 0]
+    kth = jnp.maximum(kth, kept.lowest)
+    is_settled = jnp.full(top_k.shape, True) if whole else values[:, -1] < kth  # or there may be equals elsewhere
+    weights = replace(kept, lowest=kth).weigh(values)
+    cumulative = jnp.cumsum(weights, axis=-1)
+    is_kept = (weights > 0) & (cumulative - weights < (top_p * cumulative[:, -1])[:, None])
+    at_top_p = jnp.min(jnp.where(is_kept, values, kept.highest[:, None]), axis=-1)
+    return jnp.where(is_settled & (top_p < 1), at_top_p, kth), is_settled
+
+
+def candidates(blocks: Float[Array, "B N S"], num_candidates: int) -> Float[Array, "B K"]:
+    """The highest logits of each row, in order, as many as are asked for or there are. They lie in as many blocks of
     `SMALLEST_BLOCK` tokens, the ones with the highest maxima.
     """
     num_rows, _, size = blocks.shape
-    size = min(size, SMALLEST_BLOCK)
-    blocks = blocks.reshape(num_rows, -1, size)
+    blocks = blocks.reshape(num_rows, -1, min(size, SMALLEST_BLOCK))
     if blocks.shape[1] > num_candidates:
         # Fused with what follows, XLA sorts whole rows on a CPU: 5 s instead of 50 ms for 64 rows of 131,072.
         best = lax.optimization_barrier(lax.top_k(jnp.max(blocks, axis=-1), num_candidates)[1])
         blocks = jnp.take_along_axis(blocks, best[:, :, None], axis=1)
-    candidates = blocks.reshape(num_rows, -1)
-    values = lax.optimization_barrier(lax.top_k(candidates, min(num_candidates, candidates.shape[1]))[0])
-    return jnp.take_along_axis(values, jnp.clip(top_k, 1, values.shape[1])[:, None] - 1, axis=1)[:, 0]
+    rows = blocks.reshape(num_rows, -1)
+    return lax.optimization_barrier(lax.top_k(rows, min(num_candidates, rows.shape[1]))[0])
 
 
 def num_from(blocks: Float[Array, "B N S"], lowest: Float[Array, " B"]) -> Float[Array, " B"]:
@@ -85,7 +160,8 @@ def bisect_kth(blocks: Float[Array, "B N S"], top_k: Int[Array, " B"]) -> Float[
         cpu=lambda start: lax.while_loop(is_wide, narrow, start),
         default=lambda start: lax.fori_loop(0, 32, lambda _, limits: narrow(limits), start),
     )
-    return _at_rank(low)
+    found = _at_rank(low)
+    return jnp.where(jnp.abs(found) < CLOSE, -CLOSE, found)
 
 
 def _rank(value: float) -> int:

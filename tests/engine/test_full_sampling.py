@@ -19,6 +19,7 @@ from jax_engine.grammar.bitmasks import pack_bits
 from jax_engine.loading.loader import load_leaves
 from jax_engine.models.kv_pages import SequenceTable
 from jax_engine.sampling.full_sampling import unpack_bits
+from jax_engine.sampling.top_k import CANDIDATES
 from jax_engine.sharding.placed_model import StateSize
 
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -104,9 +105,11 @@ def wanted_tokens(request: CoreRequest, row: np.ndarray, output: list[int]) -> s
     changed = controlled_logits(row, request.prompt_token_ids, output, controls)
     if not request.temperature:
         return set(np.flatnonzero(changed >= changed.max() - 1e-4).tolist())
-    shares = distribution(changed, request.temperature, request.top_k, min_p=request.min_p)
+    # What few candidates have is cut before the draw, of others it is checked whether the drawn token is in it.
+    before, behind = (request.top_p, 1.0) if 0 < request.top_k <= CANDIDATES[-1] else (1.0, request.top_p)
+    shares = distribution(changed, request.temperature, request.top_k, before, request.min_p)
     position = len(request.prompt_token_ids) + len(output)
-    return drawn_tokens(shares, request.top_p, partial(uniform, request.prng_key, position))
+    return drawn_tokens(shares, behind, partial(uniform, request.prng_key, position))
 
 
 @pytest.fixture(scope="module")

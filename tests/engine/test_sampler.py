@@ -21,7 +21,7 @@ from jax_engine.sampling.sampler import (
     settle_each,
 )
 from jax_engine.sampling.token_blocks import in_blocks
-from jax_engine.sampling.top_k import LOWEST, bisect_kth, kth_of_candidates
+from jax_engine.sampling.top_k import LOWEST, bisect_kth, candidates
 
 VOCAB_SIZE = 24
 
@@ -85,8 +85,8 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p):
 
 KTH = {
     "bisection": jax.jit(bisect_kth),
-    "4 candidates": jax.jit(partial(kth_of_candidates, num_candidates=4)),
-    "64 candidates": jax.jit(partial(kth_of_candidates, num_candidates=64)),
+    "4 candidates": jax.jit(lambda blocks, top_k: candidates(blocks, 4)[:, top_k[0] - 1]),
+    "64 candidates": jax.jit(lambda blocks, top_k: candidates(blocks, 64)[:, top_k[0] - 1]),
 }
 
 
@@ -103,13 +103,23 @@ def test_the_kth_logit_is_that_of_sorting(way, seed, top_k, digits, masked):
     assert (logits >= found).sum() == (logits >= max(wanted, LOWEST)).sum()
 
 
-@pytest.mark.parametrize("top_k", [5, 63, 64, 65, 257, 599, 600, 5000])
-def test_top_p_shares_what_top_k_keeps(top_k):
-    """Of 600 tokens, by each size of candidates and beyond them."""
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 600)), jnp.float32)
+@pytest.mark.parametrize("top_k", [5, 63, 64, 65, 256, 257, 599, 600, 5000])
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_top_p_shares_what_top_k_keeps(top_k, is_rounded):
+    """Of 600 tokens, by each size of candidates and beyond them, where `top_p` is still to be checked; as it is where
+    equals of the last candidate may not be among them.
+    """
+    logits = np.random.default_rng(1).normal(size=(1, 600)).round(0 if is_rounded else 9).astype(np.float32)
     given = rows(1, top_k=top_k, top_p=0.5)
-    kept, _ = jax.jit(first_try)(in_blocks(logits, -jnp.inf), given, jnp.max(logits, axis=-1))
-    assert int((logits >= kept.lowest).sum()) == min(top_k, 600)
+    blocks = in_blocks(jnp.asarray(logits), -jnp.inf)
+    kept, tries = jax.jit(first_try)(blocks, given, jnp.max(logits, axis=-1))
+    lowest = np.sort(logits[0])[::-1][min(top_k, 600) - 1]
+    held = np.sort(logits[logits >= lowest])[::-1].astype(np.float64)
+    is_settled = len(held) <= (64 if top_k <= 64 else 256) and top_k <= 256
+    assert bool(tries.share[0] == jnp.inf) == is_settled
+    if is_settled:
+        lowest = held[np.searchsorted(np.cumsum(np.exp(held) / np.exp(held).sum()), 0.5)]
+    assert (logits >= np.asarray(kept.lowest)).sum() == (logits >= lowest).sum()
 
 
 @partial(jax.jit, static_argnames="settle")
@@ -133,6 +143,9 @@ LIMITS = [  # temperature, top_k, top_p, min_p
     (1.0, 0, 1.0, 0.0),
     (1.0, 1, 1.0, 0.0),
     (1.0, 0, 1e-9, 0.0),
+    (1.0, 400, 0.5, 0.0),
+    (1.0, 100, 0.5, 0.1),
+    (1.0, 5, 0.5, 0.0),
 ]
 
 
@@ -149,11 +162,17 @@ def test_both_ways_draw_the_same_and_from_the_distribution(limits):
     assert np.mean(tokens == np.asarray(together)) > 0.999  # sums of one row and of many may round differently
 
 
-@pytest.mark.parametrize("value", [0.0, -7.5], ids=str)
-def test_top_p_keeps_all_of_equal_tokens(value):
+@pytest.mark.parametrize("value", [0.0, -7.5, 1e-30], ids=str)
+@pytest.mark.parametrize("top_k", [0, 2, 300])
+def test_limits_keep_all_of_equal_tokens(value, top_k):
     """None is above the others, whatever their logit, so that none is ever rejected."""
-    drawn = draw(jnp.full((500, VOCAB_SIZE), value), rows(500, top_p=0.01))
-    assert len(set(drawn.tolist())) == VOCAB_SIZE
+    logits = jnp.full((500, 600), value).at[:, 300:].set(value - 50)
+    blocks, given = in_blocks(logits, -jnp.inf), rows(500, top_p=0.01, top_k=top_k)
+    kept, first = jax.jit(first_try)(blocks, given, jnp.max(logits, axis=-1))
+    settled = jax.jit(settle_each)(blocks, given, kept, first)
+    assert settled.tokens.tolist() == first.tokens.tolist()
+    assert len(set(first.tokens.tolist())) > 200
+    assert max(first.tokens.tolist()) < 300
 
 
 def test_a_row_without_a_distribution_ends():
