@@ -304,7 +304,7 @@ def test_settings_are_engine_configs_and_vllms_harmless_ones() -> None:
         ({"max_num_seq": 3}, "LLM has no setting 'max_num_seq'; did you mean 'max_num_seqs'"),
         ({"color": "red"}, "LLM has no setting 'color'; known are model, tokenizer"),
         ({"cpu_offload_gb": 2}, r"cpu_offload_gb=2 is not supported yet; leave it out \(.* is 0\)"),
-        ({"quantization": "awq"}, "quantization='awq' is not supported yet"),
+        ({"quantization": "awq"}, "quantization='awq' must be one of None, fp8, int8, compressed-tensors"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching=1 must be true or false"),
         ({"deterministic": "yes"}, "deterministic='yes' must be true or false; leave it out for false"),
         ({"lora_modules": ["a=b"], "enable_lora": True}, "lora_modules=a=b names an adapter for clients of a server"),

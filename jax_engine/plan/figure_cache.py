@@ -20,7 +20,7 @@ from jax_engine.plan.hlo_costs import Collective, Costs
 
 logger = logging.getLogger(__name__)
 
-_FORM = 4  # of what is kept; a change of how costs are counted is another
+_FORM = 5  # of what is kept; a change of how costs are counted is another
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "jax-cuda12-pjrt", "jax-engine")
 
 

@@ -198,14 +198,24 @@ class _Counter:
         total = 0.0
         for user in fused.users.get(value.name, ()):
             for number in (place for place, name in enumerate(user.operands) if name == value.name):
-                if user.opcode == "fusion":
+                if user.opcode in ("bitcast", "get-tuple-element") or self._gives_on(user, number):
+                    total += self._taken(user, fused)
+                elif user.opcode == "fusion":
                     inner = self._module.computations[user.called("calls")[0]]
                     total += self._read(number, inner)
-                elif user.opcode in ("bitcast", "get-tuple-element"):
-                    total += self._taken(user, fused)
                 else:
                     total += _read_by(user, number, value)
         return total
+
+    def _gives_on(self, one: Instruction, number: int) -> bool:
+        """Whether a fusion within another makes nothing of its operand but the same in another layout."""
+        if one.opcode != "fusion":
+            return False
+        inner = self._module.computations[one.called("calls")[0]]
+        value: Instruction | None = inner.root
+        while value is not None and value.opcode in ("bitcast", "copy"):
+            value = inner.instructions.get(value.operands[0])
+        return value is not None and value is inner.parameters.get(number)
 
 
 def _read_by(user: Instruction, number: int, operand: Instruction) -> float:

@@ -194,6 +194,41 @@ def test_a_slice_on_its_way_to_scratch_memory_is_read_once():
     assert program_costs(a_program(sliced, done)).num_bytes == 32 * 128 * 2
 
 
+@pytest.mark.parametrize("change", ["bitcast", "copy"])
+def test_a_weight_seen_in_another_layout_within_a_fusion_is_read_as_far_as_it_is_taken(change: str):
+    """A TPU's compiler writes a fusion of its own for that; what is behind it may be a slice, or all of the weight."""
+    text = f"""\
+HloModule jit_step, is_scheduled=true
+
+%seen (w: s8[4,64,128]) -> s8[4,64,128] {{
+  %w = s8[4,64,128]{{2,1,0:T(32,128)(4,1)}} parameter(0)
+  ROOT %again = s8[4,64,128]{{2,1,0:T(8,128)(4,1)}} {change}(%w)
+}}
+
+%slice (w: s8[4,64,128], i: s32[]) -> s8[1,64,128] {{
+  %w = s8[4,64,128]{{2,1,0:T(32,128)(4,1)}} parameter(0)
+  %i = s32[] parameter(1)
+  %tiled = s8[4,64,128]{{2,1,0:T(8,128)(4,1)}} fusion(%w), kind=kLoop, calls=%seen
+  ROOT %part = s8[1,64,128]{{2,1,0}} dynamic-slice(%tiled, %i, %i, %i), dynamic_slice_sizes={{1,64,128}}
+}}
+
+%sum (w: s8[4,64,128]) -> s8[4,64,128] {{
+  %w = s8[4,64,128]{{2,1,0:T(32,128)(4,1)}} parameter(0)
+  %tiled = s8[4,64,128]{{2,1,0:T(8,128)(4,1)}} fusion(%w), kind=kLoop, calls=%seen
+  ROOT %twice = s8[4,64,128]{{2,1,0}} add(%tiled, %tiled)
+}}
+
+ENTRY %main (w: s8[4,64,128], i: s32[]) -> s8[1,64,128] {{
+  %w = s8[4,64,128]{{2,1,0}} parameter(0)
+  %i = s32[] parameter(1)
+  %all = s8[4,64,128]{{2,1,0:S(1)}} fusion(%w), kind=kLoop, calls=%sum
+  ROOT %y = s8[1,64,128]{{2,1,0:S(1)}} fusion(%w, %i), kind=kLoop, calls=%slice
+}}
+"""
+    index = 4  # bytes of the place that the slice begins at
+    assert program_costs(text).num_bytes == 4 * 64 * 128 + 64 * 128 + index
+
+
 TPU_LOOP = """\
 HloModule jit_step, is_scheduled=true
 
