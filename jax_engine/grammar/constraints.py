@@ -134,8 +134,8 @@ class GrammarConstraint:
                 self.error = self.error or error_of(matcher)
         if self._num_tokens < self._min_tokens:
             masks[row] = self._held(masks[row], self._num_tokens)
-        if self._thinking is not None:
-            masks[row] = self._thinking.mask(masks[row])
+        if self._thinking is not None and not self._thinking.is_over:
+            masks[row] = self._thinking.mask(masks[row].copy())  # it keeps what the form allows
         self._masks, self._row = masks, row
 
     def _held(self, mask: NDArray[np.uint32], num_tokens: int) -> NDArray[np.uint32]:
