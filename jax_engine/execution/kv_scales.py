@@ -73,8 +73,8 @@ def _scales_for(largest: Scales, dtype: np.dtype) -> Scales:
     room = INTEGER_ROOM if jnp.issubdtype(dtype, jnp.integer) else FLOAT_ROOM
     logger.info(
         "KV scales: measured; keys reach %.3g and values %.3g, and there is room for %g times as much",
-        largest[:, 0].max(),
-        largest[:, 1].max(),
+        np.max(largest[:, 0]),
+        np.max(largest[:, 1]),
         room,
     )
     return np.where(largest > 0, largest * (room / _largest_number(dtype)), 1).astype(np.float32)
