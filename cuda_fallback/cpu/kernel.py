@@ -247,8 +247,10 @@ def attend(step, block, item):
         np.empty(rows, np.float32),
         np.empty(rows, np.float32),
     )
-    before = 0
+    before, num_items = 0, look(block, NUM_ITEMS)
     for sequence in range(step.num_sequences):
+        if item >= num_items:  # without an item of its own, a thread may not look at the call: it may have ended
+            break
         first, end = np.int64(step.starts[sequence]), np.int64(step.starts[sequence + 1])
         tiles = (end - first + num_queries - 1) // num_queries
         behind = before + tiles * step.num_kv_heads
